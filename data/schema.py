@@ -1,0 +1,165 @@
+"""The contracts between the rooms: table schemas, the grade scale and the base of every typed config.
+
+Light on purpose (pyarrow and pydantic only): it is the one module of this room that the other rooms import.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SPLITS = ("train", "valid", "test", "pool")
+
+PAIRS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("ad_title", pa.string(), nullable=False),
+        pa.field("ad_text", pa.string()),
+        pa.field("attributes", pa.map_(pa.string(), pa.string())),
+        pa.field("grade", pa.int32()),
+        pa.field("grade_raw", pa.float64()),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+# Optional companion of `pairs`: the source's own reason for a label. Only rows of split `train` have one.
+RATIONALES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("reasoning", pa.string(), nullable=False),
+    ]
+)
+
+ANNOTATIONS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("annotation_key", pa.string(), nullable=False),
+        pa.field("grade", pa.int32()),
+        pa.field("grade_probs", pa.list_(pa.float64())),
+        pa.field("reasoning", pa.string()),
+        pa.field("votes", pa.list_(pa.int32()), nullable=False),
+        pa.field("agreement", pa.float64()),
+        pa.field("n_samples", pa.int32(), nullable=False),
+        pa.field("n_unparsed", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("prompt_tokens", pa.int64(), nullable=False),
+        pa.field("completion_tokens", pa.int64(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("p_relevant", pa.float64(), nullable=False),
+        pa.field("grade_probs", pa.list_(pa.float64()), nullable=False),
+        pa.field("model_version", pa.string(), nullable=False),
+    ]
+)
+
+
+class ContractError(ValueError):
+    """Input that a person must mend: one sentence with the cause and the remedy, shown without a traceback."""
+
+
+class Config(BaseModel):
+    """Base of every typed config: unknown keys are refused, values are fixed once built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Grade(Config):
+    """One grade of a scale; its number is its place in `GradeScale.grades`, 0 = irrelevant."""
+
+    name: str = Field(min_length=1)
+    definition: str = Field(min_length=1)
+
+
+class GradeScale(Config):
+    """K ordered grades, from irrelevant to fully relevant, and the grade from which a pair counts as relevant.
+
+    Kept as `scale.json` in every `pairs` folder and in every model folder.
+    """
+
+    grades: tuple[Grade, ...] = Field(min_length=2, max_length=10)
+    relevant_from: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _relevant_grade_exists(self) -> Self:
+        if self.relevant_from >= len(self.grades):
+            raise ValueError(f"relevant_from must be a grade above 0 and below {len(self.grades)}")
+        return self
+
+    @property
+    def size(self) -> int:
+        """K, the number of grades."""
+        return len(self.grades)
+
+    def save(self, folder: Path) -> None:
+        """Write `scale.json` into `folder`."""
+        (folder / "scale.json").write_text(self.model_dump_json(indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `scale.json` from `folder`; raises `ContractError` when it is missing or not a scale."""
+        path = folder / "scale.json"
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ContractError(f"{folder} has no scale.json: it is not a folder that this product wrote") from None
+        except ValueError as error:
+            raise ContractError(f"{path} is not a grade scale: {error}") from None
+
+
+def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Raise `ContractError` naming the first column of `expected` that `found` lacks or holds with another type.
+
+    Extra columns are refused too: a table is exactly its contract. Nullability is not compared, since Parquet writers
+    differ in what they declare.
+    """
+    for field in expected:
+        index = found.get_field_index(field.name)
+        if index < 0:
+            raise ContractError(f"{where}: column '{field.name}' is missing (expected {field.type})")
+        actual = found.field(index).type
+        if actual != field.type and not _same_up_to_child_names(actual, field.type):
+            raise ContractError(f"{where}: column '{field.name}' is {actual}, expected {field.type}")
+    for name in found.names:
+        if name not in expected.names:
+            raise ContractError(f"{where}: unexpected column '{name}'")
+
+
+def read_table(
+    path: Path, schema: pa.Schema, *, columns: list[str] | None = None, where: pads.Expression | None = None
+) -> pa.Table:
+    """Read a Parquet file or folder that must match `schema`; raises `ContractError` otherwise.
+
+    Parameters: `columns` keeps only those, `where` is an Arrow filter that is pushed down to the files.
+    """
+    if not path.exists():
+        raise ContractError(f"{path} does not exist")
+    # Names starting with "_" or "." are markers and files being written; Arrow skips them.
+    dataset = pads.dataset(path, format="parquet")
+    if not dataset.files:
+        return schema.empty_table().select(columns or schema.names)
+    check_schema(dataset.schema, schema, str(path))
+    return dataset.to_table(columns=columns or schema.names, filter=where)
+
+
+def _same_up_to_child_names(a: pa.DataType, b: pa.DataType) -> bool:
+    """List and map children are named differently by Spark and Arrow ("element" and "item"): compare their types."""
+    if pa.types.is_list(a) and pa.types.is_list(b):
+        return a.value_type == b.value_type
+    if pa.types.is_map(a) and pa.types.is_map(b):
+        return a.key_type == b.key_type and a.item_type == b.item_type
+    if pa.types.is_timestamp(a) and pa.types.is_timestamp(b):
+        return a.tz == b.tz  # Spark and pandas choose different units
+    return False

@@ -1,0 +1,87 @@
+"""Which split a query belongs to: a matter of its own hash, so that adding rows moves no query.
+
+All rows of a normalised query are in one split, so that no model is tested on a query it has seen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data.schema import SPLITS
+from data.text import stable_hash
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame
+
+    from data.config import Shares
+
+_POINTS = 1 << 63
+_BUCKETS = 1 << 12
+
+
+def split_point(query_key: str, seed: int) -> int:
+    """Place of a normalised query in hash order: an integer in [0, 2⁶³), uniform over queries."""
+    return int.from_bytes(stable_hash(str(seed), query_key)[:8], "big") >> 1
+
+
+def split_bounds(shares: Shares) -> list[tuple[str, int]]:
+    """Each split with the point below which its queries lie, in the order of `SPLITS`."""
+    bounds, total = [], 0.0
+    for name in SPLITS:
+        total += getattr(shares, name)
+        bounds.append((name, round(total * _POINTS)))
+    last = max(i for i, name in enumerate(SPLITS) if getattr(shares, name) > 0)
+    # Shares that sum to 0.9999999 must not leave a hole at the end.
+    return [(name, _POINTS if i >= last else bound) for i, (name, bound) in enumerate(bounds)]
+
+
+def split_of(point: int, shares: Shares) -> str:
+    """The split of a query at `point`."""
+    return next(name for name, bound in split_bounds(shares) if point < bound)
+
+
+def split_column(point: Column, shares: Shares) -> Column:
+    """`split_of` as a Spark expression over a column of points."""
+    from pyspark.sql import functions as F
+
+    column = None
+    for name, bound in split_bounds(shares):
+        # The last bound is 2⁶³, one more than a bigint holds.
+        inside = point <= F.lit(bound - 1)
+        column = F.when(inside, name) if column is None else column.when(inside, name)
+    assert column is not None
+    return column
+
+
+def within_limits(frame: DataFrame, limits: dict[str, int]) -> DataFrame:
+    """Keep of each split in `limits` its first rows in hash order (by query, then by pair), at most that many.
+
+    `frame` has the columns split, point and pair_id. Queries are kept whole, except the last one of a split. The order
+    of the rows plays no part, and a row that is added pushes out only rows that come after it.
+    """
+    if not limits:
+        return frame
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    bucket = F.shiftright("point", (_POINTS // _BUCKETS).bit_length() - 1)
+    framed = frame.withColumn("bucket", bucket)
+    # Only the bucket in which a limit falls has to be sorted; the counts of all buckets fit on the driver.
+    counts = framed.where(F.col("split").isin(*limits)).groupBy("split", "bucket").count().collect()
+    sizes = {(row["split"], row["bucket"]): row["count"] for row in counts}
+    keep, edge = ~F.col("split").isin(*limits), F.lit(False)
+    remaining = F.lit(0)
+    for name, limit in limits.items():
+        taken, cut = 0, _BUCKETS
+        for key in sorted(b for split, b in sizes if split == name):
+            if taken + sizes[name, key] > limit:
+                cut = key
+                break
+            taken += sizes[name, key]
+        here = F.col("split") == name
+        keep = keep | (here & (F.col("bucket") < cut))
+        edge = edge | (here & (F.col("bucket") == cut))
+        remaining = F.when(here, limit - taken).otherwise(remaining)
+    rank = F.row_number().over(Window.partitionBy("split").orderBy("point", "pair_id"))
+    first = framed.where(edge).withColumn("rank", rank).where(F.col("rank") <= remaining).drop("rank")
+    return framed.where(keep).unionByName(first).drop("bucket")

@@ -1,0 +1,79 @@
+"""What surrounds a flow's stages: our logs in Prefect's, errors without tracebacks, one process for each run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.schema import ContractError
+
+ROOMS = ("data", "teacher", "student", "pipeline", "flows")
+
+
+class _InsideARun(logging.Filter):
+    """Prefect's API takes only logs that belong to a flow run, and warns about each that does not."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from prefect.context import FlowRunContext, TaskRunContext
+
+        return FlowRunContext.get() is not None or TaskRunContext.get() is not None
+
+
+class _NoTraceback(logging.Filter):
+    """A `ContractError` is a message for a person: of Prefect's two tracebacks (task, flow) one line is left."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, ContractError):
+            if record.name.startswith("prefect.flow_runs"):
+                return False
+            record.msg, record.args = "%s", (error,)
+            record.exc_info = record.exc_text = None
+        return True
+
+
+def connect_logging() -> None:
+    """Send the logs of this package's rooms to the console and to Prefect; calling it again changes nothing.
+
+    Done here rather than by `PREFECT_LOGGING_EXTRA_LOGGERS`, so that it holds for a worker's process too, whatever its
+    environment.
+    """
+    from prefect.logging.handlers import APILogHandler
+
+    for name in ROOMS:
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
+            handler = APILogHandler()
+            handler.addFilter(_InsideARun())
+            logger.addHandler(handler)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _NoTraceback) for each in logger.filters):
+            logger.addFilter(_NoTraceback())
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; raises `ContractError` when another process holds it.
+
+    The lock is the operating system's, so a process that was killed holds nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ContractError(
+                f"{folder} is in use by process {file.read().strip() or 'unknown'}; wait for it, or choose another run name"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,1 @@
+"""Settings, Spark, artifacts, tracking, and the jobs that join the rooms."""

@@ -1,0 +1,37 @@
+"""Settings of the annotation job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from data.schema import Config
+from teacher.engines.base import EngineConfig
+
+
+class AnnotateConfig(Config):
+    split: Literal["train", "valid", "test", "pool"] = "pool"
+    """Which pairs the teacher labels."""
+    limit: int = Field(default=0, ge=0)
+    """At most so many pairs, the first in the order of their ids; 0 takes all."""
+    n: int = Field(default=4, ge=1, le=256)
+    """Completions sampled for a pair; their grades are its votes."""
+    temperature: float = Field(default=0.7, ge=0, le=5)
+    """Sampling temperature; 0 is greedy (then one sample is enough)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probabilities reach this sum."""
+    max_tokens: int = Field(default=0, ge=0, le=100_000)
+    """Longest completion in tokens; 0 takes the length that the teacher was trained with."""
+    window: int = Field(default=64, ge=1, le=100_000)
+    """Pairs that are generated together and committed as one file; a kill loses at most this much of each engine."""
+    engines: int = Field(default=1, ge=1, le=10_000)
+    """Engines at work at the same time, one partition and one worker process each; on GPUs one for each."""
+    engine: EngineConfig = EngineConfig()
+    """Which engine, and its memory."""
+    max_failed_share: float = Field(default=0.05, ge=0, le=1)
+    """The job fails (after keeping everything it made) when more than this share of its pairs failed."""
+    retry_failed: bool = False
+    """First drop the rows with status `failed`, so that they are tried again."""
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Seed of the sampling; with the same seed a pair gets the same completions again."""

@@ -1,0 +1,161 @@
+"""A stage of a run: its folder, the key that says whether its output can be reused, and its manifest.
+
+A stage's manifest, `_stage.json`, is written last, so its existence means that the stage completed. What was left out:
+sharing outputs between runs of different names; every run owns its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from data.schema import Config, ContractError
+
+MANIFEST = "_stage.json"
+STARTED = "_started.json"
+
+
+class Output(Protocol):
+    """What a stage function returns: the fingerprint of what it made, and its key figures."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def figures(self) -> dict[str, Any]: ...
+
+
+class StageOutput(BaseModel):
+    """The result of the stages that live in this room; the other rooms return a like type of their own."""
+
+    fingerprint: str
+    figures: dict[str, Any]
+
+
+class StageRecord(BaseModel):
+    """A completed stage, as kept in its manifest. `seconds` is the wall time of the call that completed it."""
+
+    stage: str
+    key: str
+    folder: Path
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    fingerprint: str
+    figures: dict[str, Any]
+    seconds: float
+    finished_at: datetime
+    reused: bool = False
+
+
+def digest(value: object) -> str:
+    """SHA-256 (first 16 hex digits) of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def code_version(modules: Iterable[str]) -> str:
+    """Fingerprint of the source files of the named modules or packages (a package: all its `.py` files)."""
+    hashed = hashlib.sha256()
+    for name in sorted(modules):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(name)
+        origin = Path(spec.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        for file in files:
+            hashed.update(file.name.encode())
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def stage_key(stage: str, config: Config, inputs: dict[str, str], code: Iterable[str]) -> str:
+    """The key under which a stage's output may be reused: its config, its inputs' fingerprints, its code."""
+    return digest(
+        {"stage": stage, "config": config.model_dump(mode="json"), "inputs": inputs, "code": code_version(code)}
+    )
+
+
+def completed(folder: Path, key: str) -> StageRecord | None:
+    """The record of the stage completed in `folder` under `key`, or None if there is none."""
+    record = read_record(folder)
+    if record is None or record.key != key:
+        return None
+    return record.model_copy(update={"reused": True, "folder": folder})
+
+
+def read_record(folder: Path) -> StageRecord | None:
+    """The manifest of `folder`, whatever its key; None when the stage has not completed there."""
+    try:
+        return StageRecord.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ContractError(f"{folder / MANIFEST} is damaged ({error}); delete it to run the stage again") from None
+
+
+def run_stage(
+    folder: Path,
+    *,
+    stage: str,
+    config: Config,
+    inputs: dict[str, str],
+    code: Iterable[str],
+    work: Callable[[Path], Output],
+    incremental: bool = False,
+) -> StageRecord:
+    """Run `work(folder)` unless it has completed there under the same key; return its record.
+
+    An interrupted stage of the same key finds its folder as it left it, so `work` can resume. When the key has
+    changed, the old folder is kept once, as `NAME.previous`, unless the stage is `incremental` (its output is keyed
+    row by row, so it stays and grows).
+    """
+    key = stage_key(stage, config, inputs, code)
+    done = completed(folder, key)
+    if done is not None:
+        return done
+    started = folder / STARTED
+    if folder.exists() and not incremental and _started_key(started) != key:
+        previous = folder.with_name(f"{folder.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_json(started, {"stage": stage, "key": key, "pid": os.getpid()})
+    begin = time.monotonic()
+    output = work(folder)
+    record = StageRecord(
+        stage=stage,
+        key=key,
+        folder=folder,
+        config=config.model_dump(mode="json"),
+        inputs=inputs,
+        fingerprint=output.fingerprint,
+        figures=output.figures,
+        seconds=round(time.monotonic() - begin, 1),
+        finished_at=datetime.now(UTC),
+    )
+    write_json(folder / MANIFEST, record.model_dump(mode="json", exclude={"reused"}))
+    return record
+
+
+def _started_key(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("key")
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,69 @@
+"""Keeps secrets out of everything that is recorded or shown: tracking, summaries, reports, command lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+HIDDEN = "***"
+
+# `token` counts at the end of a name only: `hf_token` is a secret, `max_completion_tokens` and `token_budget` are not.
+_SECRET_WORDS = {
+    "apikey", "authorization", "credential", "credentials", "passwd", "password", "pwd", "secret", "secrets", "sas",
+}  # fmt: skip
+_SECRET_KEYS = {"access", "account", "api", "encryption", "private", "secret", "shared"}
+_URL_LOGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@")
+_URL_PARAMETER = re.compile(
+    r"(?P<name>[?&;][^=&;\s]*(?:token|password|secret|signature|sig|key)=)[^&;\s]+", re.IGNORECASE
+)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret; the name may be dotted, dashed or in camel case."""
+    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    words = [word for word in re.split(r"[^A-Za-z0-9]+", split.lower()) if word]
+    if not words:
+        return False
+    if words[-1] == "env":  # the name of an environment variable, not its value
+        return False
+    named_key = any(first in _SECRET_KEYS and second == "key" for first, second in pairwise(words))
+    return bool(_SECRET_WORDS & set(words)) or words[-1] in {"token", "bearer"} or named_key
+
+
+def redact_text(text: str) -> str:
+    """`text` without the logins and signed parameters of the URLs in it."""
+    text = _URL_LOGIN.sub(rf"\g<scheme>{HIDDEN}@", text)
+    return _URL_PARAMETER.sub(rf"\g<name>{HIDDEN}", text)
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A JSON-able copy of `value` in which secrets are hidden, whatever their depth."""
+    if isinstance(value, dict):
+        return {key: redact(inner, str(key)) for key, inner in value.items()}
+    if name and is_secret(name) and value not in (None, "", False):
+        return HIDDEN
+    if isinstance(value, list | tuple):
+        return [redact(inner, name) for inner in value]
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_command(words: Iterable[str]) -> list[str]:
+    """A command line in which the value of every `key=value` with a secret key is hidden."""
+    shown = []
+    for word in words:
+        key, separator, _ = word.partition("=")
+        shown.append(f"{key}={HIDDEN}" if separator and is_secret(key) else redact_text(word))
+    return shown
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one of dotted keys; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            flat |= flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat

@@ -1,0 +1,322 @@
+"""The stages of a run: which folder, which config, which inputs, which code, and the call that joins them.
+
+A stage here is the room's plain function plus reuse by content and tracking. A room's heavy modules are imported when
+its stage has work to do, so that a run that reuses everything starts neither Spark nor torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.schema import Config, ContractError
+from pipeline.artifacts import Output, StageRecord, read_record, run_stage
+from pipeline.settings import PipelineConfig
+from pipeline.spark import SparkConfig
+from pipeline.tracking import Tracker, track
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from student.config import StudentConfig
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[Path, Tracker], Output]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, by the name of its part of the settings."""
+
+    name: str
+    folder: str
+    needs: tuple[str, ...]
+    code: tuple[str, ...]
+    """Modules whose change makes the stage's output stale."""
+    incremental: bool = False
+    title: str = ""
+
+
+_READS_PAIRS = ("data.schema",)
+_ANSWERS = ("teacher.prompt", "teacher.verifier")
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("data", "pairs", (), ("data",), title="Pairs"),
+        Stage("teacher", "teacher", ("data",), (*_READS_PAIRS, "teacher"), title="Teacher"),
+        Stage(
+            "annotate",
+            "annotations",
+            ("data", "teacher"),
+            (
+                *_READS_PAIRS,
+                *_ANSWERS,
+                "teacher.engines",
+                "pipeline.annotate",
+                "pipeline.annotate_figures",
+                "pipeline.annotate_worker",
+            ),
+            incremental=True,
+            title="Annotations",
+        ),
+        Stage("student", "student", ("data", "annotate"), (*_READS_PAIRS, "student"), title="Student"),
+        Stage(
+            "export", "export", ("data", "student"), (*_READS_PAIRS, "student.export", "student.serve"), title="Export"
+        ),
+        Stage(
+            "score",
+            "scores",
+            ("data", "export"),
+            (*_READS_PAIRS, "student.serve", "pipeline.score"),
+            incremental=True,
+            title="Scores",
+        ),
+    )
+}
+
+
+def stage_folder(settings: PipelineConfig, name: str) -> Path:
+    """The folder of a stage in this run."""
+    return settings.folder / STAGES[name].folder
+
+
+def stage_config(settings: PipelineConfig, name: str) -> Config:
+    """The part of the settings that a stage depends on."""
+    return getattr(settings, name)
+
+
+def with_upstream(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The stages with all that they need, in the order in which they run."""
+    wanted = set(names)
+    for name in reversed(STAGES):
+        if name in wanted:
+            wanted |= set(STAGES[name].needs)
+    return tuple(name for name in STAGES if name in wanted)
+
+
+def run_data(settings: PipelineConfig) -> StageRecord:
+    """From the source to `pairs/`; raises `ContractError` for a source that cannot be used."""
+
+    def work(out: Path, tracker: Tracker) -> Output:
+        from data.prepare import prepare
+
+        with spark_session(settings.spark) as spark:
+            result = prepare(settings.data, out, spark)
+        tracker.artifact(out / "card.json")
+        tracker.artifact(out / "scale.json")
+        return result
+
+    return _run(settings, "data", work)
+
+
+def run_teacher(settings: PipelineConfig) -> StageRecord:
+    """Base model → warm start → AGPO → `teacher/model/`; needs the pairs of this run."""
+    pairs = _finished(settings, "data")
+
+    def work(out: Path, tracker: Tracker) -> Output:
+        from pipeline.weights import resolve_model
+        from teacher.train import train_teacher
+
+        base = resolve_model(
+            settings.teacher.model,
+            role="decoder",
+            pairs=pairs,
+            cache=settings.weights_cache.expanduser(),
+            seed=settings.teacher.seed,
+        )
+        result = train_teacher(settings.teacher, base, pairs, out, tracker.log)
+        tracker.artifact(out / "metrics.jsonl")
+        tracker.artifact(out / "evaluation.json")
+        tracker.artifact(out / "model" / "model_card.md")
+        return result
+
+    def register(out: Path, tracker: Tracker, result: Output) -> None:
+        from pipeline.registry import register_teacher
+
+        register_teacher(tracker, out / "model", result.fingerprint)
+
+    return _run(settings, "teacher", work, register)
+
+
+def run_annotate(settings: PipelineConfig) -> StageRecord:
+    """The teacher labels the pool into `annotations/`; needs the pairs and the teacher of this run."""
+    pairs, teacher = _finished(settings, "data"), _finished(settings, "teacher") / "model"
+
+    def work(out: Path, tracker: Tracker) -> Output:
+        from pipeline.annotate import annotate
+
+        with spark_session(settings.spark) as spark:
+            return annotate(settings.annotate, teacher, pairs, out, spark)
+
+    return _run(settings, "annotate", work)
+
+
+def run_student(settings: PipelineConfig) -> StageRecord:
+    """The encoder learns from the annotations into `student/model/`; needs pairs and annotations of this run."""
+    pairs, annotations = _finished(settings, "data"), _finished(settings, "annotate")
+
+    def work(out: Path, tracker: Tracker) -> Output:
+        from pipeline.weights import resolve_model
+        from student.distill import distill
+
+        base = resolve_model(
+            settings.student.base,
+            role="encoder",
+            pairs=pairs,
+            cache=settings.weights_cache.expanduser(),
+            seed=settings.student.seed,
+        )
+        result = distill(_with_key(settings, annotations), base, pairs, annotations, out, tracker.log)
+        for name in (
+            "metrics.jsonl",
+            "evaluation.json",
+            "curves.json",
+            "test_predictions.parquet",
+            "model/model_card.md",
+        ):
+            tracker.artifact(out / name)
+        return result
+
+    return _run(settings, "student", work)
+
+
+def run_export(settings: PipelineConfig) -> StageRecord:
+    """The student as ONNX in `export/`, checked against the trained model; needs pairs and student of this run."""
+    pairs, student = _finished(settings, "data"), _finished(settings, "student") / "model"
+
+    def work(out: Path, tracker: Tracker) -> Output:
+        from student.export import export_student
+
+        result = export_student(settings.export, student, pairs, out)
+        tracker.artifact(out / "export.json")
+        tracker.artifact(out / "model_card.md")
+        return result
+
+    def register(out: Path, tracker: Tracker, result: Output) -> None:
+        from pipeline.registry import register_student
+
+        register_student(tracker, out, result.fingerprint)
+
+    return _run(settings, "export", work, register)
+
+
+def run_score(settings: PipelineConfig) -> StageRecord:
+    """Scores of the pairs table into `scores/`; needs the pairs and the export of this run."""
+    pairs, export = _finished(settings, "data"), _finished(settings, "export")
+
+    def work(out: Path, tracker: Tracker) -> Output:
+        from pipeline.score import score
+
+        with spark_session(settings.spark) as spark:
+            return score(settings.score, export, pairs, out, spark)
+
+    return _run(settings, "score", work)
+
+
+RUNNERS: dict[str, Callable[[PipelineConfig], StageRecord]] = {
+    "data": run_data,
+    "teacher": run_teacher,
+    "annotate": run_annotate,
+    "student": run_student,
+    "export": run_export,
+    "score": run_score,
+}
+
+
+def stage_inputs(settings: PipelineConfig, name: str) -> dict[str, str]:
+    """Fingerprints of all that a stage reads; raises `ContractError` when a stage that it needs has not completed."""
+    inputs: dict[str, str] = {}
+    for needed in STAGES[name].needs:
+        record = read_record(stage_folder(settings, needed))
+        if record is None:
+            raise ContractError(f"run '{settings.run}' has no {STAGES[needed].folder} yet; {name} needs them")
+        inputs[needed] = record.fingerprint
+    if name == "data":
+        from data.sources import input_fingerprint
+
+        inputs["source"] = input_fingerprint(settings.data)
+    base = {"teacher": settings.teacher.model, "student": settings.student.base}.get(name, "")
+    if base.startswith("path:"):
+        # The other kinds of names are pinned by what they say; a folder of one's own can change under its name.
+        inputs["base"] = _folder_stamp(Path(base.removeprefix("path:")).expanduser())
+    return inputs
+
+
+@contextmanager
+def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
+    """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
+    from pipeline.spark import start_spark
+
+    session = start_spark(config)
+    try:
+        yield session
+    finally:
+        session.stop()
+
+
+def _run(
+    settings: PipelineConfig,
+    name: str,
+    work: Work,
+    register: Callable[[Path, Tracker, Output], None] | None = None,
+) -> StageRecord:
+    """`run_stage` with tracking around the work, so that a reused stage is not tracked again."""
+    stage, config, inputs = STAGES[name], stage_config(settings, name), stage_inputs(settings, name)
+
+    def tracked(out: Path) -> Output:
+        logger.info("%s: starting in %s", name, out)
+        with track(settings, name, config, inputs, out) as tracker:
+            result = work(out, tracker)
+            tracker.figures(result.figures)
+            tracker.tags({"fingerprint": result.fingerprint})
+            if register is not None:
+                register(out, tracker, result)
+        return result
+
+    record = run_stage(
+        stage_folder(settings, name),
+        stage=name,
+        config=config,
+        inputs=inputs,
+        code=stage.code,
+        work=tracked,
+        incremental=stage.incremental,
+    )
+    logger.info("%s: %s", name, "reused, nothing changed" if record.reused else f"done in {record.seconds:.0f} s")
+    return record
+
+
+def _with_key(settings: PipelineConfig, annotations: Path) -> StudentConfig:
+    """The student's config with the key of this run's own annotations, unless one is chosen.
+
+    The table grows over the runs of one name, so the key written last need not be the one that these settings mean.
+    """
+    record = read_record(annotations)
+    key = str(record.figures.get("annotation_key", "")) if record else ""
+    if settings.student.annotation_key or not key:
+        return settings.student
+    return settings.student.model_copy(update={"annotation_key": key})
+
+
+def _finished(settings: PipelineConfig, name: str) -> Path:
+    """The folder of a stage that has completed; raises `ContractError` when it has not."""
+    folder = stage_folder(settings, name)
+    if read_record(folder) is None:
+        raise ContractError(f"run '{settings.run}' has no {STAGES[name].folder} yet; run the stage {name} first")
+    return folder
+
+
+def _folder_stamp(folder: Path) -> str:
+    from pipeline.artifacts import digest
+
+    def stamp(path: Path) -> list[Any]:
+        found = path.stat()
+        return [path.name, found.st_size, found.st_mtime_ns]
+
+    return digest([stamp(path) for path in sorted(folder.glob("*")) if path.is_file()])

@@ -1,0 +1,100 @@
+"""What a student must beat: BM25 over words, and the cosine of the encoder it started from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from student.dataset import Tokens
+from student.serve import batches_by_length
+
+Array = np.ndarray
+# Words, and single characters of scripts that are written without spaces.
+_ALONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a text; Chinese, Japanese and Korean characters stand alone."""
+    return _WORD.findall(text.lower())
+
+
+class Bm25:
+    """BM25 (Robertson and Zaragoza 2009) with idf ln(1 + (N − n + ½)/(n + ½)) and mean length from the distinct ads."""
+
+    def __init__(self, ads: Sequence[str], k1: float = 1.2, b: float = 0.75) -> None:
+        self.k1, self.b = k1, b
+        distinct = set(ads)
+        document_count: Counter[str] = Counter()
+        total = 0
+        for ad in distinct:
+            terms = words(ad)
+            total += len(terms)
+            document_count.update(set(terms))
+        self.mean_length = total / max(len(distinct), 1)
+        self.idf = {w: math.log(1 + (len(distinct) - n + 0.5) / (n + 0.5)) for w, n in document_count.items()}
+        self.unseen_idf = math.log(1 + (len(distinct) + 0.5) / 0.5)
+
+    def score(self, query: str, ad: str) -> float:
+        """BM25 of an ad for a query; 0 without a common word."""
+        terms = words(ad)
+        frequency = Counter(terms)
+        # An ad without a word has length 0, as has a corpus of such ads.
+        norm = self.k1 * (1 - self.b + self.b * len(terms) / max(self.mean_length, 1e-9))
+        return sum(
+            self.idf.get(w, self.unseen_idf) * frequency[w] * (self.k1 + 1) / (frequency[w] + norm)
+            for w in words(query)
+            if frequency[w]
+        )
+
+    def best(self, query: str) -> float:
+        """The score's limit for this query, at which every word of it is endlessly repeated."""
+        return sum(self.idf.get(w, self.unseen_idf) * (self.k1 + 1) for w in words(query))
+
+    def scores(self, queries: Sequence[str], ads: Sequence[str], *, relative: bool = False) -> Array:
+        """Scores (N,) of N pairs. `relative` divides by the query's limit, so that long and short queries compare."""
+        raw = np.array([self.score(q, a) for q, a in zip(queries, ads, strict=True)])
+        if not relative:
+            return raw
+        return raw / np.maximum([self.best(q) for q in queries], 1e-9)
+
+
+def overlap(queries: Sequence[str], ads: Sequence[str]) -> Array:
+    """Share (N,) of each query's distinct words that its ad contains."""
+    shares = []
+    for query, ad in zip(queries, ads, strict=True):
+        asked = set(words(query))
+        shares.append(len(asked & set(words(ad))) / len(asked) if asked else 0.0)
+    return np.array(shares)
+
+
+def encoder_cosine(
+    base: Path, tokenizer: Tokenizer, queries: Sequence[str], ads: Sequence[str], *, batch_size: int, device: str
+) -> Array:
+    """Cosine (N,) of the mean-pooled token vectors of query and ad under the encoder in `base`, as it was given."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(base, dtype=torch.float32, use_safetensors=True).to(device).eval()
+    texts = list(dict.fromkeys([*queries, *ads]))
+    place = {text: i for i, text in enumerate(texts)}
+    encodings = tokenizer.encode_batch(texts)
+    pad_id = model.config.pad_token_id or 0
+    tokens = Tokens([e.ids for e in encodings], [e.type_ids for e in encodings], pad_id)
+    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    with torch.inference_mode():
+        for rows in batches_by_length(tokens.lengths, batch_size):
+            batch = tokens.batch(rows)
+            mask = torch.from_numpy(batch["attention_mask"]).to(device)
+            hidden = model(torch.from_numpy(batch["input_ids"]).to(device), attention_mask=mask).last_hidden_state
+            mean = (hidden * mask.unsqueeze(2)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            vectors[rows] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+    left = vectors[[place[q] for q in queries]]
+    right = vectors[[place[a] for a in ads]]
+    return (left * right).sum(axis=1).astype(np.float64)

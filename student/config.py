@@ -1,0 +1,129 @@
+"""Settings of the student: its training, its export, and the scoring job over the exported folder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from data.schema import Config
+
+Precision = Literal["fp32", "int8"]
+
+
+class StudentConfig(Config):
+    """How the student is distilled, calibrated and evaluated."""
+
+    base: str = Field(default="scratch:small", min_length=1)
+    """Encoder to start from: path:FOLDER, hf:NAME, pypi:NAME==VERSION#sha256=… or scratch:SIZE (tiny, small, medium;
+    made from the pairs' own texts)."""
+
+    max_length: int = Field(default=96, ge=16, le=512)
+    """Tokens of query and ad together; longer pairs are cut, the longer of the two sides first."""
+
+    epochs: int = Field(default=6, ge=1, le=100)
+    """Passes over the training rows at most; early stopping may end sooner."""
+
+    patience: int = Field(default=2, ge=1, le=100)
+    """Epochs without a better ROC-AUC on split valid after which training stops."""
+
+    batch_size: int = Field(default=32, ge=1, le=4096)
+    """Pairs in one optimiser step."""
+
+    eval_batch_size: int = Field(default=128, ge=1, le=8192)
+    """Pairs in one forward pass when nothing is learned."""
+
+    learning_rate: float = Field(default=2e-4, gt=0, le=0.1)
+    """Peak learning rate of AdamW. 5e-5 suits a pretrained encoder, 2e-4 to 5e-4 one made from scratch."""
+
+    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    """Decoupled weight decay; biases and normalisation weights are exempt."""
+
+    warmup_ratio: float = Field(default=0.1, ge=0, le=0.9)
+    """Share of all steps over which the learning rate rises from 0 to its peak; it then falls linearly to 0."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+    distill_temperature: float = Field(default=1.0, gt=0, le=20)
+    """Softens teacher and student distributions in the soft cross-entropy (arXiv 1503.02531); 1 leaves them alone."""
+
+    gold_mix: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the human grade in rows that have both a human grade and an annotation; the rest is the teacher's."""
+
+    gold_weight: float = Field(default=1.0, ge=0, le=100)
+    """Weight of a row with a human grade relative to a fully agreed annotation."""
+
+    agreement_power: float = Field(default=1.0, ge=0, le=10)
+    """An annotated row weighs agreement to this power; 0 weighs all annotations alike."""
+
+    min_agreement: float = Field(default=0.0, ge=0, le=1)
+    """Annotations with less agreement than this are not learned from."""
+
+    class_balance: float = Field(default=0.0, ge=0, le=1)
+    """Class weights are frequency to minus this power: 0 leaves the imbalance, 1 makes all grades count alike."""
+
+    margin_weight: float = Field(default=0.0, ge=0, le=100)
+    """Weight of margin-MSE between pairs of one query (arXiv 2010.02666); above 0, batches keep queries together."""
+
+    annotation_key: str = Field(default="")
+    """Which annotations to learn from when the table holds several keys; empty takes the key written last."""
+
+    gold_only_baseline: bool = Field(default=True)
+    """Also train the same student on the human grades alone, to show what the annotations add."""
+
+    bootstrap_samples: int = Field(default=1000, ge=100, le=100_000)
+    """Bootstrap resamples, by query, behind each 95 % interval."""
+
+    log_every: int = Field(default=10, ge=1)
+    """Optimiser steps between two training log entries."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto")
+    """Where to train; auto takes a GPU where there is one."""
+
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Seed of the head's weights, the data order, dropout and the bootstrap."""
+
+
+class ExportConfig(Config):
+    """How the student becomes a folder that scores with onnxruntime and tokenizers alone."""
+
+    parity_rows: int = Field(default=512, ge=16, le=1_000_000)
+    """Pairs of splits test and valid on which the exported models are compared with the trained one."""
+
+    max_probability_difference: float = Field(default=1e-4, gt=0, le=1)
+    """The export fails if a probability of the fp32 model differs by more than this from the trained model's."""
+
+    max_int8_auc_loss: float = Field(default=0.01, ge=0, le=1)
+    """The export fails if the int8 model loses more ROC-AUC than this against fp32 on the pairs compared."""
+
+    batch_size: int = Field(default=64, ge=1, le=8192)
+    """Pairs in one forward pass in the parity check and the throughput measurement."""
+
+    threads: int = Field(default=0, ge=0, le=1024)
+    """CPU threads of onnxruntime while throughput is measured; 0 takes all cores."""
+
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Seed of the sample of pairs compared."""
+
+
+class ScoreConfig(Config):
+    """How a whole table is scored with Spark."""
+
+    precision: Precision = Field(default="int8")
+    """Which exported model scores: fp32, or int8 (smaller and faster)."""
+
+    batch_size: int = Field(default=64, ge=1, le=8192)
+    """Pairs in one forward pass."""
+
+    window: int = Field(default=4096, ge=1, le=1_000_000)
+    """Pairs that a task holds at once; they are sorted by length before they are batched."""
+
+    partitions: int = Field(default=0, ge=0, le=100_000)
+    """Spark tasks; each commits its rows by itself. 0 leaves it to Spark."""
+
+    threads: int = Field(default=1, ge=0, le=1024)
+    """CPU threads of onnxruntime in each task; 1 suits one task for each core, 0 takes all cores."""
+
+    splits: tuple[Literal["train", "valid", "test", "pool"], ...] = Field(default=("train", "valid", "test", "pool"))
+    """Splits of the pairs table to score."""

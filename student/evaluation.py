@@ -1,0 +1,187 @@
+"""The table of systems, slices, comparisons and curves on human labels; and the comparison of two trained students.
+
+`evaluate_systems` is the only place where the labels of split test are used. Nothing it returns goes back into a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
+
+from data.schema import ContractError
+from student.baselines import overlap, words
+from student.dataset import Examples
+from student.metrics import ECE_BINS, Comparison, Evaluation, compare, evaluate, evaluate_ranking
+
+Array = np.ndarray
+MAX_POINTS = 200
+PREDICTIONS = "test_predictions.parquet"
+
+
+@dataclass(frozen=True)
+class System:
+    """One system's output on the test rows: a score (n,) and, where it grades, probabilities (n, K).
+
+    `rows` (n,) are the test rows it covers, None = all. `threshold` was chosen without the test rows.
+    """
+
+    name: str
+    score: Array
+    threshold: float | None
+    probs: Array | None = None
+    rows: Array | None = None
+
+
+def graded(name: str, probs: Array, relevant_from: int, threshold: float | None, rows: Array | None = None) -> System:
+    """A system that gives grade probabilities (n, K)."""
+    return System(name, probs[:, relevant_from:].sum(axis=1), threshold, probs, rows)
+
+
+def evaluate_systems(
+    systems: list[System], test: Examples, *, relevant_from: int, n_boot: int, seed: int
+) -> dict[str, Any]:
+    """The body of `evaluation.json`; the first system is the student, to which the others are compared."""
+    student, table = systems[0], []
+    results: dict[str, Evaluation] = {}
+    for system in systems:
+        rows = np.arange(len(test)) if system.rows is None else system.rows
+        grade, query = test.grade[rows], test.query_id[rows]
+        common: dict[str, Any] = {"relevant_from": relevant_from, "n_boot": n_boot, "seed": seed}
+        common["threshold"] = system.threshold
+        if system.probs is None:
+            result = evaluate_ranking(grade, system.score, query, **common)
+        else:
+            slices = slice_masks(test) if system is student else None
+            result = evaluate(grade, system.probs, query, slices=slices, **common)
+        results[system.name] = result
+        table.append({"name": system.name, **result.model_dump(exclude={"slices"}), "threshold": system.threshold})
+    comparisons = [
+        _compare(student, other, test, metric, relevant_from=relevant_from, n_boot=n_boot, seed=seed)
+        for other in systems[1:]
+        for metric in ("roc_auc", "ndcg_at_10")
+    ]
+    assert student.probs is not None
+    labels = list(range(student.probs.shape[1]))
+    confusion = confusion_matrix(test.grade, student.probs.argmax(axis=1), labels=labels)
+    return {
+        "split": "test",
+        "n": len(test),
+        "n_queries": results[student.name].n_queries,
+        "n_relevant": results[student.name].n_relevant,
+        "systems": table,
+        "slices": [part.model_dump() for part in results[student.name].slices],
+        "comparisons": [comparison.model_dump() for comparison in comparisons],
+        "confusion": confusion.tolist(),
+    }
+
+
+def slice_masks(test: Examples) -> dict[str, Array]:
+    """Masks (N,) by source, words in the query, ads of the query, and share of the query's words in the ad."""
+    sources = np.array(test.sources)
+    length = np.array([len(words(query)) for query in test.queries])
+    frequency = np.bincount(test.query_id)[test.query_id]
+    share = overlap(test.queries, test.ads)
+    masks = {f"source: {source}": sources == source for source in sorted(set(test.sources))}
+    masks |= _ranges("query words", length, {"1–2": (0, 2), "3–4": (3, 4), "5 or more": (5, np.inf)})
+    masks |= _ranges("ads of the query", frequency, {"1–3": (1, 3), "4–10": (4, 10), "11 or more": (11, np.inf)})
+    masks["query words in the ad: none"] = share == 0
+    masks["query words in the ad: up to half"] = (share > 0) & (share <= 0.5)
+    masks["query words in the ad: more than half"] = (share > 0.5) & (share < 1)
+    masks["query words in the ad: all"] = share == 1
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def curves(systems: list[System], test: Examples, relevant_from: int) -> dict[str, Any]:
+    """The body of `curves.json`: points of the ROC, precision–recall and, for probabilities, reliability curves."""
+    relevant = test.grade >= relevant_from
+    drawn: dict[str, Any] = {}
+    for system in systems:
+        if not 0 < relevant.sum() < len(relevant):
+            drawn[system.name] = {"roc": [], "pr": [], "reliability": []}
+            continue
+        fpr, tpr, _ = roc_curve(relevant, system.score)
+        precision, recall, _ = precision_recall_curve(relevant, system.score)
+        points = {"roc": _points(fpr=fpr, tpr=tpr), "pr": _points(recall=recall[::-1], precision=precision[::-1])}
+        drawn[system.name] = points | {
+            "reliability": [] if system.probs is None else reliability(relevant, system.score)
+        }
+    return drawn
+
+
+def reliability(relevant: Array, p: Array) -> list[dict[str, float]]:
+    """For each bin of predicted probability: the mean prediction, the share that is relevant, and the rows."""
+    place = np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
+    return [
+        {"predicted": float(p[at].mean()), "relevant": float(relevant[at].mean()), "n": int(at.sum())}
+        for at in (place == b for b in range(ECE_BINS))
+        if at.any()
+    ]
+
+
+def write_predictions(folder: Path, test: Examples, p_relevant: Array) -> None:
+    """Keep each test row's probability, so that a later student can be compared with this one on the same rows."""
+    table = pa.table(
+        {
+            "pair_id": pa.array(test.pair_ids, pa.string()),
+            "query_id": pa.array(test.query_id, pa.int64()),
+            "grade": pa.array(test.grade, pa.int32()),
+            "p_relevant": pa.array(p_relevant, pa.float64()),
+        }
+    )
+    pq.write_table(table, folder / PREDICTIONS)
+
+
+def compare_students(
+    new: Path, old: Path, *, relevant_from: int, metric: str = "roc_auc", n_boot: int = 1000, seed: int = 0
+) -> Comparison:
+    """Paired bootstrap of two students on the test rows that both have scored; `low` ≥ −ε: the new one is no worse.
+
+    `new` and `old` are the output folders of the distill stage. Raises `ContractError` when they share no test row with
+    the same human grade.
+    """
+    tables = []
+    for folder in (new, old):
+        if not (folder / PREDICTIONS).exists():
+            raise ContractError(f"{folder} has no {PREDICTIONS}: it is not the folder of a finished student-distill")
+        tables.append(pq.read_table(folder / PREDICTIONS).to_pandas().set_index("pair_id"))
+    joined = tables[0].join(tables[1], rsuffix="_old", how="inner")
+    joined = joined[joined["grade"] == joined["grade_old"]]
+    if joined.empty:
+        raise ContractError(f"{new} and {old} share no test row; evaluate both students on one pairs table")
+    return compare(
+        joined["p_relevant"].to_numpy(),
+        joined["p_relevant_old"].to_numpy(),
+        joined["grade"].to_numpy(),
+        joined["query_id"].to_numpy(),
+        relevant_from=relevant_from,
+        metric=metric,
+        names=("new", "old"),
+        n_boot=n_boot,
+        seed=seed,
+    )
+
+
+def _compare(student: System, other: System, test: Examples, metric: str, **options: Any) -> Comparison:
+    rows = np.arange(len(test)) if other.rows is None else other.rows
+    names = (student.name, other.name)
+    return compare(
+        student.score[rows], other.score, test.grade[rows], test.query_id[rows], metric=metric, names=names, **options
+    )
+
+
+def _ranges(what: str, value: Array, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Array]:
+    return {f"{what}: {name}": (value >= low) & (value <= high) for name, (low, high) in ranges.items()}
+
+
+def _points(**columns: Array) -> list[dict[str, float]]:
+    """At most `MAX_POINTS` of the curve's points, the two ends among them."""
+    n = len(next(iter(columns.values())))
+    chosen = np.unique(np.linspace(0, n - 1, min(n, MAX_POINTS)).round().astype(int))
+    return [{name: float(column[i]) for name, column in columns.items()} for i in chosen]

@@ -1,0 +1,215 @@
+"""From a trained student to a folder that scores with onnxruntime and tokenizers alone, checked before it is offered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+
+from data.schema import ContractError, GradeScale
+from student import serve
+from student.card import export_card
+from student.config import ExportConfig
+from student.dataset import Examples, read_examples, tokenize
+from student.metrics import roc_auc
+from student.model import load_classifier, model_folder, predict_logits
+from student.serve import MODEL_FILES, Scorer, load_tokenizer, softmax
+
+logger = logging.getLogger(__name__)
+Array = np.ndarray
+
+
+class ExportResult(BaseModel):
+    """The fingerprint of the exported folder and its key figures."""
+
+    fingerprint: str
+    figures: dict[str, Any]
+
+
+def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) -> ExportResult:
+    """Write `model.onnx`, `model.int8.onnx`, tokenizer, scale, `student.json`, `score.py` and cards into `out`.
+
+    `student` is the trained model's folder; `pairs` what data-prepare wrote, of which graded rows of test and valid are
+    scored by the trained and both exported models. Raises `ContractError`, and leaves no ONNX file behind, when a
+    probability of the fp32 model moved by more than `max_probability_difference`, or when the int8 model loses more
+    than `max_int8_auc_loss` of ROC-AUC against fp32.
+    """
+    source = model_folder(student)
+    out.mkdir(parents=True, exist_ok=True)
+    card = json.loads((source / "student.json").read_text(encoding="utf-8"))
+    scale = GradeScale.load(source)
+    rows = _sample(pairs, scale, config)
+    for name in ("tokenizer.json", "scale.json", "student.json"):
+        shutil.copyfile(source / name, out / name)
+    shutil.copyfile(serve.__file__, out / "score.py")
+    model = load_classifier(source, scale, max_length=card["max_length"], seed=0)
+    logger.info("export: tracing the model")
+    write_onnx(model, card["inputs"], card["max_length"], out / MODEL_FILES["fp32"])
+    write_int8(out / MODEL_FILES["fp32"], out / MODEL_FILES["int8"])
+
+    logger.info("export: comparing on %d pairs", len(rows))
+    tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
+    tokens = tokenize(tokenizer, rows.queries, rows.ads, card["pad_token_id"])
+    begin = time.monotonic()
+    trained = softmax(predict_logits(model, tokens, config.batch_size, "cpu"), card["temperature"])
+    torch_speed = len(rows) / (time.monotonic() - begin)
+    relevant = rows.grade >= scale.relevant_from
+    parity: dict[str, Any] = {
+        "n": len(rows),
+        "threads": config.threads or os.cpu_count(),
+        "batch_size": config.batch_size,
+        "torch": {"pairs_per_second": torch_speed, "roc_auc": _auc(relevant, trained, scale)},
+    }
+    for precision in MODEL_FILES:
+        parity[precision] = _measure(out, precision, rows, trained, relevant, scale, config)
+    fault = _fault(parity, config)
+    parity["passed"] = fault is None
+    _write_json(out / "export.json", parity)
+    if fault is not None:
+        for name in MODEL_FILES.values():
+            (out / name).unlink(missing_ok=True)
+        raise ContractError(fault)
+    trained_card = (source / "model_card.md").read_text(encoding="utf-8")
+    (out / "model_card.md").write_text(export_card(trained_card, parity), encoding="utf-8")
+    return ExportResult(fingerprint=_fingerprint(out), figures=_figures(parity))
+
+
+def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path: Path) -> None:
+    """Write the model as ONNX with any batch size and any length up to `max_length`; one file, weights inside."""
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max_length)
+    # Sizes that differ from each other and from 1, so that the tracer takes none of them for a constant.
+    example = {
+        "input_ids": torch.randint(0, model.config.vocab_size, (3, 13)),
+        "attention_mask": torch.ones(3, 13, dtype=torch.long),
+        "token_type_ids": torch.zeros(3, 13, dtype=torch.long),
+    }
+    example["attention_mask"][1, 7:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notes on packages that are not installed and on axis names
+        program = torch.onnx.export(
+            _Logits(model, inputs).eval(),
+            tuple(example[name] for name in inputs),
+            dynamo=True,
+            input_names=inputs,
+            output_names=["logits"],
+            dynamic_shapes=(tuple({0: batch, 1: sequence} for _ in inputs),),
+            verbose=False,
+        )
+        program.save(str(path), external_data=False)
+
+
+def write_int8(fp32: Path, int8: Path) -> None:
+    """Write a copy with int8 weights; activations are quantised as they come (dynamic quantisation)."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(str(fp32))
+    # The exporter notes shapes of weights that its own optimiser then transposes; the quantiser infers them afresh.
+    del model.graph.value_info[:]
+    # 7-bit weights: with 8 bits the products of CPUs without VNNI overflow, and the machine that serves is not known.
+    quantize_dynamic(model, str(int8), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+
+
+class _Logits(torch.nn.Module):
+    """The model as a function of its inputs in order, to its logits."""
+
+    def __init__(self, model: PreTrainedModel, inputs: list[str]) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.model(**dict(zip(self.inputs, tensors, strict=True))).logits
+
+
+def _sample(pairs: Path, scale: GradeScale, config: ExportConfig) -> Examples:
+    """Graded rows of test, then of valid where test has too few, drawn by `seed`."""
+    found = []
+    wanted = config.parity_rows
+    for split in ("test", "valid"):
+        rows = read_examples(pairs, scale, split)
+        chosen = np.random.default_rng(config.seed).permutation(len(rows))[:wanted]
+        found.append(rows.take(np.sort(chosen)))
+        wanted -= len(chosen)
+    rows = Examples.concatenate(*found)
+    if not len(rows):
+        raise ContractError(f"{pairs} has no graded rows in splits test and valid to check the export with; add some")
+    return rows
+
+
+def _measure(
+    out: Path, precision: str, rows: Examples, trained: Array, relevant: Array, scale: GradeScale, config: ExportConfig
+) -> dict[str, Any]:
+    scorer = Scorer(out, precision, threads=config.threads)
+    texts = list(zip(rows.queries, rows.ads, strict=True))
+    scorer.logits(texts[: config.batch_size], config.batch_size)  # the first batch pays for memory
+    begin = time.monotonic()
+    probs = softmax(scorer.logits(texts, config.batch_size), scorer.card["temperature"])
+    seconds = time.monotonic() - begin
+    file = out / MODEL_FILES[precision]
+    return {
+        "file": file.name,
+        "megabytes": file.stat().st_size / 1e6,
+        "pairs_per_second": len(rows) / seconds,
+        "max_abs_dp": float(np.abs(probs - trained).max()),
+        "roc_auc": _auc(relevant, probs, scale),
+    }
+
+
+def _fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
+    """Why the export must not be used, or None."""
+    moved = parity["fp32"]["max_abs_dp"]
+    if not moved <= config.max_probability_difference:
+        return (
+            f"the exported fp32 model differs from the trained one by {moved:.1e} in a probability (limit "
+            f"{config.max_probability_difference:.1e}); export again with the versions in the constraints file"
+        )
+    exact, small = parity["fp32"]["roc_auc"], parity["int8"]["roc_auc"]
+    if exact is None or small is None:
+        return "graded rows of test and valid are all of one class, so int8 cannot be checked; label some of the other"
+    if not exact - small <= config.max_int8_auc_loss:
+        return (
+            f"the int8 model loses {exact - small:.4f} ROC-AUC against fp32 (limit {config.max_int8_auc_loss}); raise "
+            "export.max_int8_auc_loss if that is acceptable, or train a larger student"
+        )
+    return None
+
+
+def _figures(parity: dict[str, Any]) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "parity_rows": parity["n"],
+        "fp32_max_abs_dp": parity["fp32"]["max_abs_dp"],
+        "int8_max_abs_dp": parity["int8"]["max_abs_dp"],
+        "int8_auc_loss": parity["fp32"]["roc_auc"] - parity["int8"]["roc_auc"],
+        "torch_pairs_per_second": parity["torch"]["pairs_per_second"],
+    }
+    for precision in MODEL_FILES:
+        for name in ("pairs_per_second", "megabytes", "roc_auc"):
+            figures[f"{precision}_{name}"] = parity[precision][name]
+    return figures
+
+
+def _auc(relevant: Array, probs: Array, scale: GradeScale) -> float | None:
+    value = roc_auc(relevant, probs[:, scale.relevant_from :].sum(axis=1))
+    return None if np.isnan(value) else value
+
+
+def _fingerprint(out: Path) -> str:
+    hashed = hashlib.sha256()
+    for name in (*MODEL_FILES.values(), "tokenizer.json", "student.json", "scale.json"):
+        hashed.update((out / name).read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,75 @@
+"""The student's losses: small functions of logits, so that each can be checked by hand.
+
+Left out for now: reasoning-aware contrastive self-distillation (arXiv 2510.11056).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+
+def mixed_cross_entropy(
+    logits: Tensor,
+    grade: Tensor,
+    soft: Tensor,
+    mix: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """Soft cross-entropy with temperature (Hinton et al., arXiv 1503.02531) mixed with the human grade; a scalar.
+
+    Row i costs mix_i · CE(grade_i) + (1 − mix_i) · T² · CE(softmax(log soft_i / T), logits_i / T); T² keeps the size of
+    the gradient independent of T. The mean is over the summed row weights, so a batch of doubtful rows moves the model
+    as far as its rows are worth relative to each other.
+
+    Parameters: logits (B, K); grade int64 (B,), −1 where unknown (there mix must be 0); soft (B, K), rows sum to 1, or
+    to 0 where unknown (there mix must be 1); mix and weight (B,); class_weight (K,) or None.
+    """
+    k = logits.shape[1]
+    known = grade >= 0
+    hard = torch.nn.functional.one_hot(grade.clamp(min=0), k).to(logits.dtype) * known.unsqueeze(1)
+    sharpened = soft.clamp(min=0) ** (1.0 / temperature)
+    sharpened = sharpened / sharpened.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    scale = torch.ones(k, dtype=logits.dtype, device=logits.device) if class_weight is None else class_weight
+    from_gold = -(scale * hard * log_softmax(logits, dim=1)).sum(dim=1)
+    from_teacher = -(scale * sharpened * log_softmax(logits / temperature, dim=1)).sum(dim=1) * temperature**2
+    rows = mix * from_gold + (1 - mix) * from_teacher
+    return (weight * rows).sum() / weight.sum().clamp(min=1e-12)
+
+
+def margin_mse(logits: Tensor, target: Tensor, query_id: Tensor, weight: Tensor) -> Tensor:
+    """Margin-MSE (Hofstätter et al., arXiv 2010.02666) over all pairs of rows of one query in the batch; a scalar.
+
+    The score is the expected grade, so the margins of teacher and student are on one scale: (s_i − s_j − t_i + t_j)².
+    0 when no query has two rows.
+
+    Parameters: logits (B, K); target (B, K) the distribution to follow; query_id int64 (B,); weight (B,).
+    """
+    grades = torch.arange(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    error = (logits.softmax(dim=1) - target) @ grades
+    same = torch.triu(query_id.unsqueeze(0) == query_id.unsqueeze(1), diagonal=1)
+    pair_weight = same * (weight.unsqueeze(0) * weight.unsqueeze(1)).sqrt()
+    squared = (error.unsqueeze(0) - error.unsqueeze(1)) ** 2
+    return (pair_weight * squared).sum() / pair_weight.sum().clamp(min=1e-12)
+
+
+def blended_target(grade: Tensor, soft: Tensor, mix: Tensor) -> Tensor:
+    """The one distribution (B, K) that a row teaches: mix · one-hot(grade) + (1 − mix) · soft."""
+    hard = torch.nn.functional.one_hot(grade.clamp(min=0), soft.shape[1]).to(soft.dtype)
+    return mix.unsqueeze(1) * hard + (1 - mix.unsqueeze(1)) * soft
+
+
+def class_weights(target: Tensor, weight: Tensor, power: float) -> Tensor | None:
+    """Weights (K,) ∝ frequency^−power, with a weighted mean of 1 over the rows; None when `power` is 0.
+
+    A grade that no row has keeps weight 0: nothing can be learned of it.
+    """
+    if power == 0:
+        return None
+    frequency = (weight.unsqueeze(1) * target).sum(dim=0) / weight.sum()
+    raw = torch.where(frequency > 1e-6, frequency.clamp(min=1e-6) ** -power, torch.zeros_like(frequency))
+    return raw / (raw * frequency).sum()

@@ -1,0 +1,127 @@
+"""Loading, running and keeping the cross-encoder and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from data.schema import ContractError, GradeScale
+from student.dataset import Tokens
+from student.serve import batches_by_length, load_tokenizer
+
+Array = np.ndarray
+
+
+def pick_device(name: str) -> str:
+    """`cpu` or `cuda`; raises `ContractError` when a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ContractError("student.device is 'cuda' but PyTorch sees no GPU; set it to 'auto' or 'cpu'")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int) -> PreTrainedModel:
+    """The encoder in `base` with a head of K grades, in float32 on the CPU, ready to be evaluated.
+
+    A head of another size is replaced by a new one, whose weights come from `seed`. Raises `ContractError` when the
+    folder holds no encoder in safetensors, or one with too few positions for `max_length`.
+    """
+    names = {i: grade.name for i, grade in enumerate(scale.grades)}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            config = AutoConfig.from_pretrained(base)
+            config.num_labels, config.id2label = scale.size, names
+            config.label2id = {name: i for i, name in names.items()}
+            config.problem_type = "single_label_classification"
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, ValueError) as error:
+            raise ContractError(
+                f"{base} cannot be loaded as an encoder ({_first_line(error)}); choose a folder with the config and "
+                "safetensors weights of an encoder that transformers can classify with"
+            ) from None
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # RoBERTa's family numbers positions from pad_token_id + 1.
+    offset = (model.config.pad_token_id or 0) + 1 if "roberta" in model.config.model_type else 0
+    if positions is not None and max_length > positions - offset:
+        raise ContractError(
+            f"student.max_length is {max_length}, but the encoder in {base} has {positions - offset} positions; "
+            "lower it to that"
+        )
+    return model.eval()
+
+
+def keep_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
+    """Write the tokenizer of `base` into `out` and return the one that `out/tokenizer.json` gives.
+
+    Raises `ContractError` when there is none that the tokenizers library can run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ContractError(
+            f"{base} holds no usable tokenizer ({_first_line(error)}); add its tokenizer.json"
+        ) from None
+    tokenizer.save_pretrained(out)
+    if not (out / "tokenizer.json").exists():
+        raise ContractError(f"the tokenizer in {base} cannot be saved as tokenizer.json; choose an encoder with one")
+    return load_tokenizer(out / "tokenizer.json", max_length)
+
+
+def input_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """The inputs the model is given; segment ids only where it has more than one segment."""
+    segments = getattr(model.config, "type_vocab_size", 0) > 1
+    return ("input_ids", "attention_mask", "token_type_ids") if segments else ("input_ids", "attention_mask")
+
+
+def forward(model: PreTrainedModel, batch: dict[str, Array], device: str) -> torch.Tensor:
+    """Logits (B, K) of a padded batch."""
+    inputs = {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}
+    return model(**inputs).logits
+
+
+def predict_logits(model: PreTrainedModel, tokens: Tokens, batch_size: int, device: str) -> Array:
+    """Logits float64 (N, K), in the order of the rows."""
+    was_training = model.training
+    model.eval()
+    out = np.zeros((len(tokens.ids), model.config.num_labels))
+    with torch.inference_mode():
+        for rows in batches_by_length(tokens.lengths, batch_size):
+            out[rows] = forward(model, tokens.batch(rows), device).double().cpu().numpy()
+    model.train(was_training)
+    return out
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Fingerprint of all weights, the same on every machine."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def model_folder(path: Path) -> Path:
+    """The model folder at `path` or in its `model/`; raises `ContractError` when there is neither."""
+    for folder in (path, path / "model"):
+        if (folder / "student.json").exists():
+            return folder
+    raise ContractError(f"{path} holds no student (no student.json); run student-distill first")
+
+
+def pad_token_id(config: Any) -> int:
+    """The padding token, 0 where the model names none."""
+    return int(getattr(config, "pad_token_id", None) or 0)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

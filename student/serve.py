@@ -1,0 +1,147 @@
+"""Score query-ad pairs with an exported student: numpy, onnxruntime and tokenizers, nothing else.
+
+This file is copied into every export as `score.py`, so it imports nothing of the product. Training and evaluation take
+their text and tokens from here too: one implementation, so what is served is what was measured.
+As a command it reads JSON lines ({"query": …, "ad_title": …, "ad_text": …, "attributes": {…}}) and writes JSON lines:
+
+    python score.py < pairs.jsonl > scores.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+MODEL_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
+MAX_CHARACTERS = 4000  # of one side; far more than fits any max_length, so that a huge text costs no time
+
+
+def query_text(query: str) -> str:
+    """The first segment of the model's input."""
+    return _clean(query)
+
+
+def ad_text(title: str, text: str | None = None, attributes: Mapping[str, str] | Sequence[Any] | None = None) -> str:
+    """The second segment: title, attributes, then the text, so that what is cut for length is the end of the text.
+
+    Parameters: `attributes` is a mapping or, as Arrow gives maps, a list of (name, value).
+    """
+    parts = [title]
+    pairs = attributes.items() if isinstance(attributes, Mapping) else (attributes or ())
+    parts += [f"{name}: {value}" for name, value in sorted(pairs) if value]
+    if text:
+        parts.append(text)
+    return _clean(" | ".join(parts))
+
+
+def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
+    """The tokenizer of a model folder, set to cut at `max_length` tokens and not to pad.
+
+    An ad that contains "[SEP]" or another special token is read as ordinary characters: an advertiser must not be able
+    to end the ad's segment.
+    """
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Row numbers, longest rows first, `batch_size` at a time: hardly any padding, and memory peaks at once."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int = 0) -> np.ndarray:
+    """int64 array (len(rows), longest row), filled up on the right with `value`."""
+    padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities float64 (N, K) of `logits` (N, K) divided by `temperature`."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    exponential = np.exp(scaled)
+    return exponential / exponential.sum(axis=1, keepdims=True)
+
+
+class Scorer:
+    """An exported student. `threads` = 0 uses all cores."""
+
+    def __init__(self, folder: str | Path, precision: str = "fp32", threads: int = 0) -> None:
+        import onnxruntime
+
+        folder = Path(folder)
+        self.card = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        self.scale = json.loads((folder / "scale.json").read_text(encoding="utf-8"))
+        self.tokenizer = load_tokenizer(folder / "tokenizer.json", self.card["max_length"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            str(folder / MODEL_FILES[precision]), options, providers=["CPUExecutionProvider"]
+        )
+        self.version = f"{self.card['fingerprint']}-{precision}"
+        self.threshold: float = self.card["threshold"]
+
+    def logits(self, texts: Sequence[tuple[str, str]], batch_size: int = 64) -> np.ndarray:
+        """Logits float32 (N, K) of N (query text, ad text)."""
+        encodings = self.tokenizer.encode_batch(list(texts))
+        out = np.zeros((len(texts), len(self.scale["grades"])), dtype=np.float32)
+        for rows in batches_by_length([len(e) for e in encodings], batch_size):
+            batch = [encodings[i] for i in rows]
+            inputs = {
+                "input_ids": pad([e.ids for e in batch], self.card["pad_token_id"]),
+                "attention_mask": pad([e.attention_mask for e in batch]),
+                "token_type_ids": pad([e.type_ids for e in batch]),
+            }
+            out[rows] = self.session.run(None, {name: inputs[name] for name in self.card["inputs"]})[0]
+        return out
+
+    def grade_probs(self, pairs: Iterable[Mapping[str, Any]], batch_size: int = 64) -> np.ndarray:
+        """Calibrated probabilities float64 (N, K) of the K grades, for rows of the `pairs` table."""
+        texts = [(query_text(p["query"]), ad_text(p["ad_title"], p.get("ad_text"), p.get("attributes"))) for p in pairs]
+        return softmax(self.logits(texts, batch_size), self.card["temperature"])
+
+    def p_relevant(self, grade_probs: np.ndarray) -> np.ndarray:
+        """Probability float64 (N,) that the grade is one that counts as relevant; compare it with `threshold`."""
+        return grade_probs[:, self.scale["relevant_from"] :].sum(axis=1)
+
+
+def _clean(text: str) -> str:
+    # A lone surrogate (from a broken escape in JSON) cannot be encoded and would stop the tokenizer.
+    return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+
+
+def main() -> None:
+    """Standard input to standard output, JSON lines, in windows of a thousand."""
+    scorer = Scorer(Path(__file__).parent, precision=sys.argv[1] if len(sys.argv) > 1 else "fp32")
+    window: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        probs = scorer.grade_probs(window) if window else np.zeros((0, 1))
+        for p, row in zip(scorer.p_relevant(probs), probs, strict=True):
+            print(json.dumps({"p_relevant": float(p), "relevant": bool(p >= scorer.threshold), "grades": row.tolist()}))
+        window.clear()
+
+    for line in sys.stdin:
+        if line.strip():
+            window.append(json.loads(line))
+        if len(window) == 1000:
+            flush()
+    flush()
+
+
+if __name__ == "__main__":
+    main()

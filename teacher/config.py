@@ -1,0 +1,105 @@
+"""Settings of the teacher: the prompt, the warm start, AGPO and the evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from data.schema import Config
+
+
+class PromptConfig(Config):
+    guideline: str = Field(default="You grade how well an ad answers a search query.", min_length=1, max_length=8000)
+    """The grading guideline; the definitions of the grades follow it when `definitions` is on."""
+    definitions: bool = True
+    """Spell out every grade in the prompt. Off saves tokens for a model that has learnt the scale from labels."""
+    max_title_chars: int = Field(default=300, ge=20, le=20_000)
+    """Longer ad titles (and queries) are cut in the prompt, after this many characters."""
+    max_text_chars: int = Field(default=600, ge=0, le=100_000)
+    """Longer ad texts are cut in the prompt; 0 leaves the ad text out."""
+    attributes: bool = True
+    """Show the ad's attributes, when the table has any."""
+
+
+class WarmStartConfig(Config):
+    examples: int = Field(default=2000, ge=0)
+    """Labelled pairs of split `train` to learn from, chosen by a hash of their id; 0 skips the warm start."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over those examples."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples in an optimiser step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate (linear warm-up over 5 % of the steps, then cosine)."""
+    loss_on_prompt: bool = False
+    """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
+
+
+class AGPOConfig(Config):
+    steps: int = Field(default=100, ge=0)
+    """Optimiser steps; 0 keeps the warm start as it is."""
+    estimator: Literal["agpo", "grpo"] = "agpo"
+    """The advantage estimator."""
+    delta: float = Field(default=1.0, gt=0)
+    """AGPO's δ: bounds the group advantage (arXiv 2605.05826)."""
+    negative: float = Field(default=-1.0, le=0)
+    """AGPO's R: the constant push on every wrong completion (arXiv 2605.05826)."""
+    group_size: int = Field(default=8, ge=2)
+    """G, completions sampled for a prompt."""
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Prompts in an optimiser step."""
+    generation_batches: int = Field(default=1, ge=1)
+    """Optimiser steps fed by one round of generation; above 1 the later ones are slightly off-policy."""
+    micro_batch: int = Field(default=64, ge=1)
+    """Completions in one forward and backward pass; must divide prompts_per_step × group_size."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of the rollouts."""
+    kl: float = Field(default=0.0, ge=0)
+    """β, the weight of the KL penalty against the warm start; the paper's runs without it can collapse after
+    hundreds of steps."""
+    clip_low: float = Field(default=0.2, gt=0)
+    """ε of the lower clip of the importance ratio."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """ε of the upper clip (clip-higher, DAPO, arXiv 2503.14476)."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    rollouts: Literal["transformers", "vllm"] = "transformers"
+    """Who samples completions while training: the trained module itself, or vLLM in the same process."""
+    checkpoint_every: int = Field(default=20, ge=1)
+    """Steps between checkpoints, from which an interrupted training resumes."""
+
+
+class EvaluationConfig(Config):
+    examples: int = Field(default=200, ge=1)
+    """Pairs of split `valid`, chosen by a hash of their id, that every evaluation uses."""
+    every: int = Field(default=25, ge=0)
+    """AGPO steps between evaluations while training; 0 evaluates before and after only."""
+    samples: int = Field(default=8, ge=1)
+    """Completions sampled for each pair, for pass@k, majority@k and the AUC."""
+    test: bool = True
+    """Evaluate on split `test` too, once, at the end."""
+
+
+class TeacherConfig(Config):
+    model: str = "scratch:small"
+    """The model to start from: `path:DIR`, `hf:ORG/NAME`, `pypi:NAME==VERSION#sha256=HEX` or `scratch:SIZE`."""
+    prompt: PromptConfig = PromptConfig()
+    """What the model is shown."""
+    warm_start: WarmStartConfig = WarmStartConfig()
+    """Supervised fine-tuning on rationales, before AGPO."""
+    agpo: AGPOConfig = AGPOConfig()
+    """Asymmetric Group Policy Optimization on verifiable labels."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How the teacher is measured."""
+    max_completion_tokens: int = Field(default=96, ge=8)
+    """Completions longer than this are truncated, and wrong."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of LoRA adapters on all linear layers, merged at the end; 0 trains all weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights in training; bfloat16 is for GPUs."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory."""
+    seed: int = Field(default=0, ge=0)
+    """Fixes the choice of examples, their order and, as far as the libraries allow, the sampling."""

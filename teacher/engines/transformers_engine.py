@@ -1,0 +1,178 @@
+"""`transformers.generate` as an engine: slower than vLLM, and it runs wherever torch does.
+
+Sampling is done here rather than by `generate`, whose single random stream would make a prompt's completions depend on
+the batch it happens to be in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+
+from data.schema import ContractError
+from teacher.engines.base import Completion, EngineConfig, Sampling, prompt_seed
+
+MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all
+
+
+class TransformersEngine:
+    """Batched generation with a causal language model that is already loaded; the model stays the caller's.
+
+    Its mode (train or eval) and its generation config are put back after every call.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 32, max_model_len: int = 0) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+        self.max_model_len: int = min(max_model_len or own, own)
+        self._end = _end_tokens(model, tokenizer)
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end[0]
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        """See `Engine.generate`. Raises `ValueError` for a prompt that leaves no room for a completion."""
+        for prompt in prompts:
+            if not 0 < len(prompt) < self.max_model_len:
+                raise ValueError(f"a prompt has {len(prompt)} tokens, the model takes 1 to {self.max_model_len - 1}")
+        copies = 1 if sampling.temperature == 0 else sampling.n  # greedy copies are all the same
+        work = [(i, k) for i in range(len(prompts)) for k in range(copies)]
+        work.sort(
+            key=lambda item: -len(prompts[item[0]])
+        )  # like lengths together, and memory runs out at once or never
+        results: list[list[Completion]] = [[None] * copies for _ in prompts]  # type: ignore[list-item]
+        training, kept = self._model.training, self._model.generation_config
+        self._model.eval()
+        # Only the end tokens: a model's own repetition penalty or top-k would change the distribution.
+        self._model.generation_config = GenerationConfig(eos_token_id=self._end, pad_token_id=self._pad)
+        try:
+            for start in range(0, len(work), self._batch_size):
+                batch = work[start : start + self._batch_size]
+                for (i, k), completion in zip(batch, self._batch(batch, prompts, sampling), strict=True):
+                    results[i][k] = completion
+        finally:
+            self._model.generation_config = kept
+            self._model.train(training)
+        return [row * (sampling.n // copies) for row in results]
+
+    def close(self) -> None:
+        """Let the model go; one that the caller still holds stays loaded."""
+        self._model = None
+
+    @torch.inference_mode()
+    def _batch(
+        self, batch: list[tuple[int, int]], prompts: Sequence[list[int]], sampling: Sampling
+    ) -> list[Completion]:
+        device = self._model.device
+        lengths = [len(prompts[i]) for i, _ in batch]
+        width = max(lengths)
+        ids = torch.full((len(batch), width), self._pad, dtype=torch.long)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, (i, _) in enumerate(batch):
+            ids[row, width - lengths[row] :] = torch.tensor(prompts[i])
+            mask[row, width - lengths[row] :] = 1
+        room = self.max_model_len - min(lengths)
+        seeds = [prompt_seed(sampling.seed, prompts[i]) + k for i, k in batch]
+        sampler = _Sampler(sampling, seeds, device)
+        output = self._model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max(1, min(sampling.max_tokens, room)),
+            do_sample=False,
+            use_cache=True,
+            logits_processor=[sampler],
+        )
+        # generate returns one tensor unless its config asks for more
+        rows = output[:, width:].tolist()
+        return [
+            self._completion(tokens, min(sampling.max_tokens, self.max_model_len - lengths[row]), sampler, row)
+            for row, tokens in enumerate(rows)
+        ]
+
+    def _completion(self, tokens: list[int], limit: int, sampler: _Sampler, row: int) -> Completion:
+        tokens = tokens[:limit]
+        end = next((t for t, token in enumerate(tokens) if token in self._end), None)
+        if end is not None:
+            tokens = tokens[: end + 1]
+        return Completion(
+            text=self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            token_ids=tokens,
+            finish_reason="length" if end is None else "stop",
+            top_logprobs=sampler.top_logprobs(row, tokens),
+        )
+
+
+class _Sampler(LogitsProcessor):
+    """Chooses each row's next token with that row's own generator, and keeps the likeliest tokens' log probabilities.
+
+    `generate` then takes the argmax of what is returned, which is the chosen token.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device) -> None:
+        self._sampling = sampling
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._steps: list[tuple[list[list[int]], list[list[float]], list[float]]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` (B, V) are logits; the result (B, V) is 0 at the chosen token and −inf elsewhere."""
+        chosen = scores.argmax(-1) if self._sampling.temperature == 0 else self._sample(scores)
+        if self._sampling.logprobs:
+            logprobs = torch.log_softmax(scores, -1)
+            top = logprobs.topk(min(self._sampling.logprobs, MAX_LOGPROBS, scores.shape[-1]), -1)
+            picked = logprobs.gather(-1, chosen[:, None])[:, 0]
+            self._steps.append((top.indices.tolist(), top.values.tolist(), picked.tolist()))
+        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen[:, None], 0.0)
+
+    def _sample(self, scores: torch.Tensor) -> torch.Tensor:
+        probabilities = torch.softmax(scores / self._sampling.temperature, -1)
+        if self._sampling.top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            # A token stays while those before it have not reached top_p.
+            ordered[ordered.cumsum(-1) - ordered >= self._sampling.top_p] = 0.0
+            probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+        # argmax(p / Exp(1)) is an exact draw from p (the exponential form of the Gumbel-max trick).
+        noise = torch.empty_like(probabilities)
+        for row, generator in enumerate(self._generators):
+            noise[row].exponential_(generator=generator)
+        return (probabilities / noise).argmax(-1)
+
+    def top_logprobs(self, row: int, tokens: list[int]) -> list[dict[int, float]] | None:
+        """The kept log probabilities of one row, for as many steps as it has tokens."""
+        if not self._sampling.logprobs:
+            return None
+        found = []
+        for token, (indices, values, picked) in zip(tokens, self._steps, strict=False):
+            found.append({token: picked[row]} | dict(zip(indices[row], values[row], strict=True)))
+        return found
+
+
+def load_transformers(config: EngineConfig, folder: Path) -> TransformersEngine:
+    """The engine over a model folder; raises `ContractError` when the folder cannot be loaded."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = config.dtype
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ContractError(f"transformers cannot load {folder}: {error}") from error
+    return TransformersEngine(
+        model.to(device), tokenizer, batch_size=config.batch_size, max_model_len=config.max_model_len
+    )
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """All tokens that end a completion: the tokenizer's and those of the generation config, as vLLM has it."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = own if isinstance(own, list) else [own]
+    found = [token for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]
+    if not found:
+        raise ContractError("the model has no end-of-text token: set eos_token_id in its generation_config.json")
+    return found

@@ -1,0 +1,122 @@
+"""vLLM inside this process, on a GPU or (the CPU build) without one.
+
+What was left out: weight updates. vLLM's CPU build packs float32 weights when it loads them, so later updates do not
+arrive unless `vllm._custom_ops._supports_onednn = False` is set before the engine is built; the trainer does that for
+its own engine, and this one only ever reads a finished folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.schema import ContractError
+from teacher.engines.base import Completion, EngineConfig, Sampling, prompt_seed
+
+_ENVIRONMENT = {
+    # The engine lives in this process: no second copy of the interpreter, and it dies with its owner.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Leave the threads where they are: binding takes whole cores away from Spark and from other engines.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Spinning threads cost a factor of ten as soon as anything else runs on the machine.
+    "OMP_WAIT_POLICY": "passive",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VLLMEngine:
+    """See `Engine`. Prefixes that prompts share (the guideline) are computed once."""
+
+    def __init__(self, config: EngineConfig, model: Path) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            import torch
+            from vllm import LLM
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise ContractError(
+                f"vLLM is not usable here ({error}): install the extra `cpu` or `gpu`, or set the engine's kind to "
+                "`transformers` or `openai`"
+            ) from error
+        on_cpu = current_platform.is_cpu()
+        options: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+        if on_cpu:
+            options = {"kv_cache_memory_bytes": config.kv_cache_gib << 30}
+        set_num_threads = torch.set_num_threads
+        if config.threads:
+            set_num_threads(config.threads)
+        self._owns_group = not torch.distributed.is_initialized()
+        try:
+            self._llm = LLM(
+                model=str(model),
+                load_format="safetensors",  # never a pickle
+                trust_remote_code=False,
+                dtype="float32" if config.dtype == "auto" and on_cpu else config.dtype,
+                max_model_len=config.max_model_len or -1,  # −1: the model's own limit, or what memory allows
+                max_num_seqs=config.max_num_seqs,
+                enforce_eager=on_cpu if config.enforce_eager is None else config.enforce_eager,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ContractError(
+                f"vLLM cannot load {model}: {error}; a smaller max_model_len or max_num_seqs, or more memory "
+                "(kv_cache_gib, gpu_memory_utilization), helps when it does not fit"
+            ) from error
+        finally:
+            torch.set_num_threads = set_num_threads  # the CPU worker replaces it for the whole process
+        self.max_model_len: int = self._llm.model_config.max_model_len
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        """See `Engine.generate`. Raises vLLM's own `ValueError` for a prompt that leaves no room for a completion."""
+        if not prompts:
+            return []
+        from vllm import SamplingParams
+
+        copies = 1 if sampling.temperature == 0 else sampling.n  # vLLM refuses n > 1 when greedy: all are the same
+        parameters = [
+            SamplingParams(
+                n=copies,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                seed=prompt_seed(sampling.seed, prompt),
+                logprobs=sampling.logprobs or None,
+                flat_logprobs=True,
+            )
+            for prompt in prompts
+        ]
+        inputs: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        return [[_completion(sample) for sample in output.outputs] * (sampling.n // copies) for output in outputs]
+
+    def close(self) -> None:
+        """Free the model and the cache."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        if self._owns_group:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _completion(sample: Any) -> Completion:
+    return Completion(
+        text=sample.text,
+        token_ids=list(sample.token_ids),
+        finish_reason="length" if sample.finish_reason == "length" else "stop",
+        top_logprobs=None if sample.logprobs is None else _by_token(sample.logprobs),
+    )
+
+
+def _by_token(flat: Any) -> list[dict[int, float]]:
+    """vLLM's flat arrays as one dict for each step; building its own objects instead costs as much as a small model."""
+    spans = zip(flat.start_indices, flat.end_indices, strict=True)
+    return [dict(zip(flat.token_ids[a:b], flat.logprobs[a:b], strict=True)) for a, b in spans]

@@ -1,0 +1,51 @@
+"""Labelled pairs as training and evaluation examples."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as pads
+
+from data.schema import PAIRS, RATIONALES, ContractError, read_table
+from teacher.prompt import Prompt
+from teacher.rationale import lexical_rationale
+from teacher.verifier import ANSWER
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled pair: its rendered prompt and the human grade."""
+
+    pair_id: str
+    prompt: str
+    grade: int
+    target: str
+    """A completion that is right: a reason, then the answer tag."""
+
+
+def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit: int, seed: int) -> list[Example]:
+    """The first `limit` labelled pairs of `split` in an order that a hash of their ids and the seed fixes.
+
+    `pairs` is the folder that data-prepare wrote. Raises `ContractError` if the split has no labelled pair.
+    """
+    where = (pads.field("split") == split) & pads.field("grade").is_valid()
+    rows = read_table(pairs / "pairs", PAIRS, where=where).to_pylist()
+    if not rows:
+        raise ContractError(f"{pairs}: split '{split}' has no labelled pair; give the source more labels or shares")
+    rows.sort(key=lambda row: hashlib.sha256(f"{seed}:{row['pair_id']}".encode()).digest())
+    rows = rows[:limit]
+    folder = pairs / "rationales"
+    reasons: dict[str, str] = {}
+    if split == "train" and folder.exists():
+        reasons = dict(zip(*read_table(folder, RATIONALES).to_pydict().values(), strict=True))
+    examples = []
+    for row in rows:
+        query, title, text = row["query"], row["ad_title"], row["ad_text"]
+        reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
+        rendered = prompt.text(tokenizer, query, title, text, dict(row["attributes"] or ()))
+        target = f"{reason} {ANSWER.format(grade=row['grade'])}"
+        examples.append(Example(row["pair_id"], rendered, row["grade"], target))
+    return examples

@@ -1,0 +1,46 @@
+"""Training metrics as JSON lines beside the checkpoints, and to whoever listens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+Log = Callable[[int, dict[str, float]], None]
+
+
+class MetricsLog:
+    """Appends `{"step", "phase", name: value, …}` lines to a file and hands them to `listener` as `phase/name`.
+
+    A listener that fails (a tracking server that is down) must not stop the training: it is dropped with a warning, and
+    the file stays complete. When a training resumes, steps that it repeats replace the lines written before.
+    """
+
+    def __init__(self, path: Path, listener: Log | None) -> None:
+        self.path = path
+        self.listener = listener
+
+    def write(self, phase: str, step: int, values: dict[str, float]) -> None:
+        """Record `values` of `step`; numbers that are not finite are left out."""
+        kept = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "phase": phase, **kept}) + "\n")
+        if self.listener is None:
+            return
+        try:
+            self.listener(step, {f"{phase}/{name}": value for name, value in kept.items()})
+        except Exception as error:  # any failure of the listener: it is not the training's
+            logger.warning("metrics are only kept in %s from here on: %s", self.path, error)
+            self.listener = None
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Drop lines of `phase` after `step`, and of what follows it: a resumed training writes them anew."""
+        if not self.path.exists():
+            return
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
+        kept = [line for line in lines if line["phase"] != phase or line["step"] <= step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,83 @@
+"""The data stage on the synthetic source and on the real Home Depot file."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from data.config import DataConfig
+from data.prepare import prepare
+from data.schema import PAIRS, RATIONALES, ContractError, GradeScale, read_table
+from data.sources import home_depot
+from data.text import normalise_key
+
+pytestmark = pytest.mark.spark
+
+
+def test_synthetic(spark: Any, tmp_path: Path) -> None:
+    config = DataConfig(source="synthetic", rows=600, seed=1)
+    result = prepare(config, tmp_path, spark)
+    figures = result.figures
+    assert figures["rows_in"] == 600
+    assert figures["rejected"] == 0
+    assert figures["rows"] + figures["duplicates"] == 600
+    pairs = read_table(tmp_path / "pairs", PAIRS).to_pylist()
+    scale = GradeScale.load(tmp_path)
+    assert {row["grade"] for row in pairs} == set(range(scale.size))
+    assert any(row["attributes"] for row in pairs)
+    train = {row["pair_id"] for row in pairs if row["split"] == "train"}
+    reasons = read_table(tmp_path / "rationales", RATIONALES)["pair_id"].to_pylist()
+    assert set(reasons) == train
+    assert len(reasons) == len(train) == figures["rationales"]
+
+    other = tmp_path / "again"
+    other.mkdir()
+    before = spark.conf.get("spark.sql.shuffle.partitions")
+    spark.conf.set("spark.sql.shuffle.partitions", "3")
+    try:
+        assert prepare(config, other, spark).fingerprint == result.fingerprint
+    finally:
+        spark.conf.set("spark.sql.shuffle.partitions", before)
+
+
+def test_home_depot_grades_at_their_bounds(spark: Any, tmp_path: Path) -> None:
+    ratings = ["1.0", "1.5", "1.67", "2.25", "2.33", "3", "3.5", "", "x"]
+    lines = [f'{i},{i},"A 3"" pipe, {i}",pipe,{rating}' for i, rating in enumerate(ratings)]
+    file = tmp_path / "train.csv"
+    file.write_text("\n".join(["id,product_uid,product_title,search_term,relevance", *lines]))
+    prepare(DataConfig(source="home_depot", path=file, max_rejected_share=0.5), tmp_path, spark)
+    rows = read_table(tmp_path / "pairs", PAIRS).to_pylist()
+    assert {row["grade_raw"]: row["grade"] for row in rows} == {1.0: 0, 1.5: 0, 1.67: 1, 2.25: 1, 2.33: 2, 3.0: 2}
+    assert 'A 3" pipe, 0' in {row["ad_title"] for row in rows}
+    assert {row["detail"] for row in pq.read_table(tmp_path / "rejected").to_pylist()} == {"3.5", None, "x"}
+
+
+def test_home_depot_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ADS_RELEVANCE_DATA", str(tmp_path))
+    with pytest.raises(ContractError, match="ADS_RELEVANCE_DATA"):
+        home_depot.input_files(DataConfig(source="home_depot"))
+
+
+@pytest.mark.skipif(
+    not any((folder / "home_depot" / "train.csv.gz").exists() for folder in home_depot.data_folders()),
+    reason=f"the Home Depot file is not in {os.environ.get('ADS_RELEVANCE_DATA', '../shared/data')}",
+)
+def test_home_depot_as_published(spark: Any, tmp_path: Path) -> None:
+    config = DataConfig(source="home_depot", max_train=2000, max_valid=500, max_test=1000, max_pool=3000)
+    figures = prepare(config, tmp_path, spark).figures
+    assert figures["rows_in"] == 74_067
+    assert figures["rejected"] == 0
+    assert (figures["rows_train"], figures["rows_valid"], figures["rows_test"], figures["rows_pool"]) == (
+        2000,
+        500,
+        1000,
+        3000,
+    )
+    rows = read_table(tmp_path / "pairs", PAIRS).to_pylist()
+    assert all((row["grade_raw"] >= 2.33) == (row["grade"] == 2) for row in rows)
+    assert all((row["grade_raw"] < 1.6) == (row["grade"] == 0) for row in rows)
+    splits = {(normalise_key(row["query"]), row["split"]) for row in rows}
+    assert max(Counter(query for query, _ in splits).values()) == 1

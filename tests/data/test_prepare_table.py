@@ -1,0 +1,271 @@
+"""The data stage on tables of every format: rows are accounted for, faults are named, nothing depends on order."""
+
+import csv
+import gzip
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from data.config import DataConfig
+from data.prepare import prepare
+from data.schema import PAIRS, RATIONALES, ContractError, GradeScale, read_table
+from data.sources import input_fingerprint
+from data.text import normalise_key, pair_id
+
+pytestmark = pytest.mark.spark
+
+GRADES = [
+    {"name": "no", "definition": "It is not."},
+    {"name": "so", "definition": "Partly."},
+    {"name": "yes", "definition": "It is."},
+]
+COLUMNS = {"query": "search term", "ad_title": "Title.1", "ad_text": "text", "grade": "label", "attributes": "extra"}
+HEADER = ["id", *COLUMNS.values()]
+
+
+def config(path: Path, **more: Any) -> DataConfig:
+    base = {"source": "table", "path": path, "columns": COLUMNS, "grades": GRADES, "max_rejected_share": 1.0}
+    return DataConfig.model_validate(base | more)
+
+
+def rows(count: int = 60) -> list[list[Any]]:
+    """Sound rows: 3 ads for each query, text with quotes, separators and line breaks."""
+    made = []
+    for i in range(count):
+        text = f'a "quoted", text\nin two lines\twith a tab {i}'
+        made.append([i, f"Query {i // 3}", f"Title, {i}", text, i % 3, json.dumps({"size": i, "a": "x"})])
+    return made
+
+
+def as_csv(table: list[list[Any]], separator: str = ",") -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter=separator, lineterminator="\n")
+    writer.writerows([HEADER, *table])
+    return buffer.getvalue()
+
+
+def as_jsonl(table: list[list[Any]]) -> str:
+    return "".join(json.dumps(dict(zip(HEADER, row, strict=True))) + "\n" for row in table)
+
+
+def pairs(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["pair_id"]: row for row in read_table(out / "pairs", PAIRS).to_pylist()}
+
+
+def rejected(out: Path) -> list[dict[str, Any]]:
+    return pq.read_table(out / "rejected").to_pylist()
+
+
+def test_every_format_gives_the_same_table(spark: Any, tmp_path: Path) -> None:
+    table = rows()
+    folder = tmp_path / "with space, [brackets] and {braces}"  # patterns to Hadoop
+    folder.mkdir()
+    shuffled = random.Random(0).sample(table, len(table))
+    (folder / "a.csv").write_text(as_csv(table), encoding="utf-8-sig")
+    (folder / "a.csv.gz").write_bytes(gzip.compress(as_csv(shuffled).replace("\n2", "\n2").encode()))
+    (folder / "a.tsv").write_text(as_csv(table, "\t"))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(as_jsonl(shuffled).encode()))
+    columns = dict(zip(HEADER, zip(*table, strict=True), strict=True))
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "a.parquet")
+
+    made = {}
+    for file in sorted(folder.iterdir()):
+        out = tmp_path / f"out {file.name}"
+        out.mkdir()
+        made[file.name] = prepare(config(file), out, spark)
+        assert made[file.name].figures["rejected"] == 0, rejected(out)
+    assert len({result.fingerprint for result in made.values()}) == 1
+    found = pairs(tmp_path / "out a.csv")
+    assert len(found) == 60
+    row = found[pair_id("Query 1", "Title, 4", 'a "quoted", text in two lines with a tab 4')]
+    assert row["ad_text"] == 'a "quoted", text\nin two lines\twith a tab 4'
+    assert dict(row["attributes"]) == {"size": "4", "a": "x"}
+    assert (row["grade"], row["grade_raw"], row["source"]) == (1, 1.0, "table")
+    ids = read_table(tmp_path / "out a.csv" / "pairs", PAIRS)["pair_id"].to_pylist()
+    assert ids == sorted(ids)
+    assert GradeScale.load(tmp_path / "out a.csv").relevant_from == 2
+    assert read_table(tmp_path / "out a.csv" / "rationales", RATIONALES).num_rows == 0
+
+
+def test_faults_are_named_and_every_row_is_accounted_for(spark: Any, tmp_path: Path) -> None:
+    bad = {
+        "the query is empty or has no visible character": [["\x00\u200b", "t", "", 1, ""], ["  ", "t", "", 1, ""]],
+        "the ad title is empty or has no visible character": [["q", "\x07", "", 1, ""]],
+        "the ad title is longer than 20000 characters": [["q", "t" * 20_001, "", 1, ""]],
+        "the ad text is longer than 20000 characters": [["q", "t", "x" * 20_001, 1, ""]],
+        "the grade is not on the scale 0 … 2": [
+            ["q", "t", "", 3, ""],
+            ["q", "t", "", "good", ""],
+            ["q", "t", "", 1.5, ""],
+        ],
+        "the attributes are not a JSON object": [["q", "t", "", 1, "{oops"]],
+    }
+    table = rows(30) + [[0, *row] for group in bad.values() for row in group]
+    text = as_csv(table) + "1,too,few\n" + "1,q,t,x,1,{},one,two\n"
+    file = tmp_path / "bad.csv"
+    file.write_bytes(text.encode() + b"9,caf\xe9,un\xff,,1,\n")
+    result = prepare(config(file), tmp_path, spark)
+
+    expected = {reason: len(group) for reason, group in bad.items()} | {"the line has too few or too many columns": 2}
+    assert json.loads((tmp_path / "card.json").read_text())["rejected_by_reason"] == expected
+    reasons = [row["reason"] for row in rejected(tmp_path)]
+    assert {reason: reasons.count(reason) for reason in reasons} == expected
+    figures = result.figures
+    assert (figures["rows_in"], figures["rows"], figures["rejected"]) == (42, 31, 11)
+    assert "caf\ufffd" in {row["query"] for row in pairs(tmp_path).values()}
+
+    with pytest.raises(ContractError) as caught:
+        prepare(config(file, max_rejected_share=0.2), tmp_path, spark)
+    message = str(caught.value)
+    assert "11 of 42 rows are faulty" in message
+    assert message.count("(e.g. ") == 5
+    assert any(f"detail {label!r}" in message for label in ("3", "good", "1.5"))
+    assert "\n" not in message
+    assert "\x00" not in message
+
+
+def test_duplicates_become_their_lower_median(spark: Any, tmp_path: Path) -> None:
+    columns = {"query": "q", "ad_title": "t", "grade": "r", "attributes": "a", "rationale": "why"}
+    records = [
+        {"q": "Red  Shoes", "t": "b", "r": 1.0, "why": "why 0"},
+        {"q": "red shoes", "t": "B ", "r": 2.0, "a": {"k": 1, "z": None}, "why": "why 1"},
+        {"q": "ＲＥＤ shoes", "t": "b", "r": 2.2, "why": "zzz"},
+        {"q": "red shoes", "t": "b", "r": 3.0, "why": "why 2"},
+        {"q": "red shoes", "t": "b", "r": None, "why": "of no grade"},
+        {"q": "red shoes", "t": "other", "r": 3, "a": {}},
+    ]
+    lines = [json.dumps(record) for record in records]
+    lines.append('{"q": "red shoes", "t": "twice", "r": 1, "a": {"k": "1", "k": "2"}}')
+    more = {
+        "columns": columns,
+        "grade_thresholds": (1.5, 2.5),
+        "shares": {"train": 1, "valid": 0, "test": 0, "pool": 0},
+    }
+    found, prints = [], set()
+    for order in (lines, lines[::-1]):
+        file = tmp_path / f"{len(found)}.jsonl"
+        file.write_text("\n".join(order))
+        result = prepare(config(file, **more), tmp_path, spark)
+        assert (result.figures["rows"], result.figures["duplicates"], result.figures["queries"]) == (3, 4, 1)
+        found.append(pairs(tmp_path))
+        prints.add(result.fingerprint)
+    assert len(prints) == 1
+    assert found[0] == found[1]
+    row = found[0][pair_id("red shoes", "b")]
+    assert (row["grade"], row["grade_raw"], row["query"]) == (1, 2.0, "Red  Shoes")
+    assert row["attributes"] is None
+    assert found[0][pair_id("red shoes", "twice")]["attributes"] == [("k", "2")]
+    # The reason is one given for the grade that won.
+    reasons = read_table(tmp_path / "rationales", RATIONALES).to_pylist()
+    assert reasons == [{"pair_id": row["pair_id"], "reasoning": "why 1"}]
+
+
+def test_a_query_is_in_one_split_and_unlabelled_queries_are_the_pool(spark: Any, tmp_path: Path) -> None:
+    table = rows(300)
+    for row in table:
+        number = int(row[1].split()[1])
+        row[1] = random.Random(row[0]).choice([row[1], row[1].upper(), f" {row[1]}\u200b"])
+        if number % 4 == 0:
+            row[4] = ""  # a query without labels
+        elif row[0] % 3 == 0:
+            row[4] = "NaN"  # one of its ads has none
+    file = tmp_path / "a.csv"
+    file.write_text(as_csv(table))
+    result = prepare(config(file, max_train=20), tmp_path, spark)
+    found = pairs(tmp_path).values()
+    splits: dict[str, set[str]] = {}
+    for row in found:
+        splits.setdefault(normalise_key(row["query"]), set()).add(row["split"])
+    assert all(len(names) == 1 for names in splits.values())
+    assert all(splits.get(f"query {i}") == {"pool"} for i in range(0, 100, 4))
+    assert all(row["grade"] is not None for row in found if row["split"] != "pool")
+    figures = result.figures
+    assert figures["rows_train"] == 20
+    assert figures["beyond_limits"] > 0
+    assert figures["unlabelled_left_out"] > 0
+    assert figures["rows"] + figures["unlabelled_left_out"] + figures["beyond_limits"] == 300
+
+    # Rows that are added move no query.
+    file.write_text(as_csv(rows(30) + [[0, f"new {i}", "t", "", 1, ""] for i in range(100)] + table))
+    prepare(config(file), tmp_path, spark)
+    after = {row["pair_id"]: row["split"] for row in pairs(tmp_path).values()}
+    assert all(
+        after[row["pair_id"]] == row["split"]
+        for row in found
+        if normalise_key(row["query"]) in splits and int(normalise_key(row["query"]).split()[1]) % 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": {"query": "serch term", "ad_title": "Title.1"}}, "'search term'"),
+        ({"columns": {"query": "search term", "ad_title": "zzzzzz"}}, "it has 'id', 'search term'"),
+        ({"path": Path("nowhere/x.csv")}, "nowhere"),
+        ({"format": "parquet"}, "cannot be read as parquet"),
+        ({"format": "jsonl"}, "no JSON object"),
+        ({"relevant_from": 0}, "relevant_from"),
+    ],
+)
+def test_what_a_person_must_mend_is_one_sentence(
+    spark: Any, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "a.csv").write_text(as_csv(rows(3)))
+    with pytest.raises((ContractError, ValidationError), match=message):
+        prepare(
+            config(tmp_path / "a.csv").model_validate(config(tmp_path / "a.csv").model_dump() | change), tmp_path, spark
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"id,search term,Title.1,text,label,extra\n", b"\x1f\x8b\x08", None])
+def test_empty_and_damaged_files_are_named(spark: Any, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "a.csv.gz"
+    whole = gzip.compress(as_csv(rows(3000)).encode())
+    # Truncated behind the header, so that only Spark comes to it.
+    file.write_bytes(
+        whole[:-3000] if content is None else content if content.startswith(b"\x1f") else gzip.compress(content)
+    )
+    with pytest.raises(ContractError, match=r"a\.csv\.gz"):
+        prepare(config(file), tmp_path, spark)
+
+
+def test_labels_as_words_and_a_changed_file(spark: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.tsv"
+    table = [[i, f"q{i}", "t", "", word, ""] for i, word in enumerate(("Exact", "Partial", " None ", "exact", ""))]
+    file.write_text(as_csv(table, "\t"))
+    chosen = config(file, grade_labels={"Exact": 2, "Partial": 1, "None": 0}, relevant_from=1)
+    result = prepare(chosen, tmp_path, spark)
+    assert result.figures["rejected"] == 1
+    assert rejected(tmp_path)[0]["detail"] == "exact"
+    assert sorted(str(row["grade"]) for row in pairs(tmp_path).values()) == ["0", "1", "2", "None"]
+    assert GradeScale.load(tmp_path).relevant_from == 1
+    before = input_fingerprint(chosen)
+    file.write_text(as_csv(table[1:], "\t"))
+    assert input_fingerprint(chosen) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"path": None},
+        {"columns": {"query": "q"}},
+        {"columns": {"query": "q", "ad_title": "t", "tittle": "x"}},
+        {"grades": []},
+        {"grade_thresholds": (2.0, 1.0)},
+        {"grade_thresholds": (2.0,)},
+        {"grade_thresholds": (1.0, float("nan"))},
+        {"grade_labels": {"a": 3}},
+        {"relevant_from": 3},
+        {"max_train": 0},
+    ],
+)
+def test_config_is_refused_before_work(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        DataConfig.model_validate(config(Path("a.csv")).model_dump() | change)

@@ -1,0 +1,59 @@
+"""How Spark is started: with this interpreter, quietly, and with a clear refusal where it cannot be."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from data.schema import ContractError
+from pipeline.spark import SparkConfig, start_spark
+
+
+def test_no_java_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ContractError, match="needs Java"):
+        start_spark(SparkConfig())
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(ContractError, match="JAVA_HOME"):
+        start_spark(SparkConfig())
+
+
+@pytest.mark.parametrize("change", [{"driver_memory": "much"}, {"driver_memory": "0g"}, {"shuffle_partitions": 0}])
+def test_settings_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SparkConfig.model_validate(change)
+
+
+@pytest.mark.spark
+def test_the_session_is_as_asked(spark: Any) -> None:
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    assert spark.conf.get("spark.pyspark.python") == sys.executable
+    assert spark.conf.get("spark.driver.bindAddress") == "127.0.0.1"
+    assert spark.sparkContext.uiWebUrl is None
+    rows = spark.range(2).mapInArrow(lambda batches: batches, "id long").collect()
+    assert [row["id"] for row in rows] == [0, 1]
+
+
+@pytest.mark.spark
+def test_a_bad_master_is_one_sentence_and_a_session_prints_nothing() -> None:
+    code = """
+import sys
+from data.schema import ContractError
+from pipeline.spark import SparkConfig, start_spark
+try:
+    start_spark(SparkConfig(master="nonsense"))
+except ContractError as error:
+    print("refused:", str(error).count("\\n"), "nonsense" in str(error), flush=True)
+print("--", file=sys.stderr, flush=True)  # the JVM tells its side of a refusal above this line
+session = start_spark(SparkConfig(shuffle_partitions=3, extra={"spark.sql.session.timeZone": "Asia/Tokyo"}))
+print(session.conf.get("spark.sql.shuffle.partitions"), session.conf.get("spark.sql.session.timeZone"))
+session.stop()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.splitlines() == ["refused: 0 True", "3 Asia/Tokyo"]
+    quiet = done.stderr.split("--\n", 1)[1]
+    assert [line for line in quiet.splitlines() if "incubator modules" not in line] == []

@@ -1,0 +1,141 @@
+"""The trainer on a tiny model: our advantages reach TRL's loss, and a killed training continues."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trl import GRPOTrainer
+
+from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
+from teacher.train import load_model, train_teacher
+from teacher.trainer import AGPOTrainer, group_statistics
+
+TINY = TeacherConfig(
+    model="scratch:tiny",
+    prompt=PromptConfig(guideline="Grade.", definitions=False),
+    warm_start=WarmStartConfig(examples=16, epochs=2, batch_size=8, loss_on_prompt=True),
+    agpo=AGPOConfig(steps=4, group_size=4, prompts_per_step=2, micro_batch=8, checkpoint_every=2),
+    evaluation=EvaluationConfig(examples=4, every=0, samples=2, test=False),
+    max_completion_tokens=12,
+)
+
+
+def test_trls_private_surface_is_where_we_override_it():
+    expected = {
+        "_tokenize_prompts": ["self", "prompts"],
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+        "_generate_and_score_completions": ["self", "inputs"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == parameters
+
+
+def test_group_statistics_by_hand():
+    rewards = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [float("nan"), 1.0]])
+    advantages = torch.tensor([[0.0, 0.0], [-1.0, -1.0], [0.5, -1.5], [0.0, 0.0]])
+    found = group_statistics(rewards, advantages)
+    assert found["accuracy"] == pytest.approx(4 / 7)
+    assert found["groups/all_right"] == 0.5
+    assert found["groups/all_wrong"] == 0.25
+    assert found["groups/mixed"] == 0.25
+    assert found["advantage/positive"] == pytest.approx(0.5 / 8)
+    assert found["advantage/negative"] == pytest.approx(-3.5 / 8)
+
+
+def test_the_loss_gets_our_advantages(decoder, tmp_path):
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    model, tokenizer = load_model(decoder, TINY)
+    seen, used = [], []
+
+    def marked(rewards):
+        seen.append(rewards.clone())
+        return torch.arange(rewards.numel(), dtype=torch.float32).view_as(rewards) - 3.0
+
+    class Spy(AGPOTrainer):
+        def _compute_loss(self, model, inputs):
+            used.extend(inputs["advantages"].tolist())
+            return super()._compute_loss(model, inputs)
+
+    trainer = Spy(
+        model=model,
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=6,
+            max_steps=1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": "<|user|>a<|end|><|assistant|>"}] * 4),
+        reward_funcs=lambda completions, **_: [1.0 if i % 2 else -1.0 for i in range(len(completions))],
+        advantages=marked,
+    )
+    trainer.train()
+    assert seen[0].shape == (2, 4)
+    assert set(seen[0].flatten().tolist()) == {-1.0, 1.0}
+    assert sorted(used) == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
+    assert list(trainer._logs["advantages"]) == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_train_teacher_leaves_a_complete_folder(decoder, pairs, tmp_path):
+    heard = []
+    result = train_teacher(TINY, decoder, pairs, tmp_path, lambda step, values: heard.append((step, values)))
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    assert {
+        "model.safetensors",
+        "tokenizer.json",
+        "scale.json",
+        "teacher.json",
+        "model_card.md",
+        "metrics.json",
+    } <= names
+    assert not (tmp_path / "checkpoints").exists()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["phase"] == "agpo"] == [1, 2, 3, 4]
+    assert {"accuracy", "entropy", "parse_rate", "groups/mixed"} <= set(lines[-2])
+    assert len(heard) == len(lines)
+    assert json.loads((tmp_path / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
+    assert {"base/accuracy", "warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
+
+
+def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(decoder, pairs, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight.mkdir()
+    broken.mkdir()
+    train_teacher(TINY, decoder, pairs, straight)
+    # A real kill −9 in a process of its own, at AGPO's third step: after the checkpoint of step 2.
+    script = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from teacher.config import TeacherConfig
+        from teacher.train import train_teacher
+
+        def die(step, values):
+            if step == 3 and any(name.startswith("agpo/") for name in values):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        config = TeacherConfig.model_validate_json({TINY.model_dump_json()!r})
+        train_teacher(config, Path({str(decoder)!r}), Path({str(pairs)!r}), Path({str(broken)!r}), die)
+    """)
+    killed = subprocess.run([sys.executable, "-c", script], check=False, env=dict(os.environ), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    train_teacher(TINY, decoder, pairs, broken)
+    expected = load_file(straight / "model" / "model.safetensors")
+    found = load_file(broken / "model" / "model.safetensors")
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) <= 1e-6
+    steps = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["phase"] == "agpo"] == [1, 2, 3, 4]
