@@ -120,22 +120,20 @@ def _show_plan(name: str, settings: PipelineConfig) -> None:
 
 
 def _run(name: str, settings: PipelineConfig) -> None:
-    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
-
     from data.schema import ContractError
+    from flows.local_server import ensure_server
 
-    # Without a server of its own Prefect starts one for the call; on a busy machine its default of 20 s is too short.
-    with temporary_settings(set_defaults={PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180}):
-        try:
-            from flows import relevance
+    try:
+        ensure_server()
+        from flows import relevance
 
-            summary = getattr(relevance, FLOWS[name].function)(settings)
-        except ContractError as error:
-            _fail(str(error), 1)
-        except KeyboardInterrupt:
-            _fail("interrupted; the same command resumes", 130)
-        except Exception as error:  # Prefect has logged it, with its traceback
-            _fail(f"{name} failed: {type(error).__name__}: {_first_line(error)}", 1)
+        summary = getattr(relevance, FLOWS[name].function)(settings)
+    except ContractError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes", 130)
+    except Exception as error:  # Prefect has logged it, with its traceback
+        _fail(f"{name} failed: {type(error).__name__}: {_first_line(error)}", 1)
     _show(summary)
 
 

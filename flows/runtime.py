@@ -36,6 +36,14 @@ class _NoTraceback(logging.Filter):
         return True
 
 
+class _NoInterrupt(logging.Filter):
+    """Py4J logs a Ctrl-C as an error with its traceback; the command line says in one line what has happened."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        return not isinstance(error, KeyboardInterrupt)
+
+
 def connect_logging() -> None:
     """Send the logs of this package's rooms to the console and to Prefect; calling it again changes nothing.
 
@@ -52,10 +60,10 @@ def connect_logging() -> None:
             handler = APILogHandler()
             handler.addFilter(_InsideARun())
             logger.addHandler(handler)
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
+    for name, wanted in (("prefect.flow_runs", _NoTraceback), ("prefect.task_runs", _NoTraceback), ("", _NoInterrupt)):
         logger = logging.getLogger(name)
-        if not any(isinstance(each, _NoTraceback) for each in logger.filters):
-            logger.addFilter(_NoTraceback())
+        if not any(isinstance(each, wanted) for each in logger.filters):
+            logger.addFilter(wanted())
 
 
 @contextmanager

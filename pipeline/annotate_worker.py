@@ -238,8 +238,14 @@ def _row(
         "n_samples": len(result),
         "n_unparsed": outcome.n_unparsed,
         "status": "unparsed" if outcome.grade is None else "ok",
+        "error": "" if outcome.votes else _no_grade(result, job.sampling.max_tokens),
         "completion_tokens": sum(len(completion.token_ids) for completion in result),
     }
+
+
+def _no_grade(completions: Sequence[Completion], max_tokens: int) -> str:
+    cut = sum(completion.finish_reason == "length" for completion in completions)
+    return f"no grade in {len(completions)} samples, of which {cut} were cut off at {max_tokens} tokens"
 
 
 def with_threads(engine: EngineConfig, engines: int, local: bool) -> EngineConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ def register_student(tracker: Tracker, export: Path, fingerprint: str) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             served = Path(temporary) / "export"
             shutil.copytree(export, served, ignore=shutil.ignore_patterns("_*.json"))
-            with mlflow.start_run(run_id=tracker.run_id):
+            with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id):
+                warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)  # signature is given
                 info = mlflow.pyfunc.log_model(
                     name="student",
                     python_model=str(Path(__file__).with_name("student_pyfunc.py")),

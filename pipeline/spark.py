@@ -56,7 +56,8 @@ class SparkConfig(Config):
     """Serve Spark's own web page while the session lives."""
 
     extra: dict[str, str] = Field(default_factory=dict)
-    """Any other Spark settings by their own keys; they win over the settings made here."""
+    """Any other Spark settings by their own keys; they win over the settings made here. On a local master the JVM is tuned
+    for short jobs; for hours of work over a big table set `spark.driver.extraJavaOptions` to what you want instead."""
 
 
 def start_spark(config: SparkConfig) -> SparkSession:
@@ -83,7 +84,7 @@ def start_spark(config: SparkConfig) -> SparkSession:
         # Read once by the JVM when it starts, so it need not outlive this call.
         log4j = Path(folder, "log4j2.properties")
         log4j.write_text(_LOG4J, encoding="utf-8")
-        given = settings.get("spark.driver.extraJavaOptions", "")
+        given = settings.get("spark.driver.extraJavaOptions") or _java_options(config.master)
         settings["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile={log4j} {given}".strip()
         for key, value in settings.items():
             builder = builder.config(key, value)
@@ -111,6 +112,12 @@ def _settings(config: SparkConfig) -> dict[str, str]:
         # A laptop's or a container's host name often does not resolve. A cluster's executors must reach the driver.
         settings |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
     return settings | config.extra
+
+
+def _java_options(master: str) -> str:
+    # On one machine the jobs are minutes long and share the cores with Python and torch: the second compiler and the
+    # parallel collectors take half of the JVM's time there and never pay it back.
+    return "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC" if master.startswith("local") else ""
 
 
 def _require_java() -> None:

@@ -7,6 +7,8 @@ its stage has work to do, so that a run that reuses everything starts neither Sp
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,7 +255,11 @@ def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
     from pipeline.spark import start_spark
 
+    before = signal.getsignal(signal.SIGINT)
     session = start_spark(config)
+    if threading.current_thread() is threading.main_thread():
+        # PySpark's own handler talks to the JVM in the middle of another call, which fails with pages of tracebacks.
+        signal.signal(signal.SIGINT, before)
     try:
         yield session
     finally:

@@ -84,7 +84,10 @@ class AnswerReader:
     def _answer_place(self, token_ids: Sequence[int]) -> int | None:
         """Index of the token that brings the answer's digit: the shortest tail that shows the digit starts with it."""
         for place in range(len(token_ids) - 1, max(-1, len(token_ids) - 1 - _LONGEST_TAIL), -1):
-            if _ANSWER_END.search(self._tokenizer.decode(list(token_ids[place:]), skip_special_tokens=True)):
+            tail = self._tokenizer.decode(
+                list(token_ids[place:]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            if _ANSWER_END.search(tail):
                 return place
         return None
 

@@ -194,9 +194,7 @@ def unpack_model(archive: Path, out: Path) -> None:
         for path, info in members.items():
             link = (info.external_attr >> 16) & 0o170000 == 0o120000
             if path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in path.parts[0] or link:
-                raise ContractError(
-                    f"{archive.name} holds '{info.filename}', which would be written elsewhere: refused"
-                )
+                raise ContractError(f"{archive.name} holds '{info.filename}', which leads out of it: refused")
         weights = {path.parent for path in members if path.suffix == ".safetensors"}
         folders = [folder for folder in weights if folder / "config.json" in members]
         ggufs = [path for path in members if path.suffix == ".gguf"]
@@ -234,6 +232,7 @@ def dequantise(gguf: Path, out: Path) -> None:
         token_id = getattr(model.config, f"{name}_id", None)
         if token_id is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.clean_up_tokenization_spaces = False  # the old default, which damages byte-level text
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.hf_quantizer = None

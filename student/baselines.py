@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from student.dataset import Tokens
+from student.model import quiet_transformers
 from student.serve import batches_by_length
 
 Array = np.ndarray
@@ -81,7 +82,8 @@ def encoder_cosine(
     """Cosine (N,) of the mean-pooled token vectors of query and ad under the encoder in `base`, as it was given."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(base, dtype=torch.float32, use_safetensors=True).to(device).eval()
+    with quiet_transformers():
+        model = AutoModel.from_pretrained(base, dtype=torch.float32, use_safetensors=True).to(device).eval()
     texts = list(dict.fromkeys([*queries, *ads]))
     place = {text: i for i, text in enumerate(texts)}
     encodings = tokenizer.encode_batch(texts)

@@ -160,7 +160,10 @@ def read_training(pairs: Path, annotations: Path | None, scale: GradeScale, conf
     probs, agreement = _read_annotations(annotations, scale, config)
     in_training = pads.field("split").isin(["train", "pool"])
     annotated = read_table(
-        pairs / "pairs", PAIRS, columns=columns, where=in_training & pads.field("pair_id").isin(list(probs))
+        pairs / "pairs",
+        PAIRS,
+        columns=columns,
+        where=in_training & pads.field("pair_id").isin(pa.array(probs, pa.string())),
     )
     # A graded row with an annotation teaches both; it comes with `gold`, so it leaves `annotated`.
     annotated = annotated.filter(pc.invert(pc.is_in(annotated.column("pair_id"), pa.array(gold.pair_ids, pa.string()))))

@@ -25,7 +25,7 @@ from student.dataset import Examples, read_annotated, read_examples, read_traini
 from student.evaluation import System, curves, evaluate_systems, graded, write_predictions
 from student.fit import Fitted, fit
 from student.metrics import expected_calibration_error, roc_auc
-from student.model import input_names, keep_tokenizer, pad_token_id, pick_device, predict_logits
+from student.model import input_names, keep_tokenizer, pad_token_id, pick_device, predict_logits, quiet_transformers
 from student.serve import ad_text, softmax
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,8 @@ def _save(
 ) -> dict[str, Any]:
     """Write weights, scale and `student.json` into `folder`; returns the latter's content."""
     model = student.fitted.model
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     scale.save(folder)
     kept = {
         "max_length": config.max_length,

@@ -9,6 +9,8 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +97,7 @@ def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path:
         "token_type_ids": torch.zeros(3, 13, dtype=torch.long),
     }
     example["attention_mask"][1, 7:] = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notes on packages that are not installed and on axis names
+    with _silent():
         program = torch.onnx.export(
             _Logits(model, inputs).eval(),
             tuple(example[name] for name in inputs),
@@ -118,7 +119,21 @@ def write_int8(fp32: Path, int8: Path) -> None:
     # The exporter notes shapes of weights that its own optimiser then transposes; the quantiser infers them afresh.
     del model.graph.value_info[:]
     # 7-bit weights: with 8 bits the products of CPUs without VNNI overflow, and the machine that serves is not known.
-    quantize_dynamic(model, str(int8), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    with _silent():
+        quantize_dynamic(model, str(int8), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the converters' notes on packages that are not installed, on axis names and on every tensor they see."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 class _Logits(torch.nn.Module):

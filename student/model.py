@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from data.schema import ContractError, GradeScale
 from student.dataset import Tokens
@@ -32,7 +35,7 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
     folder holds no encoder in safetensors, or one with too few positions for `max_length`.
     """
     names = {i: grade.name for i, grade in enumerate(scale.grades)}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         try:
             config = AutoConfig.from_pretrained(base)
@@ -56,6 +59,20 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
             "lower it to that"
         )
     return model.eval()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without progress bars and the report that a new head has new weights, which is what we ask for."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def keep_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:

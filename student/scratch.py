@@ -9,6 +9,7 @@ and test are not read.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from data.schema import PAIRS, ContractError, read_table
 from student.dataset import tokenize
+from student.model import quiet_transformers
 from student.serve import ad_text, load_tokenizer, query_text
 
 logger = logging.getLogger(__name__)
@@ -63,19 +65,29 @@ def make_encoder(pairs: Path, out: Path, size: str, seed: int, *, steps: int | N
         steps = default_steps if steps is None else steps
         if steps:
             _learn_from_text(model, load_tokenizer(out / "tokenizer.json", MAX_LENGTH), queries, ads, steps, seed)
-    model.save_pretrained(out)
+    with quiet_transformers():
+        model.save_pretrained(out)
     return out
 
 
 def train_wordpiece(texts: list[str], size: int) -> dict[str, int]:
-    """A WordPiece vocabulary (piece → id) of at most `size` pieces, special tokens first."""
+    """A WordPiece vocabulary (piece → id) of at most `size` pieces, special tokens first; the same for the same texts.
+
+    The trainer numbers the pieces "##x" in the order of a hash map and breaks ties by number, so that two runs give two
+    vocabularies; naming those pieces beforehand, and leaving rare characters out ourselves, makes it repeatable.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = [word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+    counts = Counter(character for word in words for character in word)
+    alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[: size // 4])
+    known = set(alphabet)
+    named = [*SPECIAL, *(f"##{character}" for character in alphabet)]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=SPECIAL, min_frequency=2, limit_alphabet=size // 2, show_progress=False
+        vocab_size=size, special_tokens=named, initial_alphabet=alphabet, min_frequency=2, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(("".join(c for c in word if c in known) for word in words), trainer)
     return tokenizer.get_vocab()
 
 

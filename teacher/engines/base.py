@@ -55,7 +55,7 @@ class Engine(Protocol):
         """`sampling.n` completions for each prompt (token ids), in the order of the prompts: [prompt][sample].
 
         A prompt's completions depend on the prompt and `sampling` only, not on what else is in the batch, up to the
-        rounding of batched matrix products.
+        rounding of batched matrix products. Raises `ValueError` for a prompt that cannot be completed.
         """
         ...
 
@@ -129,6 +129,13 @@ def open_engine(config: EngineConfig, model: Path) -> Engine:
     from teacher.engines.vllm_engine import VLLMEngine
 
     return VLLMEngine(config, model)
+
+
+def check_lengths(prompts: Sequence[list[int]], max_model_len: int) -> None:
+    """Raise `ValueError` for a prompt that is empty or leaves no room for a completion."""
+    for prompt in prompts:
+        if not 0 < len(prompt) < max_model_len:
+            raise ValueError(f"a prompt has {len(prompt)} tokens, the model takes 1 to {max_model_len - 1}")
 
 
 def prompt_seed(seed: int, prompt: Sequence[int]) -> int:

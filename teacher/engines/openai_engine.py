@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from data.schema import ContractError
-from teacher.engines.base import Completion, EngineConfig, Sampling, prompt_seed
+from teacher.engines.base import Completion, EngineConfig, Sampling, check_lengths, prompt_seed
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +74,10 @@ class OpenAIEngine:
         self.max_model_len: int = min(own, limit)
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`. Raises `ValueError` for a prompt that the servers refuse."""
+        """See `Engine.generate`."""
         if not prompts:
             return []
+        check_lengths(prompts, self.max_model_len)
         workers = min(len(prompts), self._config.concurrency * len(self._servers))
         pool = ThreadPoolExecutor(workers, thread_name_prefix="engine")
         try:
@@ -94,9 +95,6 @@ class OpenAIEngine:
         self._client.close()
 
     def _one(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
-        room = self.max_model_len - len(prompt)
-        if room < 1 or not prompt:
-            raise ValueError(f"a prompt has {len(prompt)} tokens, the model takes 1 to {self.max_model_len - 1}")
         copies = 1 if sampling.temperature == 0 else sampling.n
         body: dict[str, Any] = {
             "model": self._name,
@@ -104,7 +102,7 @@ class OpenAIEngine:
             "n": copies,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_tokens": min(sampling.max_tokens, room),
+            "max_tokens": min(sampling.max_tokens, self.max_model_len - len(prompt)),
             "seed": prompt_seed(sampling.seed, prompt),
             # vLLM's own. The neutral values keep a model's generation_config.json out of the sampling.
             "top_k": 0,

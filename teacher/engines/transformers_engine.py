@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from data.schema import ContractError
-from teacher.engines.base import Completion, EngineConfig, Sampling, prompt_seed
+from teacher.engines.base import Completion, EngineConfig, Sampling, check_lengths, prompt_seed
 
 MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all
 
@@ -35,10 +35,8 @@ class TransformersEngine:
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end[0]
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`. Raises `ValueError` for a prompt that leaves no room for a completion."""
-        for prompt in prompts:
-            if not 0 < len(prompt) < self.max_model_len:
-                raise ValueError(f"a prompt has {len(prompt)} tokens, the model takes 1 to {self.max_model_len - 1}")
+        """See `Engine.generate`."""
+        check_lengths(prompts, self.max_model_len)
         copies = 1 if sampling.temperature == 0 else sampling.n  # greedy copies are all the same
         work = [(i, k) for i in range(len(prompts)) for k in range(copies)]
         work.sort(

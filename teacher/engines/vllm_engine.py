@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.schema import ContractError
-from teacher.engines.base import Completion, EngineConfig, Sampling, prompt_seed
+from teacher.engines.base import Completion, EngineConfig, Sampling, check_lengths, prompt_seed
 
 _ENVIRONMENT = {
     # The engine lives in this process: no second copy of the interpreter, and it dies with its owner.
@@ -24,7 +25,7 @@ _ENVIRONMENT = {
     # Spinning threads cost a factor of ten as soon as anything else runs on the machine.
     "OMP_WAIT_POLICY": "passive",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
@@ -34,6 +35,7 @@ class VLLMEngine:
     def __init__(self, config: EngineConfig, model: Path) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own code
         try:
             import torch
             from vllm import LLM
@@ -59,6 +61,7 @@ class VLLMEngine:
                 dtype="float32" if config.dtype == "auto" and on_cpu else config.dtype,
                 max_model_len=config.max_model_len or -1,  # −1: the model's own limit, or what memory allows
                 max_num_seqs=config.max_num_seqs,
+                use_tqdm_on_load=False,
                 enforce_eager=on_cpu if config.enforce_eager is None else config.enforce_eager,
                 **options,
             )
@@ -72,9 +75,10 @@ class VLLMEngine:
         self.max_model_len: int = self._llm.model_config.max_model_len
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`. Raises vLLM's own `ValueError` for a prompt that leaves no room for a completion."""
+        """See `Engine.generate`."""
         if not prompts:
             return []
+        check_lengths(prompts, self.max_model_len)
         from vllm import SamplingParams
 
         copies = 1 if sampling.temperature == 0 else sampling.n  # vLLM refuses n > 1 when greedy: all are the same

@@ -12,7 +12,7 @@ from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import _run
 from pipeline.tracking import Tracker, attach_file, metric_name, track
 
-SCORE_PY = '''
+SCORE_PY = """
 import numpy as np
 
 class Scorer:
@@ -28,7 +28,7 @@ class Scorer:
 
     def p_relevant(self, probs):
         return probs[:, 1]
-'''
+"""
 
 
 @pytest.fixture(scope="module")

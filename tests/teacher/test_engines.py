@@ -121,15 +121,15 @@ def test_vllm_agrees_with_transformers(engine, tiny_model: Path):
         greedy = Sampling(n=2, temperature=0.0, max_tokens=16, logprobs=5)
         for ours, theirs in zip(engine.generate(PROMPTS, greedy), other.generate(PROMPTS, greedy), strict=True):
             assert [sample.token_ids for sample in ours] == [sample.token_ids for sample in theirs]
-            # vLLM holds back a character of which only the first bytes have come
-            assert [s.text.rstrip("\ufffd") for s in ours] == [s.text.rstrip("\ufffd") for s in theirs]
+            # random bytes are no text: the engines count broken characters differently
+            assert [s.text.replace("\ufffd", "") for s in ours] == [s.text.replace("\ufffd", "") for s in theirs]
             assert [sample.finish_reason for sample in ours] == [sample.finish_reason for sample in theirs]
             for mine, step in zip(ours[0].top_logprobs, theirs[0].top_logprobs, strict=True):
                 assert mine == pytest.approx(step, abs=1e-3)
         sampling = Sampling(n=3, temperature=1.0, max_tokens=12, seed=7)
         together = texts(other.generate(PROMPTS, sampling))
         assert together == [texts(other.generate([prompt], sampling))[0] for prompt in PROMPTS]
-        with pytest.raises(ValueError, match="96"):
+        with pytest.raises(ValueError, match="200 tokens"):
             other.generate([[5, 6], [5] * 200], Sampling(max_tokens=4))
         assert len(other.generate(PROMPTS, greedy)) == len(PROMPTS)  # and nothing of the refused batch is left
     finally:

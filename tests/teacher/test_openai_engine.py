@@ -203,7 +203,8 @@ def test_a_real_vllm_server_agrees_with_transformers(tmp_path: Path, decoder: Pa
         greedy = Sampling(n=1, temperature=0.0, max_tokens=16, logprobs=5)
         pairs = zip(engine.generate(SHORT, greedy), ours.generate(SHORT, greedy), strict=True)
         for (theirs,), (mine,) in pairs:
-            assert (theirs.token_ids, theirs.text) == (mine.token_ids, mine.text.rstrip("\ufffd"))
+            assert theirs.token_ids == mine.token_ids
+            assert theirs.text.replace("\ufffd", "") == mine.text.replace("\ufffd", "")
             assert theirs.finish_reason == mine.finish_reason
             for a, b in zip(theirs.top_logprobs, mine.top_logprobs, strict=True):
                 assert {token: a[token] for token in b} == pytest.approx(b, abs=1e-3)

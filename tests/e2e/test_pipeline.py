@@ -1,0 +1,149 @@
+"""The whole way through the command line, killed in the middle, run again, and run once more with nothing to do.
+
+Everything is real (Prefect's server, Spark, vLLM, MLflow, ONNX); only the models and the table are tiny, so their figures
+say nothing about quality.
+"""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.dataset as pads
+import pytest
+
+from data.schema import ANNOTATIONS, PAIRS, SCORES, read_table
+
+pytestmark = [pytest.mark.e2e, pytest.mark.spark, pytest.mark.vllm]
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "data.rows=400",
+    "teacher.model=scratch:tiny",
+    "teacher.warm_start.examples=60",
+    "teacher.warm_start.epochs=4",
+    "teacher.agpo.steps=2",
+    "teacher.agpo.group_size=4",
+    "teacher.agpo.prompts_per_step=2",
+    "teacher.agpo.micro_batch=8",
+    "teacher.evaluation.examples=8",
+    "teacher.evaluation.every=0",
+    "teacher.evaluation.samples=2",
+    "teacher.max_completion_tokens=32",
+    "annotate.n=2",
+    "annotate.window=16",
+    "annotate.max_failed_share=1.0",
+    "student.base=scratch:tiny",
+    "student.epochs=1",
+    "student.gold_only_baseline=false",
+    "student.bootstrap_samples=100",
+]
+
+
+def command(flow, runs):
+    settings = [part for override in TINY for part in ("--set", override)]
+    return [
+        str(Path(sys.executable).with_name("prefect")),
+        *("run", flow, "--preset", "sample", "--name", "e2e", "--runs", str(runs)),
+        *settings,
+    ]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A Prefect home of its own, and no server: the command starts its own."""
+    home = tmp_path_factory.mktemp("prefect")
+    inherited = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    return inherited | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+
+def run(flow, runs, environment):
+    done = subprocess.run(
+        command(flow, runs), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def windows(folder):
+    return {file.name for file in folder.glob("*.parquet")} if folder.exists() else set()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, environment):
+    """Killed with −9, children and all, once two windows of annotations are committed; then run to the end."""
+    runs = tmp_path_factory.mktemp("runs")
+    annotations = runs / "e2e" / "annotations"
+    with subprocess.Popen(
+        command("relevance-pipeline", runs),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 600
+        while len(windows(annotations)) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0].decode()
+    kept = {name: (annotations / name).stat().st_mtime_ns for name in windows(annotations)}
+    assert len(kept) >= 2, output[-6000:]
+    assert not (runs / "e2e" / "summary.json").exists(), "the run was over before it could be killed"
+    teacher = (runs / "e2e" / "teacher" / "_stage.json").stat().st_mtime_ns
+    stdout = run("relevance-pipeline", runs, environment)
+    return runs / "e2e", kept, teacher, stdout
+
+
+def test_the_run_resumes_and_repeats_nothing(finished):
+    folder, kept, teacher, _ = finished
+    assert (folder / "teacher" / "_stage.json").stat().st_mtime_ns == teacher
+    for name, written in kept.items():
+        assert (folder / "annotations" / name).stat().st_mtime_ns == written
+    pool = read_table(folder / "pairs" / "pairs", PAIRS, where=pads.field("split") == "pool")
+    rows = read_table(folder / "annotations", ANNOTATIONS)
+    assert sorted(rows["pair_id"].to_pylist()) == sorted(pool["pair_id"].to_pylist())
+    assert len(set(rows["annotation_key"].to_pylist())) == 1
+
+
+def test_every_stage_left_its_folder_and_figures(finished):
+    folder, _, _, stdout = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    stages = {stage["stage"]: stage for stage in summary["stages"]}
+    assert list(stages) == ["data", "teacher", "annotate", "student", "export"]
+    assert all(stage["figures"] for stage in stages.values())
+    assert stages["teacher"]["reused"]
+    assert not stages["student"]["reused"]
+    for name in ("teacher/model/model.safetensors", "student/model/model.safetensors", "export/model.onnx", "report.html"):
+        assert (folder / name).exists(), name
+    assert "export" in stdout
+
+
+def test_mlflow_has_the_runs_and_the_registered_versions(finished):
+    folder = finished[0]
+    with sqlite3.connect(folder.parent / "mlflow.db") as store:
+        experiments = {name for (name,) in store.execute("select name from experiments")}
+        versions = {name for (name,) in store.execute("select name from model_versions")}
+        steps = store.execute("select count(distinct step) from metrics where key = 'agpo/accuracy'").fetchone()[0]
+    assert {"ads-relevance/teacher", "ads-relevance/student"} <= experiments or len(experiments) >= 5, experiments
+    assert {"ads-relevance-teacher", "ads-relevance-student"} <= versions
+    assert steps == 2
+
+
+def test_scores_come_from_the_exported_folder(finished, environment):
+    folder = finished[0]
+    run("student-score", folder.parent, environment)
+    scores = read_table(folder / "scores", SCORES)
+    assert len(scores) > 0
+    assert all(0 <= p <= 1 for p in scores["p_relevant"].to_pylist())
+
+
+def test_a_second_run_reuses_every_stage(finished, environment):
+    folder = finished[0]
+    run("relevance-pipeline", folder.parent, environment)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert all(stage["reused"] for stage in summary["stages"])

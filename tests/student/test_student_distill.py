@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
+
+from data.schema import ContractError, GradeScale
+from student import fit as fit_module
+from student.baselines import Bm25, words
+from student.distill import distill
+from student.evaluation import compare_students
+from student.scratch import make_encoder
+
+from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
+
+
+def test_the_model_folder_is_complete_and_the_figures_add_up(distilled, tiny):
+    model = distilled / "model"
+    for name in ("model.safetensors", "tokenizer.json", "scale.json", "student.json", "model_card.md", "metrics.json"):
+        assert (model / name).stat().st_size > 0, name
+    assert not list(distilled.rglob("*.bin")) + list(distilled.rglob("*.pt")) + list(distilled.rglob("*.pkl"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(model)
+    assert loaded.config.num_labels == 3
+    evaluation = json.loads((distilled / "evaluation.json").read_text())
+    systems = {s["name"]: s for s in evaluation["systems"]}
+    assert list(systems) == ["student", "gold_only", "bm25", "bm25_relative", "untrained_cosine"]
+    assert "ece" not in systems["bm25"]["metrics"]
+    for system in systems.values():
+        for name in ("roc_auc", "pr_auc", "ndcg_at_10", "f1"):
+            interval = system["metrics"][name]
+            assert interval["low"] <= interval["value"] <= interval["high"]
+    assert {c["b"] for c in evaluation["comparisons"]} == set(systems) - {"student"}
+    assert np.sum(evaluation["confusion"]) == evaluation["n"] == 48
+    assert {s["name"] for s in evaluation["slices"]} >= {"source: synthetic", "query words in the ad: none"}
+    figures = json.loads((model / "metrics.json").read_text())
+    assert figures["test_roc_auc"] == systems["student"]["metrics"]["roc_auc"]["value"]
+    assert figures["n_gold"] == figures["n_annotated"] == 48
+    curves = json.loads((distilled / "curves.json").read_text())
+    assert set(curves) == {"student", "bm25"}
+    assert curves["student"]["roc"][0] == {"fpr": 0.0, "tpr": 0.0}
+    assert curves["student"]["roc"][-1] == {"fpr": 1.0, "tpr": 1.0}
+    phases = {json.loads(line)["phase"] for line in (distilled / "metrics.jsonl").read_text().splitlines()}
+    assert phases == {"student", "gold_only", "test"}
+
+
+def test_it_learns(tiny, quick, tmp_path):
+    figures = distill(
+        quick(epochs=25, patience=25), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None
+    ).figures
+    assert figures["valid_roc_auc"] > 0.8
+
+
+def test_test_labels_change_no_parameter(distilled, tiny, quick, tmp_path):
+    rows = make_rows()
+    flipped = [row | ({"grade": 2 - row["grade"]} if row["split"] == "test" else {}) for row in rows]
+    pairs = write_pairs(tmp_path / "pairs", flipped)
+    out = tmp_path / "out"
+    distill(quick(gold_only_baseline=True, epochs=6), tiny["base"], pairs, tiny["annotations"], out, None)
+    for name in ("model.safetensors", "student.json", "tokenizer.json"):
+        assert (out / "model" / name).read_bytes() == (distilled / "model" / name).read_bytes(), name
+    before, after = (json.loads((p / "evaluation.json").read_text()) for p in (distilled, out))
+    assert before["confusion"] != after["confusion"]
+    for a, b in zip(before["systems"], after["systems"], strict=True):
+        assert a["threshold"] == b["threshold"]
+
+
+def test_valid_labels_do_change_the_calibration(distilled, tiny, quick, tmp_path):
+    rows = [row | ({"grade": 2 - row["grade"]} if row["split"] == "valid" else {}) for row in make_rows()]
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    distill(quick(epochs=6), tiny["base"], pairs, tiny["annotations"], tmp_path / "out", None)
+    cards = [json.loads((p / "model" / "student.json").read_text()) for p in (distilled, tmp_path / "out")]
+    assert cards[0]["temperature"] != cards[1]["temperature"]
+
+
+def test_a_killed_training_ends_as_an_uninterrupted_one(tiny, quick, tmp_path, monkeypatch):
+    config = quick(epochs=4, patience=4)
+    arguments = (config, tiny["base"], tiny["pairs"], tiny["annotations"])
+    whole = distill(*arguments, tmp_path / "whole", None)
+    real = fit_module._epoch
+
+    def killed(*args):
+        if args[6].epoch == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(fit_module, "_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments, tmp_path / "cut", None)
+    seen = []
+
+    def counted(*args):
+        seen.append(args[6].epoch)
+        return real(*args)
+
+    monkeypatch.setattr(fit_module, "_epoch", counted)
+    resumed = distill(*arguments, tmp_path / "cut", None)
+    assert seen == [2, 3]
+    assert resumed == whole
+    lines = [(p / "metrics.jsonl").read_text() for p in (tmp_path / "whole", tmp_path / "cut")]
+    assert lines[0] == lines[1]
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+    # Other settings do not go on from a checkpoint that is not theirs.
+    monkeypatch.setattr(fit_module, "_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments, tmp_path / "other", None)
+    monkeypatch.setattr(fit_module, "_epoch", counted)
+    seen.clear()
+    distill(quick(epochs=3, seed=1), *arguments[1:], tmp_path / "other", None)
+    assert seen == [0, 1, 2]
+
+
+def test_early_stopping_keeps_the_best_epoch(tiny, quick, tmp_path, monkeypatch):
+    scores = iter([0.6, 0.9, 0.7, 0.8, 0.99])
+    kept: list[torch.Tensor] = []
+
+    def validate(config, model, *_):
+        kept.append(next(model.parameters()).detach().clone())
+        return next(scores), {"valid_loss": 1.0}
+
+    monkeypatch.setattr(fit_module, "_validate", validate)
+    distill(quick(epochs=5, patience=2), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None)
+    card = json.loads((tmp_path / "model" / "student.json").read_text())
+    assert (card["epochs"], card["best_epoch"]) == (4, 2)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    np.testing.assert_array_equal(weights["bert.embeddings.word_embeddings.weight"], kept[1].numpy())
+
+
+def test_margin_balance_and_temperature_options_run(tiny, quick, tmp_path):
+    config = quick(epochs=1, margin_weight=0.5, class_balance=0.5, distill_temperature=2.0)
+    seen: list[dict[str, float]] = []
+    distill(
+        config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, lambda step, values: seen.append(values)
+    )
+    assert any("student/valid_roc_auc" in values for values in seen)
+
+
+def test_a_failing_listener_stops_nothing(tiny, quick, tmp_path):
+    def down(step, values):
+        raise OSError("no server")
+
+    distill(quick(epochs=1), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, down)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) > 1
+
+
+def test_gold_only_and_annotations_only(tiny, quick, tmp_path):
+    rows = make_rows()
+    gold = distill(quick(epochs=1), tiny["base"], tiny["pairs"], None, tmp_path / "gold", None).figures
+    assert (gold["n_gold"], gold["n_annotated"]) == (48, 0)
+    no_gold = [row | ({"grade": None} if row["split"] == "train" else {}) for row in rows]
+    pairs = write_pairs(tmp_path / "pairs", no_gold)
+    config = quick(epochs=1, gold_only_baseline=True)
+    soft = distill(config, tiny["base"], pairs, tiny["annotations"], tmp_path / "soft", None).figures
+    assert (soft["n_gold"], soft["n_annotated"]) == (0, 48)
+    assert "gold_only_roc_auc" not in soft
+
+
+def test_the_teacher_is_measured_where_it_annotated_test_rows(tiny, quick, tmp_path):
+    rows = make_rows()
+    test_rows = [row | {"split": "pool"} for row in rows if row["split"] == "test"][:20]
+    annotations = write_annotations(tmp_path / "annotations", annotate_pool(rows) + annotate_pool(test_rows))
+    distill(quick(epochs=1), tiny["base"], tiny["pairs"], annotations, tmp_path / "out", None)
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    teacher = next(s for s in evaluation["systems"] if s["name"] == "teacher")
+    assert teacher["n"] == 20
+    assert teacher["metrics"]["accuracy"]["value"] == 1
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_without_grades_to_measure_against_it_says_so(tiny, quick, tmp_path, split):
+    rows = [row | ({"grade": None} if row["split"] == split else {}) for row in make_rows()]
+    with pytest.raises(ContractError, match=f"split '{split}'"):
+        distill(quick(), tiny["base"], write_pairs(tmp_path / "p", rows), tiny["annotations"], tmp_path / "out", None)
+
+
+def test_valid_of_one_class_still_trains(tiny, quick, tmp_path):
+    rows = [row | ({"grade": 2} if row["split"] == "valid" else {}) for row in make_rows()]
+    pairs = write_pairs(tmp_path / "p", rows)
+    figures = distill(quick(epochs=1), tiny["base"], pairs, tiny["annotations"], tmp_path / "out", None).figures
+    assert "valid_roc_auc" not in figures
+    assert "test_roc_auc" in figures
+
+
+def test_bad_bases_are_refused_in_one_sentence(tiny, quick, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for config, base in ((quick(), tmp_path / "empty"), (quick(max_length=512), tiny["base"])):
+        if config.max_length == 512:
+            text = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 128}
+            base = tmp_path / "short"
+            make_encoder(tiny["pairs"], base, "tiny", 0)
+            (base / "config.json").write_text(json.dumps(text))
+        with pytest.raises(ContractError):
+            distill(config, base, tiny["pairs"], tiny["annotations"], tmp_path / "out", None)
+
+
+def test_a_diverging_training_stops(tiny, quick, tmp_path):
+    config = quick(epochs=3, log_every=1).model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    with pytest.raises(ContractError, match="learning_rate"):
+        distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None)
+
+
+def test_two_students_are_compared_on_shared_rows(distilled, tiny, quick, tmp_path):
+    distill(quick(epochs=1, seed=3), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None)
+    found = compare_students(distilled, tmp_path, relevant_from=1, n_boot=100)
+    assert found.n == 48
+    assert found.low <= found.difference <= found.high
+    assert compare_students(distilled, distilled, relevant_from=1, n_boot=100).difference == 0
+    with pytest.raises(ContractError, match="not the folder"):
+        compare_students(distilled, tmp_path / "nowhere", relevant_from=1)
+
+
+def test_scratch_encoders_depend_on_the_seed_alone_and_read_no_held_out_text(tiny, tmp_path):
+    rows = make_rows()
+    marked = [row | ({"ad_title": "zzyzx quux"} if row["split"] in ("valid", "test") else {}) for row in rows]
+    pairs = write_pairs(tmp_path / "pairs", marked)
+    folders = [make_encoder(pairs, tmp_path / str(i), "tiny", seed, steps=3) for i, seed in enumerate((0, 0, 1))]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1] != weights[2]
+    assert (folders[0] / "tokenizer.json").read_text().count("zz") == 0
+    with pytest.raises(ContractError, match="tiny, small, medium"):
+        make_encoder(pairs, tmp_path / "x", "huge", 0)
+
+
+def test_bm25_by_hand():
+    ads = ["red kettle", "blue kettle", "blue tent with a red door", "blue kettle"]  # three distinct, 10 words
+    bm25 = Bm25(ads)
+    assert bm25.mean_length == pytest.approx(10 / 3)
+    idf_red = np.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    norm = 1.2 * (1 - 0.75 + 0.75 * 2 / (10 / 3))
+    assert bm25.score("red", "red kettle") == pytest.approx(idf_red * 2.2 / (1 + norm))
+    assert bm25.score("sofa", "red kettle") == 0
+    assert bm25.score("red", "red kettle") > bm25.score("red", "blue tent with a red door")
+    assert words("Größe-42 电水壶!") == ["größe", "42", "电", "水", "壶"]
+    assert Bm25([""]).score("a", "") == 0
+
+
+def test_the_scale_travels_with_the_model(distilled, tiny):
+    assert GradeScale.load(distilled / "model") == GradeScale.load(tiny["pairs"])

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from data.schema import ContractError, read_table
+from student import export as export_module
+from student.config import ExportConfig, ScoreConfig
+from student.dataset import read_examples
+from student.export import export_student
+from student.model import load_classifier, predict_logits
+from student.serve import Scorer, softmax
+
+from .conftest import make_rows
+
+
+@pytest.fixture(scope="module")
+def exported(distilled, tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export")
+    result = export_student(ExportConfig(max_int8_auc_loss=0.2, threads=1), distilled / "model", tiny["pairs"], out)
+    return out, result
+
+
+def test_the_export_is_complete_and_within_its_limits(exported):
+    out, result = exported
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "model.onnx",
+        "model.int8.onnx",
+        "tokenizer.json",
+        "scale.json",
+        "student.json",
+        "export.json",
+        "model_card.md",
+        "score.py",
+    }
+    assert result.figures["fp32_max_abs_dp"] <= 1e-4
+    assert result.figures["parity_rows"] == 96
+    assert (out / "model.int8.onnx").stat().st_size < (out / "model.onnx").stat().st_size
+    assert json.loads((out / "export.json").read_text())["passed"] is True
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 32), (5, 7), (33, 20)])
+def test_batch_and_length_are_dynamic(exported, distilled, tiny, batch, length):
+    out, _ = exported
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(5, 100, size=(batch, length))
+    mask = np.ones_like(ids)
+    mask[0, max(1, length // 2) :] = 0
+    segments = np.zeros_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
+    got = session.run(None, inputs)[0]
+    import torch
+
+    from data.schema import GradeScale
+
+    model = load_classifier(distilled / "model", GradeScale.load(tiny["pairs"]), max_length=32, seed=0)
+    with torch.inference_mode():
+        expected = model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits.numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_scorer_gives_the_evaluated_probabilities_from_raw_rows(exported, distilled, tiny):
+    import pyarrow.parquet as pq
+
+    out, _ = exported
+    kept = pq.read_table(distilled / "test_predictions.parquet").to_pandas().set_index("pair_id")["p_relevant"]
+    rows = [row for row in make_rows() if row["split"] == "test"]
+    scorer = Scorer(out)
+    found = scorer.p_relevant(scorer.grade_probs(rows, batch_size=7))
+    np.testing.assert_allclose(found, kept[[row["pair_id"] for row in rows]], atol=1e-4)
+
+
+def test_the_folder_scores_without_the_product(exported, tmp_path):
+    """In another interpreter, with imports of the product, torch and transformers forbidden, as the card shows it."""
+    out, _ = exported
+    shutil.copytree(out, tmp_path / "export")
+    code = re.search(r"```python\n(.*?)```", (out / "model_card.md").read_text(), re.S).group(1)
+    assert len(code.strip().splitlines()) <= 10
+    forbidden = ("torch", "transformers", "data", "student", "pydantic", "pyarrow")
+    guard = f"import sys\nsys.modules.update(dict.fromkeys({forbidden!r}))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", guard + code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"\[0\.\d+\] \[ ?(True|False)\]", done.stdout.strip())
+    lines = '{"query": "red kettle", "ad_title": "red kettle"}\n\n{"query": "red kettle", "ad_title": "blue sofa \\ud800"}\n'
+    piped = subprocess.run(
+        [sys.executable, str(tmp_path / "export" / "score.py"), "int8"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    scored = [json.loads(line) for line in piped.stdout.splitlines()]
+    assert len(scored) == 2
+    assert all(sum(row["grades"]) == pytest.approx(1) for row in scored)
+
+
+def test_a_moved_probability_fails_the_export(distilled, tiny, tmp_path, monkeypatch):
+    real = export_module.predict_logits
+    monkeypatch.setattr(export_module, "predict_logits", lambda *a: real(*a) + np.array([0.01, 0, 0]))
+    with pytest.raises(ContractError, match="fp32 model differs"):
+        export_student(ExportConfig(threads=1), distilled / "model", tiny["pairs"], tmp_path)
+    assert not list(tmp_path.glob("*.onnx"))
+    assert json.loads((tmp_path / "export.json").read_text())["passed"] is False
+
+
+def test_a_lossy_int8_model_fails_the_export(distilled, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "write_onnx", lambda *a: None)
+    monkeypatch.setattr(export_module, "write_int8", lambda *a: None)
+    figures = {"fp32": 0.9, "int8": 0.85}
+
+    def measure(out, precision, *_):
+        return {"file": "x", "megabytes": 1, "pairs_per_second": 1, "max_abs_dp": 0.0, "roc_auc": figures[precision]}
+
+    monkeypatch.setattr(export_module, "_measure", measure)
+    with pytest.raises(ContractError, match=r"int8 model loses 0\.0500"):
+        export_student(ExportConfig(), distilled / "model", tiny["pairs"], tmp_path)
+    figures["int8"] = None
+    with pytest.raises(ContractError, match="one class"):
+        export_student(ExportConfig(), distilled / "model", tiny["pairs"], tmp_path)
+
+
+def test_a_folder_that_is_no_student_is_refused(tiny, tmp_path):
+    with pytest.raises(ContractError, match="student-distill"):
+        export_student(ExportConfig(), tmp_path, tiny["pairs"], tmp_path / "out")
+
+
+def test_prediction_does_not_depend_on_the_batch(distilled, tiny):
+    from data.schema import GradeScale
+    from student.dataset import tokenize
+    from student.serve import load_tokenizer
+
+    scale = GradeScale.load(tiny["pairs"])
+    rows = read_examples(tiny["pairs"], scale, "test")
+    model = load_classifier(distilled / "model", scale, max_length=32, seed=0)
+    tokens = tokenize(load_tokenizer(distilled / "model" / "tokenizer.json", 32), rows.queries, rows.ads, 0)
+    one, many = (softmax(predict_logits(model, tokens, size, "cpu")) for size in (1, 64))
+    np.testing.assert_allclose(one, many, atol=1e-6)
+
+
+@pytest.mark.spark
+def test_spark_scores_a_table_once(spark, exported, tiny, tmp_path):
+    from data.schema import SCORES
+    from pipeline.score import score
+
+    export, _ = exported
+    rows = make_rows()
+    config = ScoreConfig(precision="fp32", window=50, partitions=3, splits=("test", "pool"))
+    out = tmp_path / "scores"
+    result = score(config, export, tiny["pairs"], out, spark)
+    assert (result.figures["rows_new"], result.figures["rows"]) == (96, 96)
+    table = read_table(out, SCORES).to_pandas().set_index("pair_id")
+    expected = [row for row in rows if row["split"] in ("test", "pool")]
+    assert sorted(table.index) == sorted(row["pair_id"] for row in expected)
+    scorer = Scorer(export)
+    probs = scorer.grade_probs(expected)
+    np.testing.assert_allclose(
+        table.loc[[row["pair_id"] for row in expected], "p_relevant"], scorer.p_relevant(probs), atol=1e-6
+    )
+    # As after a kill: some files are gone; then with more splits; then with nothing to do.
+    lost = sorted(out.glob("part-*.parquet"))[0]
+    lost.unlink()
+    left = len(read_table(out, SCORES))
+    assert left < 96
+    again = score(
+        config.model_copy(update={"splits": ("train", "valid", "test", "pool")}), export, tiny["pairs"], out, spark
+    )
+    assert again.figures == again.figures | {"rows": 192, "rows_before": left, "rows_new": 192 - left}
+    assert read_table(out, SCORES)["pair_id"].to_pandas().is_unique
+    idle = score(config, export, tiny["pairs"], out, spark)
+    assert idle.figures["rows_new"] == 0
+
+
+@pytest.mark.spark
+def test_spark_refuses_what_is_not_an_export_or_a_table(spark, exported, tiny, tmp_path):
+    from pipeline.score import score
+
+    with pytest.raises(ContractError, match="student-export"):
+        score(ScoreConfig(), tmp_path, tiny["pairs"], tmp_path / "out", spark)
+    with pytest.raises(ContractError, match="does not exist"):
+        score(ScoreConfig(), exported[0], tmp_path / "nothing", tmp_path / "out", spark)
+    with pytest.raises(ContractError, match="column"):
+        score(ScoreConfig(), exported[0], tiny["annotations"], tmp_path / "out", spark)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from student.losses import blended_target, class_weights, margin_mse, mixed_cross_entropy
+
+
+def _rows(n: int = 6, k: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(n, k), torch.randint(k, (n,)), torch.rand(n, k).softmax(dim=1)
+
+
+def test_gold_alone_is_cross_entropy():
+    logits, grade, soft = _rows()
+    loss = mixed_cross_entropy(logits, grade, soft * 0, torch.ones(6), torch.ones(6), temperature=3)
+    assert loss == pytest.approx(float(cross_entropy(logits, grade)), rel=1e-5)
+
+
+def test_teacher_alone_is_soft_cross_entropy_and_grade_is_ignored():
+    logits, grade, soft = _rows()
+    zeros = torch.zeros(6)
+    loss = mixed_cross_entropy(logits, grade, soft, zeros, torch.ones(6))
+    assert loss == pytest.approx(float(cross_entropy(logits, soft)), rel=1e-5)
+    assert loss == mixed_cross_entropy(logits, torch.full((6,), -1), soft, zeros, torch.ones(6))
+
+
+def test_the_gradient_vanishes_where_the_student_equals_the_teacher_at_any_temperature():
+    logits, _, _ = _rows()
+    for temperature in (0.5, 1.0, 4.0):
+        student = logits.clone().requires_grad_()
+        minus = torch.full((6,), -1)
+        loss = mixed_cross_entropy(
+            student, minus, logits.softmax(dim=1), torch.zeros(6), torch.ones(6), temperature=temperature
+        )
+        loss.backward()
+        assert student.grad.abs().max() < 1e-5
+
+
+def test_weights_are_relative_and_a_row_of_weight_zero_teaches_nothing():
+    logits, grade, soft = _rows()
+    mix = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 0.5])
+    weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0, 3.0])
+    loss = mixed_cross_entropy(logits, grade, soft, mix, weight)
+    assert loss == pytest.approx(float(mixed_cross_entropy(logits, grade, soft, mix, weight * 7)), rel=1e-5)
+    changed = logits.clone()
+    changed[2] += torch.randn(3)
+    assert loss == mixed_cross_entropy(changed, grade, soft, mix, weight)
+
+
+def test_margin_mse_by_hand_and_within_queries_only():
+    logits = torch.tensor([[9.0, -9.0], [-9.0, 9.0], [9.0, -9.0], [-9.0, 9.0]])  # expected grades 0, 1, 0, 1
+    target = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 1.0]])  # expected grades 0, 0.5, 1, 1
+    query, ones = torch.tensor([0, 0, 1, 1]), torch.ones(4)
+    # margins: query 0: student −1, teacher −0.5; query 1: student −1, teacher 0
+    assert float(margin_mse(logits, target, query, ones)) == pytest.approx((0.25 + 1.0) / 2, abs=1e-4)
+    assert float(margin_mse(logits, target, torch.arange(4), ones)) == 0
+    # A shift of all scores of a query changes no margin.
+    both_wrong = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    same_shift = torch.tensor([[-9.0, 9.0], [-9.0, 9.0]])
+    assert float(margin_mse(same_shift, both_wrong, torch.zeros(2), torch.ones(2))) == pytest.approx(0, abs=1e-6)
+
+
+def test_class_weights_level_the_classes():
+    grade = torch.tensor([0, 0, 0, 1])
+    target = blended_target(grade, torch.zeros(4, 3), torch.ones(4))
+    assert class_weights(target, torch.ones(4), 0) is None
+    weights = class_weights(target, torch.ones(4), 1)
+    assert weights.tolist() == pytest.approx([2 / 3, 2.0, 0.0])
+    softer = class_weights(target, torch.ones(4), 0.5)
+    assert 1 < float(softer[1] / softer[0]) < 3
