@@ -14,7 +14,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.catalog import FLOWS
-from flows.runtime import connect_logging, exclusive
+from flows.runtime import connect_logging, exclusive, share_cores
 from pipeline.artifacts import StageRecord
 from pipeline.settings import PipelineConfig
 
@@ -46,6 +46,7 @@ def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     from flows.artifacts import publish
     from pipeline.stages import with_upstream
 
+    share_cores()
     connect_logging()
     records: list[StageRecord] = []
     spent: list[float] = []

@@ -44,6 +44,15 @@ class _NoInterrupt(logging.Filter):
         return not isinstance(error, KeyboardInterrupt)
 
 
+def share_cores() -> None:
+    """Let idle OpenMP threads sleep; set before torch is loaded, which reads it once.
+
+    By default they spin, which on a machine whose cores are shared (by Spark, a server, another run) makes training and
+    generation several times slower. A choice of the user's own is kept.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def connect_logging() -> None:
     """Send the logs of this package's rooms to the console and to Prefect; calling it again changes nothing.
 

@@ -33,8 +33,8 @@ class StudentConfig(Config):
     eval_batch_size: int = Field(default=128, ge=1, le=8192)
     """Pairs in one forward pass when nothing is learned."""
 
-    learning_rate: float = Field(default=2e-4, gt=0, le=0.1)
-    """Peak learning rate of AdamW. 5e-5 suits a pretrained encoder, 2e-4 to 5e-4 one made from scratch."""
+    learning_rate: float = Field(default=5e-4, gt=0, le=0.1)
+    """Peak learning rate of AdamW. 5e-5 suits a pretrained encoder, 5e-4 one made from scratch."""
 
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     """Decoupled weight decay; biases and normalisation weights are exempt."""

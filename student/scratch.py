@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # hidden size, layers, heads, feed-forward size, vocabulary, steps on unlabelled text
 SIZES = {
     "tiny": (32, 2, 2, 64, 800, 0),
-    "small": (128, 4, 4, 512, 4000, 600),
+    "small": (128, 3, 4, 256, 4000, 600),
     "medium": (256, 6, 8, 1024, 8000, 1500),
 }
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

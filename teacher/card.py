@@ -34,7 +34,8 @@ Grades how well an ad answers a search query, with a reason, on this scale (rele
 - base model: `{config.model}`
 - weights fingerprint: `{fingerprint}` · data fingerprint: `{data_fingerprint}` · prompt version: `{prompt.version}`
 - training: warm start on {config.warm_start.examples} rationales, then {config.agpo.steps} steps of
-  {config.agpo.estimator} (δ = {config.agpo.delta}, R = {config.agpo.negative}, G = {config.agpo.group_size}), seed {config.seed}
+  {config.agpo.estimator} (δ = {config.agpo.delta}, R = {config.agpo.negative}, G = {config.agpo.group_size}),
+  seed {config.seed}
 
 ## On the validation split
 

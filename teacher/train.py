@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """`figures`: evaluation figures by phase (`base/…`, `warm_start/…`, `agpo/…`, `test/…`); `fingerprint`: of the weights."""
+    """`figures`: by phase (`base/…`, `warm_start/…`, `agpo/…`, `test/…`); `fingerprint`: of the weights."""
 
     fingerprint: str
     figures: dict[str, Any]

@@ -38,6 +38,9 @@ def warm_start(
         max_steps=steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
+        # A short run: the second moment must forget faster than 1,000 steps, or the high rate of a small model wastes it.
+        adam_beta2=0.95,
+        weight_decay=0.01,
         warmup_steps=max(1, steps // 20),
         train_sampling_strategy="group_by_length",
         logging_steps=max(1, steps // 20),

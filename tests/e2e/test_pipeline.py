@@ -118,7 +118,12 @@ def test_every_stage_left_its_folder_and_figures(finished):
     assert all(stage["figures"] for stage in stages.values())
     assert stages["teacher"]["reused"]
     assert not stages["student"]["reused"]
-    for name in ("teacher/model/model.safetensors", "student/model/model.safetensors", "export/model.onnx", "report.html"):
+    for name in (
+        "teacher/model/model.safetensors",
+        "student/model/model.safetensors",
+        "export/model.onnx",
+        "report.html",
+    ):
         assert (folder / name).exists(), name
     assert "export" in stdout
 
