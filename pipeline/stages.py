@@ -68,9 +68,7 @@ STAGES: dict[str, Stage] = {
             title="Annotations",
         ),
         Stage("student", "student", ("data", "annotate"), (*_READS_PAIRS, "student"), title="Student"),
-        Stage(
-            "export", "export", ("data", "student"), (*_READS_PAIRS, "student.export", "student.serve"), title="Export"
-        ),
+        Stage("export", "export", ("data", "student"), (*_READS_PAIRS, "student"), title="Export"),
         Stage(
             "score",
             "scores",

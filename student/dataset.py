@@ -248,8 +248,13 @@ def read_annotated(
     table = read_table(annotations, ANNOTATIONS, columns=columns, where=pads.field("status") == "ok")
     keys = set(table.column("annotation_key").to_pylist())
     if annotation_key and annotation_key not in keys:
+        if not keys:
+            raise ContractError(
+                f"none of the annotations in {annotations} has status ok: the teacher answers in no form that can be read; "
+                "give it a longer warm start (teacher.warm_start) or another base model (teacher.model)"
+            )
         raise ContractError(
-            f"{annotations} has no usable annotations of key '{annotation_key}', only of: {', '.join(sorted(keys)) or '–'}; "
+            f"{annotations} has no usable annotations of key '{annotation_key}', only of: {', '.join(sorted(keys))}; "
             "clear student.annotation_key to take the newest"
         )
     if not table.num_rows:

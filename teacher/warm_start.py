@@ -42,7 +42,9 @@ def warm_start(
         adam_beta2=0.95,
         weight_decay=0.01,
         warmup_steps=max(1, steps // 20),
-        train_sampling_strategy="group_by_length",
+        # Not grouped by length: a rationale's length goes with its grade, and batches sorted by it are far from random
+        # (on the synthetic shop, validation accuracy after the same steps fell from 0.67 to 0.42, seed 0).
+        train_sampling_strategy="random",
         logging_steps=max(1, steps // 20),
         save_strategy="steps",
         save_steps=max(10, steps // 4),

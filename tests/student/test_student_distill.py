@@ -13,7 +13,7 @@ from student import fit as fit_module
 from student.baselines import Bm25, words
 from student.distill import distill
 from student.evaluation import compare_students
-from student.scratch import make_encoder
+from student.scratch import _stands_on_other_side, make_encoder
 
 from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 
@@ -239,3 +239,9 @@ def test_bm25_by_hand():
 
 def test_the_scale_travels_with_the_model(distilled, tiny):
     assert GradeScale.load(distilled / "model") == GradeScale.load(tiny["pairs"])
+
+
+def test_labels_for_single_words_by_hand():
+    ids = torch.tensor([[2, 7, 8, 7, 3, 8, 9, 3]])
+    segment = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
+    assert _stands_on_other_side(ids, segment).tolist() == [[0, 0, 1, 0, 1, 1, 0, 1]]
