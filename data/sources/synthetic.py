@@ -60,8 +60,8 @@ class ProductType:
 
 
 _SHOES = ("size 38", "size 40", "size 42")
-_LITRES = ("1 litre", "2 litre", "5 litre")
-_INCHES = ("24 inch", "32 inch", "55 inch")
+_VOLUMES = ("mini", "standard", "family")
+_SCREENS = ("compact", "wide", "giant")
 _WEAR = ("small", "medium", "large")
 
 TYPES = (
@@ -77,22 +77,24 @@ TYPES = (
     ProductType("scooter", "sport", ("kick board",), ("scooter grips",), ("bicycle",)),
     ProductType("sofa", "home", ("couch", "settee"), ("sofa cover", "sofa legs"), ("armchair",)),
     ProductType("armchair", "home", ("easy chair",), ("armchair cushion",), ("sofa",)),
-    ProductType("kettle", "home", ("water boiler",), ("kettle filter", "descaler"), ("coffee maker",), _LITRES),
-    ProductType("coffee maker", "home", ("espresso machine",), ("coffee filters", "descaler"), ("kettle",), _LITRES),
+    ProductType("kettle", "home", ("water boiler",), ("kettle filter", "descaler"), ("coffee maker",), _VOLUMES),
+    ProductType("coffee maker", "home", ("espresso machine",), ("coffee filters", "descaler"), ("kettle",), _VOLUMES),
     ProductType("lamp", "home", ("light fixture",), ("lamp shade", "light bulb"), ("candle holder",)),
     ProductType("candle holder", "home", ("candlestick",), ("wax candles",), ("lamp",)),
     ProductType("duvet", "home", ("comforter", "quilt"), ("duvet cover",), ("blanket",), _WEAR),
     ProductType("blanket", "home", ("throw",), ("blanket clips",), ("duvet",), _WEAR),
     ProductType("phone", "tech", ("smartphone", "mobile"), ("phone case", "phone charger"), ("tablet",)),
     ProductType("tablet", "tech", ("slate computer",), ("tablet sleeve", "stylus pen"), ("phone",)),
-    ProductType("television", "tech", ("tv", "smart screen"), ("tv wall mount", "hdmi cable"), ("projector",), _INCHES),
+    ProductType(
+        "television", "tech", ("tv", "smart screen"), ("tv wall mount", "hdmi cable"), ("projector",), _SCREENS
+    ),
     ProductType("projector", "tech", ("beamer",), ("projector bulb", "hdmi cable"), ("television",)),
     ProductType("headphones", "tech", ("headset", "earphones"), ("headphone stand", "ear pads"), ("speaker",)),
     ProductType("speaker", "tech", ("sound box",), ("speaker cable",), ("headphones",)),
     ProductType("lawn mower", "garden", ("grass cutter",), ("mower blade", "mower cover"), ("hedge trimmer",)),
     ProductType("hedge trimmer", "garden", ("bush shears",), ("trimmer battery",), ("lawn mower",)),
     ProductType("garden hose", "garden", ("water pipe",), ("hose nozzle", "hose reel"), ("watering can",)),
-    ProductType("watering can", "garden", ("sprinkling jug",), ("can rose head",), ("garden hose",), _LITRES),
+    ProductType("watering can", "garden", ("sprinkling jug",), ("can rose head",), ("garden hose",), _VOLUMES),
 )
 BY_NAME = {kind.name: kind for kind in TYPES}
 
@@ -221,6 +223,6 @@ def _rationale(wish: Wish, offered: dict[str, str], offered_type: str, relation:
     if relation != "same product":
         return reason
     for name, value in wish.attributes.items():
-        verdict = "same" if offered[name] == value else "differs"
-        reason += f" {name.capitalize()}: {value.lower()}, {offered[name].lower()}: {verdict}."
+        verdict = "as asked" if offered[name] == value else f"instead of {value.lower()}"
+        reason += f" {offered[name].capitalize()} {verdict}."
     return reason

@@ -113,7 +113,7 @@ def test_the_run_resumes_and_repeats_nothing(finished):
 def test_every_stage_left_its_folder_and_figures(finished):
     folder, _, _, stdout = finished
     summary = json.loads((folder / "summary.json").read_text())
-    stages = {stage["stage"]: stage for stage in summary["stages"]}
+    stages = summary["stages"]
     assert list(stages) == ["data", "teacher", "annotate", "student", "export"]
     assert all(stage["figures"] for stage in stages.values())
     assert stages["teacher"]["reused"]
@@ -134,7 +134,7 @@ def test_mlflow_has_the_runs_and_the_registered_versions(finished):
         experiments = {name for (name,) in store.execute("select name from experiments")}
         versions = {name for (name,) in store.execute("select name from model_versions")}
         steps = store.execute("select count(distinct step) from metrics where key = 'agpo/accuracy'").fetchone()[0]
-    assert {"ads-relevance/teacher", "ads-relevance/student"} <= experiments or len(experiments) >= 5, experiments
+    assert {"ads-relevance/teacher-train", "ads-relevance/student-distill"} <= experiments
     assert {"ads-relevance-teacher", "ads-relevance-student"} <= versions
     assert steps == 2
 
@@ -151,4 +151,4 @@ def test_a_second_run_reuses_every_stage(finished, environment):
     folder = finished[0]
     run("relevance-pipeline", folder.parent, environment)
     summary = json.loads((folder / "summary.json").read_text())
-    assert all(stage["reused"] for stage in summary["stages"])
+    assert all(stage["reused"] for stage in summary["stages"].values())
