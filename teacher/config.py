@@ -78,6 +78,8 @@ class EvaluationConfig(Config):
     """AGPO steps between evaluations while training; 0 evaluates before and after only."""
     samples: int = Field(default=8, ge=1)
     """Completions sampled for each pair, for pass@k, majority@k and the AUC."""
+    base: bool = True
+    """Evaluate the model before any training too; off for one made from scratch, which knows nothing yet."""
     test: bool = True
     """Evaluate on split `test` too, once, at the end."""
 

@@ -67,7 +67,8 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
 
     phases = _Phases(out / "evaluation.json")
     if not warm.exists():
-        phases.add("base", lambda: measure(model, "base", 0))
+        if config.evaluation.base:
+            phases.add("base", lambda: measure(model, "base", 0))
         if config.warm_start.examples:
             model = _trainable(model, config)
             warm_start(config, model, tokenizer, train[:train_limit], out / "checkpoints" / "warm_start", metrics)

@@ -48,7 +48,9 @@ class VLLMEngine:
         on_cpu = current_platform.is_cpu()
         options: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
         if on_cpu:
-            options = {"kv_cache_memory_bytes": config.kv_cache_gib << 30}
+            # A prompt is never prefilled in parts: after a part vLLM 0.31 rewinds the request's own generator, which a
+            # CPU generator cannot do ("CPU Generator does not use offset"), and the whole batch is lost.
+            options = {"kv_cache_memory_bytes": config.kv_cache_gib << 30, "enable_chunked_prefill": False}
         set_num_threads = torch.set_num_threads
         if config.threads:
             set_num_threads(config.threads)
