@@ -1,4 +1,4 @@
-"""The rooms import one way: data ← teacher, student ← pipeline ← flows; from data, teacher and student take the schema only."""
+"""The rooms import one way: data ← teacher, student ← pipeline ← flows; of data, teacher and student take the schema only."""
 
 import ast
 from pathlib import Path

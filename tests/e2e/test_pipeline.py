@@ -7,11 +7,13 @@ say nothing about quality.
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pyarrow.dataset as pads
 import pytest
@@ -152,3 +154,67 @@ def test_a_second_run_reuses_every_stage(finished, environment):
     run("relevance-pipeline", folder.parent, environment)
     summary = json.loads((folder / "summary.json").read_text())
     assert all(stage["reused"] for stage in summary["stages"].values())
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_until(ready, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if ready():
+            return
+        time.sleep(0.5)
+    raise TimeoutError
+
+
+def is_healthy(url):
+    try:
+        with urlopen(f"{url}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_worker_runs_a_registered_deployment_to_the_end(finished, environment):
+    folder = finished[0]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    served = environment | {"PREFECT_API_URL": url}
+    prefect = str(Path(sys.executable).with_name("prefect"))
+
+    def call(*arguments):
+        done = subprocess.run(
+            [prefect, *arguments], cwd=ROOT, env=served, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    settings = {"preset": "sample", "run": "e2e", "runs": str(folder.parent)}
+    for override in [*TINY, "export.seed=1"]:  # another seed, so that the export has work to do
+        key, value = override.split("=", 1)
+        *parents, name = key.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = json.loads(value) if value[0].isdigit() or value in ("true", "false") else value
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "env": served}
+    with subprocess.Popen([prefect, "server", "start", "--port", str(port)], start_new_session=True, **quiet) as server:
+        try:
+            wait_until(lambda: is_healthy(url), 180)
+            call("work-pool", "create", "ads-relevance", "--type", "process")
+            call("--no-prompt", "deploy", "--all")
+            listed = call("deployment", "ls")
+            assert "nightly-annotate" in listed
+            assert "weekly-pipeline" in listed
+            call("deployment", "run", "student-export/student-export", "--param", f"settings={json.dumps(settings)}")
+            before = (folder / "export" / "_stage.json").stat().st_mtime_ns
+            worker = [prefect, "worker", "start", "--pool", "ads-relevance", "--run-once"]
+            subprocess.run(worker, timeout=600, check=True, **quiet)
+            assert (folder / "export" / "_stage.json").stat().st_mtime_ns > before
+            assert "COMPLETED" in call("flow-run", "ls", "--state", "COMPLETED")
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)

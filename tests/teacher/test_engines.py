@@ -132,5 +132,9 @@ def test_vllm_agrees_with_transformers(engine, tiny_model: Path):
         with pytest.raises(ValueError, match="200 tokens"):
             other.generate([[5, 6], [5] * 200], Sampling(max_tokens=4))
         assert len(other.generate(PROMPTS, greedy)) == len(PROMPTS)  # and nothing of the refused batch is left
+        # More prompt tokens than one engine step takes: no prompt may be split, or its seeded generator is lost.
+        many = [[2 + (i + j) % 200 for j in range(60)] for i in range(120)]
+        sampled = other.generate(many, Sampling(n=2, temperature=1.0, max_tokens=4, seed=3))
+        assert [len(row) for row in sampled] == [2] * 120
     finally:
         other.close()
