@@ -1,4 +1,4 @@
-"""The rooms import one way: data ← teacher, student ← pipeline ← flows; of data, teacher and student take the schema only."""
+"""The rooms import one way: data ← teacher, student ← pipeline ← flows; teacher and student see the schema of data only."""
 
 import ast
 from pathlib import Path
