@@ -18,6 +18,7 @@ from typing import Any
 
 from data.schema import ContractError, GradeScale
 from teacher.config import PromptConfig
+from teacher.rationale import compare_words
 
 TEACHER_FILE = "teacher.json"
 
@@ -79,6 +80,11 @@ class Prompt:
         if attributes and self.config.attributes:
             listed = "; ".join(f"{name}: {value}" for name, value in sorted(attributes.items()) if value is not None)
             lines.append(f"Attributes: {field(listed, self.config.max_text_chars or self.config.max_title_chars)}")
+        if self.config.missing_words:
+            # From the cleaned lines: what they lack is as harmless as they are.
+            query_line, *ad_lines = (line.split(": ", 1)[-1] for line in lines)
+            missing = compare_words(query_line, " ".join(ad_lines))[1]
+            lines.append(f"Not in the ad: {', '.join(missing) or 'nothing'}")
         return [{"role": "system", "content": self.system()}, {"role": "user", "content": "\n".join(lines)}]
 
     def text(

@@ -17,16 +17,21 @@ def lexical_rationale(query: str, ad: str) -> str:
     >>> lexical_rationale("led light bulbs", "60W LED bulb")
     'The ad covers led, bulbs; it lacks light.'
     """
+    covered, missing = compare_words(query, ad)
+    return f"The ad covers {', '.join(covered[:6]) or 'nothing'}; it lacks {', '.join(missing[:6]) or 'nothing'}."
+
+
+def compare_words(query: str, ad: str) -> tuple[list[str], list[str]]:
+    """The words of `query` that `ad` has, and those that it lacks, in the query's order, in lower case, each once."""
     offered = {_stem(word) for word in _WORD.findall(ad.lower())}
     words = list(dict.fromkeys(_WORD.findall(query.lower())))
-    covered = [word for word in words if _stem(word) in offered][:6]
-    missing = [word for word in words if _stem(word) not in offered][:6]
-    return f"The ad covers {', '.join(covered) or 'nothing'}; it lacks {', '.join(missing) or 'nothing'}."
+    return [word for word in words if _stem(word) in offered], [word for word in words if _stem(word) not in offered]
 
 
 def _stem(word: str) -> str:
-    """Plural and -ing endings off: enough to match "bulbs" with "bulb"."""
-    for ending in ("ing", "es", "s"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word[: -len(ending)]
-    return word
+    """Without the endings -ing, -s and -e: enough to match "bulbs" with "bulb" and "boxes" with "box"."""
+    if word.endswith("ing") and len(word) > 5:
+        word = word[:-3]
+    elif word.endswith("s") and not word.endswith("ss") and len(word) > 3:
+        word = word[:-1]
+    return word[:-1] if word.endswith("e") and len(word) > 3 else word

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from data.schema import PAIRS, ContractError, Grade, GradeScale
 from teacher.config import PromptConfig
 from teacher.prompt import Prompt, as_data, load_prompt, save_prompt, special_tokens
+from teacher.rationale import compare_words
 from teacher.scratch import make_decoder
 
 SCALE = GradeScale(
@@ -44,7 +45,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompt():
-    return Prompt(PromptConfig(), SCALE, max_completion_tokens=32)
+    return Prompt(PromptConfig(missing_words=True), SCALE, max_completion_tokens=32)
 
 
 def control_tokens(tokenizer, ids):
@@ -61,7 +62,7 @@ def test_no_injected_control_token_reaches_the_model(tokenizer, prompt, text):
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_no_injected_line_or_answer_tag_reaches_the_model(tokenizer, prompt, text):
     lines = prompt.messages(text, text, text, {"a": text}, special_tokens(tokenizer))[1]["content"].splitlines()
-    assert [line.split(":")[0] for line in lines] == ["Query", "Ad", "Text", "Attributes"]
+    assert [line.split(":")[0] for line in lines] == ["Query", "Ad", "Text", "Attributes", "Not in the ad"]
     assert "<answer" not in "\n".join(lines)
 
 
@@ -82,6 +83,20 @@ def test_bracketed_control_words_are_broken_up():
 def test_ordinary_text_stays():
     text = "Überlänge 5 m – 红色跑鞋 👟 50% off & more"
     assert as_data(text, 300, ("<|end|>",)) == text
+
+
+def test_missing_words_are_those_of_the_query_that_no_part_of_the_ad_has(prompt):
+    def last(*pair):
+        return prompt.messages(*pair, ())[1]["content"].splitlines()[-1]
+
+    assert last("Red kettles 2 litre", "Kettle", "in red", {"size": "5 litre"}) == "Not in the ad: 2"
+    assert last("red kettle", "Red Kettle", None, None) == "Not in the ad: nothing"
+    assert last("红色 水壶", "蓝色 水壶", None, None) == "Not in the ad: 红色"
+
+
+@pytest.mark.parametrize("pair", [("kettles", "kettle"), ("boxes", "box"), ("lighting", "lights"), ("glass", "glass")])
+def test_endings_do_not_hide_a_word(pair):
+    assert compare_words(*pair) == ([pair[0]], [])
 
 
 def test_the_prompt_survives_its_folder(prompt, tmp_path):
