@@ -58,6 +58,8 @@ def test_overrides_reach_nested_fields_with_the_right_types() -> None:
             "tracking.log_weights=true",
             "run=2026",
             "data.shares.train=0.2",
+            "data.shares.valid=0.1",
+            "data.shares.test=0.15",
             "data.shares.pool=0.55",
             "data.max_pool=none",
             "spark.extra.spark.executor.memory=4g",
