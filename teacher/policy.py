@@ -25,7 +25,7 @@ from teacher.verifier import parse_grade, reward
 
 logger = logging.getLogger(__name__)
 
-Evaluate = Callable[[Any, int], None]
+Evaluate = Callable[[Any, int], object]
 
 
 def estimator(config: AGPOConfig) -> Advantages:

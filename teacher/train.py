@@ -55,7 +55,6 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
     prompt = Prompt(config.prompt, scale, config.max_completion_tokens)
     warm = out / "checkpoints" / "warm_start_done"
     model, tokenizer = load_model(warm if warm.exists() else base, config)
-    train_limit = max(config.warm_start.examples, 1)
     train = load_examples(pairs, "train", prompt, tokenizer, 10**9, config.seed)
     valid = load_examples(pairs, "valid", prompt, tokenizer, config.evaluation.examples, config.seed)
 
@@ -71,7 +70,14 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
             phases.add("base", lambda: measure(model, "base", 0))
         if config.warm_start.examples:
             model = _trainable(model, config)
-            warm_start(config, model, tokenizer, train[:train_limit], out / "checkpoints" / "warm_start", metrics)
+            warm_start(
+                config,
+                model,
+                tokenizer,
+                train[: config.warm_start.examples],
+                out / "checkpoints" / "warm_start",
+                metrics,
+            )
             model = _merged(model)
         _save_model(model, tokenizer, warm)
         shutil.rmtree(out / "checkpoints" / "warm_start", ignore_errors=True)
@@ -86,7 +92,7 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
             scale.size,
             out / "checkpoints" / "agpo",
             metrics,
-            lambda live, step: _ignore(measure(live, "agpo", step)),
+            lambda live, step: measure(live, "agpo", step),
         )
     model = _merged(model)
     phases.add("agpo", lambda: measure(model, "agpo", config.agpo.steps))
@@ -239,7 +245,3 @@ def _data_fingerprint(pairs: Path) -> str:
 def _short(figures: dict[str, float]) -> str:
     names = ("accuracy", "pass@1", "parse_rate", "auc", "completion_tokens")
     return ", ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
-
-
-def _ignore(value: object) -> None:
-    return None
