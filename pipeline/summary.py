@@ -24,7 +24,7 @@ PACKAGES = (
 # What the table at the end of a run shows of a stage's figures, in this order, as far as they are there.
 HEADLINES = {
     "data": ("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
-    "teacher": ("base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
+    "teacher": ("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
     "annotate": ("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s"),
     "student": ("test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc", "test_f1", "test_ece"),
     "export": ("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),

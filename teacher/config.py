@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.schema import Config
 
@@ -37,11 +37,26 @@ class WarmStartConfig(Config):
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
 
 
+class GuardConfig(Config):
+    window: int = Field(default=10, ge=0)
+    """Steps whose mean is judged; 0 turns the guard off."""
+    min_entropy: float = Field(default=0.05, ge=0)
+    """Stop when entropy falls below this share of the first window's."""
+    max_entropy: float = Field(default=5.0, gt=1)
+    """Stop when entropy rises above this multiple of the first window's."""
+    min_parse_rate: float = Field(default=0.7, ge=0, le=1)
+    """Stop when the parse rate falls below this share of the best window's."""
+    max_accuracy_drop: float = Field(default=0.25, gt=0, le=1)
+    """Stop when accuracy falls by more than this below the best window's."""
+
+
 class AGPOConfig(Config):
     steps: int = Field(default=100, ge=0)
     """Optimiser steps; 0 keeps the warm start as it is."""
-    estimator: Literal["agpo", "grpo"] = "agpo"
-    """The advantage estimator."""
+    estimator: Literal["agpo", "grpo", "dr_grpo", "rloo", "psr", "nsr", "w_reinforce", "ngrpo", "mc_grpo", "a_grae"] = (
+        "agpo"
+    )
+    """The advantage estimator; all but agpo are the baselines of the papers named in `teacher/advantages.py`."""
     delta: float = Field(default=1.0, gt=0)
     """AGPO's δ: bounds the group advantage (arXiv 2605.05826)."""
     negative: float = Field(default=-1.0, le=0)
@@ -54,6 +69,11 @@ class AGPOConfig(Config):
     """Optimiser steps fed by one round of generation; above 1 the later ones are slightly off-policy."""
     micro_batch: int = Field(default=64, ge=1)
     """Completions in one forward and backward pass; must divide prompts_per_step × group_size."""
+    dynamic_sampling: int = Field(default=0, ge=0)
+    """Rounds of generation in which prompts whose completions are all right or all wrong are replaced by others
+    (DAPO, arXiv 2503.14476); 0 keeps them. AGPO learns from all-wrong groups and needs this less than GRPO."""
+    mask_truncated: bool = False
+    """Leave truncated completions out of the loss (DAPO); they count as wrong in their group either way."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     temperature: float = Field(default=1.0, gt=0)
@@ -67,10 +87,35 @@ class AGPOConfig(Config):
     """ε of the upper clip (clip-higher, DAPO, arXiv 2503.14476)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    rollouts: Literal["transformers", "vllm"] = "transformers"
-    """Who samples completions while training: the trained module itself, or vLLM in the same process."""
+    rollouts: Literal["transformers", "vllm", "vllm-server"] = "transformers"
+    """Who samples completions while training: the trained module itself, vLLM in the same process, or `trl vllm-serve`
+    at `rollout_server` (CUDA on both sides: its weights travel over NCCL)."""
+    rollout_server: str = "http://127.0.0.1:8000"
+    """Where `trl vllm-serve` listens, for rollouts = "vllm-server"."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which an interrupted training resumes."""
+    guard: GuardConfig = GuardConfig()
+    """When to stop a training that collapses; the best evaluated weights are kept then."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AGPOConfig:
+        completions = self.prompts_per_step * self.group_size
+        if completions % self.micro_batch:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} does not divide the {completions} completions of a step "
+                f"(prompts_per_step × group_size)"
+            )
+        if self.checkpoint_every % self.generation_batches:
+            raise ValueError(
+                f"checkpoint_every = {self.checkpoint_every} must be a multiple of generation_batches = "
+                f"{self.generation_batches}: a resume inside a round of generation could not continue it"
+            )
+        if self.dynamic_sampling and self.micro_batch % self.group_size:
+            raise ValueError(
+                f"dynamic_sampling needs whole groups: micro_batch = {self.micro_batch} is no multiple of "
+                f"group_size = {self.group_size}"
+            )
+        return self
 
 
 class EvaluationConfig(Config):

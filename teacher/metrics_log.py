@@ -37,6 +37,13 @@ class MetricsLog:
             logger.warning("metrics are only kept in %s from here on: %s", self.path, error)
             self.listener = None
 
+    def read(self, phase: str) -> list[dict[str, float]]:
+        """What was recorded of `phase` so far, step by step."""
+        if not self.path.exists():
+            return []
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
+        return [line for line in lines if line.pop("phase") == phase]
+
     def rewind(self, phase: str, step: int) -> None:
         """Drop lines of `phase` after `step`, and of what follows it: a resumed training writes them anew."""
         if not self.path.exists():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,28 +14,40 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from data.schema import ContractError
-from teacher.advantages import agpo, grpo
+from teacher.advantages import ESTIMATORS, agpo
 from teacher.config import AGPOConfig, TeacherConfig
 from teacher.examples import Example
+from teacher.guard import collapse
 from teacher.metrics_log import MetricsLog
 from teacher.trainer import Advantages, AGPOTrainer
 from teacher.verifier import parse_grade, reward
 
 logger = logging.getLogger(__name__)
 
-Evaluate = Callable[[Any, int], object]
+Evaluate = Callable[[Any, int], float]
+
+
+def require_rollouts(settings: AGPOConfig) -> None:
+    """Raise `ContractError` when this machine cannot sample as the settings ask."""
+    if settings.rollouts == "vllm-server" and not torch.cuda.is_available():
+        raise ContractError(
+            "teacher.agpo.rollouts = 'vllm-server' needs a CUDA GPU here and at the server, since the weights travel over "
+            "NCCL; use 'vllm' (in this process) or 'transformers'"
+        )
 
 
 def estimator(config: AGPOConfig) -> Advantages:
-    """The advantage function that the config names, with its options bound."""
+    """The advantage function that the config names, from the verifier's rewards (groups, group_size) in {−1, +1}."""
     if config.estimator == "agpo":
         return partial(agpo, delta=config.delta, negative=config.negative)
-    return grpo
+    function = ESTIMATORS[config.estimator]
+    return lambda rewards: function((rewards + 1) / 2)  # the verifier's {−1, +1} as the {0, 1} that these take
 
 
 def train_policy(
@@ -44,21 +59,20 @@ def train_policy(
     out: Path,
     log: MetricsLog,
     evaluate: Evaluate,
-) -> None:
+    start_figure: float,
+) -> str | None:
     """Train `model` in place with AGPO on the examples' grades, as verifiable labels.
 
-    `evaluate(model, step)` is called every `evaluation.every` steps. Checkpoints go to `out`; an interrupted run continues
+    `evaluate(model, step)` is called every `evaluation.every` steps and returns the figure to compare weights by, the
+    higher the better; `start_figure` is that of the weights given. Checkpoints go to `out`; an interrupted run continues
     from the last one.
+
+    Returns:
+        None, or why the collapse guard stopped the training: `model` then holds the best evaluated weights.
     """
     settings = config.agpo
-    completions = settings.prompts_per_step * settings.group_size
-    if completions % settings.micro_batch:
-        raise ContractError(
-            f"teacher.agpo.micro_batch = {settings.micro_batch} does not divide the {completions} completions of a step "
-            f"(prompts_per_step × group_size)"
-        )
+    accumulation = settings.prompts_per_step * settings.group_size // settings.micro_batch
     cuda = torch.cuda.is_available()
-    accumulation = completions // settings.micro_batch
     arguments = GRPOConfig(
         output_dir=str(out),
         per_device_train_batch_size=settings.micro_batch,
@@ -75,7 +89,8 @@ def train_policy(
         beta=settings.kl,
         epsilon=settings.clip_low,
         epsilon_high=settings.clip_high,
-        loss_type="dapo",
+        loss_type="dr_grpo" if settings.estimator == "dr_grpo" else "dapo",
+        mask_truncated_completions=settings.mask_truncated,
         logging_steps=1,
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
@@ -88,8 +103,9 @@ def train_policy(
         disable_dropout=True,
         report_to=[],
         disable_tqdm=True,
-        **(_vllm_options() if settings.rollouts == "vllm" else {}),
+        **_rollout_options(settings),
     )
+    watch = _Watch(config, log, evaluate, out / "best", start_figure)
     trainer = AGPOTrainer(
         model=model,
         args=arguments,
@@ -97,14 +113,19 @@ def train_policy(
         train_dataset=Dataset.from_list([{"prompt": e.prompt, "gold": e.grade} for e in examples]),
         reward_funcs=_verifier(tokenizer, num_grades),
         advantages=estimator(settings),
-        callbacks=[_Watch(log, settings.steps, config.evaluation.every, evaluate)],
+        dynamic_sampling=settings.dynamic_sampling,
+        callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)  # our own progress lines say it
     checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
     begin = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     log.rewind("agpo", begin)
+    watch.history = log.read("agpo")
     logger.info("AGPO: %d prompts, steps %d to %d", len(examples), begin, settings.steps)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if watch.collapsed:
+        watch.restore_best(model)
+    return watch.collapsed
 
 
 def _verifier(tokenizer: Any, num_grades: int) -> Callable[..., list[float]]:
@@ -131,9 +152,14 @@ def _verifier(tokenizer: Any, num_grades: int) -> Callable[..., list[float]]:
     return verifier
 
 
-def _vllm_options() -> dict[str, Any]:
-    """GRPOConfig's settings for vLLM in this process, made to work on the CPU build too."""
-    if not torch.cuda.is_available():
+def _rollout_options(settings: AGPOConfig) -> dict[str, Any]:
+    """GRPOConfig's settings for who samples; vLLM in this process is made to work on the CPU build too."""
+    if settings.rollouts == "transformers":
+        return {}
+    cuda = torch.cuda.is_available()
+    if settings.rollouts == "vllm-server":
+        return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": settings.rollout_server}
+    if not cuda:
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         import trl.generation.vllm_generation as generation
@@ -147,16 +173,31 @@ def _vllm_options() -> dict[str, Any]:
 
 
 class _Watch(TrainerCallback):
-    """Logs every step, evaluates at intervals."""
+    """Logs every step, evaluates at intervals, keeps the best evaluated weights and stops a training that collapses."""
 
-    def __init__(self, log: MetricsLog, total: int, every: int, evaluate: Evaluate) -> None:
-        self.log, self.total, self.every, self.evaluate = log, total, every, evaluate
+    def __init__(
+        self, config: TeacherConfig, log: MetricsLog, evaluate: Evaluate, best: Path, start_figure: float
+    ) -> None:
+        self.total, self.every, self.guard = config.agpo.steps, config.evaluation.every, config.agpo.guard
+        self.log, self.evaluate, self.best, self.start_figure = log, evaluate, best, start_figure
+        self.history: list[dict[str, float]] = []
+        self.collapsed: str | None = None
+        self._clock = (time.monotonic(), 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        self._clock = (time.monotonic(), float(state.num_input_tokens_seen))
+        if not self.best.exists():
+            self._keep_if_best(model, 0, self.start_figure)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
         if not logs or "loss" not in logs:
             return
         values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        now, tokens = time.monotonic(), float(values.get("num_tokens", 0.0))
+        values["tokens_per_second"] = (tokens - self._clock[1]) / max(now - self._clock[0], 1e-9)
+        self._clock = (now, tokens)
         self.log.write("agpo", state.global_step, values)
+        self.history.append(values)
         logger.info(
             "agpo: step %d of %d, accuracy %.3f, parsed %.3f, entropy %.3f",
             state.global_step,
@@ -165,7 +206,37 @@ class _Watch(TrainerCallback):
             values.get("parse_rate", float("nan")),
             values.get("entropy", float("nan")),
         )
+        self.collapsed = collapse(self.history, self.guard)
+        if self.collapsed:
+            logger.error("AGPO is stopped at step %d: %s", state.global_step, self.collapsed)
+            control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         if self.every and state.global_step % self.every == 0 and state.global_step < self.total:
-            self.evaluate(model, state.global_step)
+            self._keep_if_best(model, state.global_step, self.evaluate(model, state.global_step))
+
+    def restore_best(self, model: Any) -> None:
+        """Load the best evaluated weights (the first ones, if training never made better ones) into `model`."""
+        step = json.loads((self.best / "step.json").read_text(encoding="utf-8"))["step"]
+        kept = load_file(self.best / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in _trained(model).items():
+                parameter.copy_(kept[name])
+        logger.warning("the weights of step %d are kept, the best that were evaluated", step)
+
+    def _keep_if_best(self, model: Any, step: int, figure: float) -> None:
+        note = self.best / "step.json"
+        if note.exists() and json.loads(note.read_text(encoding="utf-8"))["figure"] >= figure:
+            return
+        temporary = self.best.with_name("best.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(_trained(model), temporary / "weights.safetensors")
+        (temporary / "step.json").write_text(json.dumps({"step": step, "figure": figure}), encoding="utf-8")
+        shutil.rmtree(self.best, ignore_errors=True)
+        temporary.rename(self.best)
+
+
+def _trained(model: Any) -> dict[str, Any]:
+    """The parameters that training changes, by name: all of them, or the adapters'."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

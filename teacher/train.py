@@ -23,7 +23,7 @@ from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import Evaluation, evaluate
 from teacher.examples import Example, load_examples
 from teacher.metrics_log import Log, MetricsLog
-from teacher.policy import train_policy
+from teacher.policy import require_rollouts, train_policy
 from teacher.prompt import PLAIN_CHAT_TEMPLATE, Prompt, save_prompt
 from teacher.warm_start import warm_start
 
@@ -45,8 +45,10 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
     interrupted call resumes: the warm start is kept once complete, AGPO continues with step, optimiser, RNG and data order.
 
     Raises:
-        ContractError: the split `train` or `valid` has no labelled pair, or `base` is no causal language model.
+        ContractError: the split `train` or `valid` has no labelled pair, `base` is no causal language model, or this machine
+            cannot sample rollouts as the config asks.
     """
+    require_rollouts(config.agpo)
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -83,8 +85,9 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
         shutil.rmtree(out / "checkpoints" / "warm_start", ignore_errors=True)
     phases.add("warm_start", lambda: measure(model, "warm_start", 0))
     model = _trainable(model, config)
+    collapsed = None
     if config.agpo.steps:
-        train_policy(
+        collapsed = train_policy(
             config,
             model,
             tokenizer,
@@ -92,7 +95,8 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
             scale.size,
             out / "checkpoints" / "agpo",
             metrics,
-            lambda live, step: measure(live, "agpo", step),
+            lambda live, step: measure(live, "agpo", step).figures["pass@1"],
+            phases.figures["warm_start"]["pass@1"],
         )
     model = _merged(model)
     phases.add("agpo", lambda: measure(model, "agpo", config.agpo.steps))
@@ -102,7 +106,10 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
         test = load_examples(pairs, "test", prompt, tokenizer, config.evaluation.examples, config.seed)
         phases.add("test", lambda: _measure(config, model, tokenizer, test, scale))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return TeacherResult(fingerprint, {"train_pairs": len(train), "valid_pairs": len(valid), **phases.flat()})
+    figures: dict[str, Any] = {"train_pairs": len(train), "valid_pairs": len(valid), **phases.flat()}
+    if collapsed:
+        figures["stopped"] = collapsed
+    return TeacherResult(fingerprint, figures)
 
 
 def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:

@@ -3,13 +3,14 @@
 import itertools
 import math
 import statistics
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher.advantages import ESTIMATORS, agpo, grpo
+from teacher.advantages import ESTIMATORS, agpo
 
 SIGNS = st.sampled_from([-1.0, 1.0])
 GROUPS = st.lists(SIGNS, min_size=2, max_size=16)
@@ -17,28 +18,77 @@ DELTAS = st.floats(0.05, 5.0)
 NEGATIVES = st.floats(-3.0, 0.0)
 
 
-def slow_agpo(group, delta, negative):
-    """One group, plain Python, straight from the definition; None is an unscorable completion."""
-    scored = [r for r in group if not math.isnan(r)]
-    if not scored:
-        return [0.0] * len(group)
-    mean, deviation = statistics.fmean(scored), statistics.pstdev(scored)
-    result = []
-    for r in group:
-        if math.isnan(r):
-            result.append(0.0)
-        else:
-            result.append((r - mean) / math.sqrt(deviation**2 + delta**2) + (negative if r < 0 else 0.0))
-    return result
+def scored(group):
+    return [r for r in group if not math.isnan(r)]
+
+
+def slow_agpo(group, delta=1.0, negative=-1.0):
+    """One group, plain Python, straight from the definition."""
+    mean, deviation = statistics.fmean(scored(group)), statistics.pstdev(scored(group))
+    return [(r - mean) / math.sqrt(deviation**2 + delta**2) + (negative if r < 0 else 0.0) for r in group]
 
 
 def slow_grpo(group, epsilon=1e-4):
-    scored = [r for r in group if not math.isnan(r)]
-    if not scored:
+    kept = scored(group)
+    deviation = statistics.stdev(kept) if len(kept) > 1 else 0.0
+    return [(r - statistics.fmean(kept)) / (deviation + epsilon) for r in group]
+
+
+def slow_rloo(group):
+    result = []
+    for i, r in enumerate(group):
+        others = scored(group[:i] + group[i + 1 :])
+        result.append(r - statistics.fmean(others) if others else 0.0)
+    return result
+
+
+def slow_ngrpo(group, epsilon=1e-4):
+    kept = [*scored(group), 1.0]
+    return [(r - statistics.fmean(kept)) / (statistics.stdev(kept) + epsilon) for r in group]
+
+
+def slow_mc_grpo(group, floor=1e-3):
+    median = statistics.median(scored(group))
+    spread = statistics.median(abs(r - median) for r in scored(group))
+    return [(r - median) / max(spread, floor) for r in group]
+
+
+def slow_a_grae(group, batch_mean=None, epsilon=1e-6, alpha=1.0, clip=10.0):
+    p = statistics.fmean(scored(group))
+    batch_mean = p if batch_mean is None else batch_mean
+    result = []
+    for a in slow_grpo(group, epsilon):
+        easy, hard = a / 2 / (1 - math.sqrt(p) + epsilon), a / 2 / (math.sqrt(p) + epsilon)
+        mixed = (1 - batch_mean) * easy + batch_mean * hard
+        mixed *= min(1.0, batch_mean / alpha) if mixed > 0 else 1.0
+        result.append(max(-clip, min(clip, mixed)))
+    return result
+
+
+# Written from the formulas of DESIGN and the papers, not from the code. NaN in, NaN out: the test puts the 0 there.
+REFERENCES = {
+    "agpo": slow_agpo,
+    "grpo": slow_grpo,
+    "dr_grpo": lambda group: [r - statistics.fmean(scored(group)) for r in group],
+    "rloo": slow_rloo,
+    "psr": lambda group: [1.0 if r == 1 else 0.0 for r in group],
+    "nsr": lambda group: [-1.0 if r == 0 else 0.0 for r in group],
+    "w_reinforce": lambda group: [0.1 if r == 1 else -1.0 for r in group],
+    "ngrpo": slow_ngrpo,
+    "mc_grpo": slow_mc_grpo,
+    "a_grae": slow_a_grae,
+}
+
+
+def expected(name, group, **options):
+    if not scored(group):
         return [0.0] * len(group)
-    mean = statistics.fmean(scored)
-    deviation = statistics.stdev(scored) if len(scored) > 1 else 0.0
-    return [0.0 if math.isnan(r) else (r - mean) / (deviation + epsilon) for r in group]
+    made = REFERENCES[name](group, **options)
+    return [0.0 if math.isnan(r) else a for r, a in zip(group, made, strict=True)]
+
+
+def found(name, groups, **options):
+    return ESTIMATORS[name](torch.tensor(groups, dtype=torch.float64), **options).tolist()
 
 
 def one(group, **options):
@@ -58,15 +108,65 @@ def random_groups(count, values):
         yield group
 
 
-def test_agpo_matches_the_slow_reference_on_random_groups():
-    for group in random_groups(1000, (-1.0, 1.0)):
-        assert one(group, delta=0.7, negative=-0.4) == pytest.approx(slow_agpo(group, 0.7, -0.4), abs=1e-9)
+def values_of(name):
+    return (-1.0, 1.0) if name == "agpo" else (0.0, 1.0)
 
 
-def test_grpo_matches_the_slow_reference_on_random_groups():
-    for group in random_groups(1000, (0.0, 1.0)):
-        found = grpo(torch.tensor([group], dtype=torch.float64))[0].tolist()
-        assert found == pytest.approx(slow_grpo(group), abs=1e-9)
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_every_estimator_matches_its_slow_reference_on_random_groups(name):
+    seen = Counter()
+    for group in random_groups(1000, values_of(name)):
+        assert found(name, [group])[0] == pytest.approx(expected(name, group), abs=1e-9)
+        seen[len(group) == 2] += 1
+        seen[f"values {sorted(set(scored(group)))}"] += 1
+        seen["nan"] += len(scored(group)) < len(group)
+    # the groups that break estimators are among them: pairs, all right, all wrong, mixed, unscorable
+    assert seen[True] >= 100
+    assert seen["nan"] >= 100
+    assert min(seen[f"values {list(v)}"] for v in [values_of(name)[:1], values_of(name)[1:], values_of(name)]) >= 100
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_groups_of_one_batch_match_the_references_together(name):
+    groups = [group for group in random_groups(400, values_of(name)) if len(group) == 8]
+    assert len(groups) >= 10
+    options = {}
+    if name == "a_grae":  # the one estimator that looks at the whole batch
+        options["batch_mean"] = statistics.fmean(statistics.fmean(scored(group)) for group in groups)
+    together = found(name, groups)
+    for group, advantages in zip(groups, together, strict=True):
+        assert advantages == pytest.approx(expected(name, group, **options), abs=1e-9)
+
+
+def test_options_reach_the_formulas():
+    groups = list(random_groups(50, (-1.0, 1.0)))
+    assert all(
+        one(group, delta=0.7, negative=-0.4) == pytest.approx(expected("agpo", group, delta=0.7, negative=-0.4))
+        for group in groups
+    )
+    mixed = [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert found("w_reinforce", [mixed], weight=0.5)[0] == [0.5, -1.0, -1.0, 0.5, -1.0]
+    assert found("mc_grpo", [mixed], floor=0.25)[0] == [4.0, 0.0, 0.0, 4.0, 0.0]
+    assert found("a_grae", [mixed], alpha=0.5)[0] == pytest.approx(slow_a_grae(mixed, alpha=0.5))
+    assert found("a_grae", [[0.0] + [1.0] * 15], clip=3.0)[0][0] == -3.0
+    assert found("ngrpo", [mixed], epsilon=1.0)[0] == pytest.approx(slow_ngrpo(mixed, epsilon=1.0))
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_an_estimator_keeps_shape_and_dtype_and_leaves_its_input_alone(name):
+    rewards = torch.tensor([[1.0, values_of(name)[0], math.nan], [1.0, 1.0, 1.0]])
+    before = rewards.clone()
+    made = ESTIMATORS[name](rewards)
+    assert made.shape == rewards.shape
+    assert made.dtype == rewards.dtype
+    assert torch.isfinite(made).all()
+    assert torch.equal(rewards.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+def test_what_all_wrong_groups_teach():
+    """The difference that the asymmetric estimators are about."""
+    teach = {name: found(name, [[values_of(name)[0]] * 4])[0][0] for name in ESTIMATORS}
+    assert {name for name, advantage in teach.items() if advantage < 0} == {"agpo", "nsr", "w_reinforce", "ngrpo"}
 
 
 @given(st.integers(2, 32), DELTAS, NEGATIVES)
@@ -114,12 +214,23 @@ def test_an_unscorable_group_is_left_alone(name):
     assert ESTIMATORS[name](rewards).tolist() == [[0.0] * 4]
 
 
-@pytest.mark.parametrize("options", [{"delta": 0.0}, {"negative": 0.1}])
-def test_options_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match="delta > 0"):
-        agpo(torch.ones(1, 2), **options)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("agpo", {"delta": 0.0}),
+        ("agpo", {"negative": 0.1}),
+        ("w_reinforce", {"weight": -0.1}),
+        ("mc_grpo", {"floor": 0.0}),
+        ("a_grae", {"alpha": 0.0}),
+        ("a_grae", {"clip": -1.0}),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options):
+    with pytest.raises(ValueError, match=f"{name} needs .*{next(iter(options))}"):
+        ESTIMATORS[name](torch.ones(1, 2), **options)
 
 
-def test_rewards_must_be_groups():
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_rewards_must_be_groups(name):
     with pytest.raises(ValueError, match="num_groups"):
-        agpo(torch.ones(4))
+        ESTIMATORS[name](torch.ones(4))

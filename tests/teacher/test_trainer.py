@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+from typing import get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
+from data.schema import ContractError
+from teacher.advantages import ESTIMATORS
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
+from teacher.policy import estimator
 from teacher.train import load_model, train_teacher
 from teacher.trainer import AGPOTrainer, group_statistics
 
@@ -139,3 +144,104 @@ def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(decoder
     assert max(float((expected[name] - found[name]).abs().max()) for name in expected) <= 1e-6
     steps = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["phase"] == "agpo"] == [1, 2, 3, 4]
+
+
+def test_every_estimator_of_the_config_exists_and_gets_the_rewards_it_takes():
+    names = get_args(AGPOConfig.model_fields["estimator"].annotation)
+    assert set(names) == set(ESTIMATORS)
+    signs = torch.tensor([[1.0, -1.0, -1.0, float("nan")]])
+    for name in names:
+        made = estimator(AGPOConfig(estimator=name))(signs)
+        takes = signs if name == "agpo" else (signs + 1) / 2
+        assert torch.equal(made, ESTIMATORS[name](takes))
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing(decoder, tmp_path):
+    """A third of the prompts is always right, a third always wrong: only mixed groups reach the loss."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    model, tokenizer = load_model(decoder, TINY)
+    kinds = {"<|user|>a<|end|><|assistant|>": "right", "<|user|>b b<|end|><|assistant|>": "wrong"}
+    mixed = "<|user|>c c c<|end|><|assistant|>"
+    calls, batches = [], []
+
+    def score(prompts, completions, **_):
+        calls.append(len(prompts))
+        return [
+            {"right": 1.0, "wrong": -1.0}.get(kinds.get(prompt), 1.0 if i % 2 else -1.0)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    class Spy(AGPOTrainer):
+        def _compute_loss(self, model, inputs):
+            batches.append({name: value.clone() for name, value in inputs.items()})
+            return super()._compute_loss(model, inputs)
+
+    def train(rounds):
+        calls.clear()
+        batches.clear()
+        arguments = GRPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=12,
+            num_generations=4,
+            max_completion_length=5,
+            max_steps=2,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            seed=3,
+        )
+        trainer = Spy(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in [*kinds, mixed] * 4]),
+            reward_funcs=score,
+            advantages=estimator(AGPOConfig()),
+            dynamic_sampling=rounds,
+        )
+        trainer.train()
+        return trainer
+
+    train(0)
+    assert calls == [12, 12]
+    trainer = train(40)
+    assert len(calls) > 2
+    for batch in batches:
+        prompts = [
+            tokenizer.decode(ids[mask.bool()])
+            for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+        ]
+        assert set(prompts) == {mixed}
+        assert (batch["advantages"] != 0).all()
+        assert batch["completion_ids"].shape == batch["completion_mask"].shape
+        assert (batch["completion_mask"].sum(dim=1) >= 1).all()
+        assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
+    assert trainer.state.log_history[0]["dynamic_sampling/kept_uniform"] == 0.0
+    # when nothing is mixed, the rounds end and the groups stay
+    mixed = "none"
+    trainer = train(1)
+    assert calls == [12, 12, 12, 12]
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"micro_batch": 5}, "micro_batch"),
+        ({"generation_batches": 3, "checkpoint_every": 4}, "checkpoint_every"),
+        ({"dynamic_sampling": 1, "micro_batch": 2}, "whole groups"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(changed, word):
+    with pytest.raises(ValidationError, match=word):
+        AGPOConfig(**changed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused without a GPU")
+def test_a_rollout_server_is_refused_without_a_gpu(decoder, pairs, tmp_path):
+    config = TINY.model_copy(update={"agpo": TINY.agpo.model_copy(update={"rollouts": "vllm-server"})})
+    with pytest.raises(ContractError, match="needs a CUDA GPU"):
+        train_teacher(config, decoder, pairs, tmp_path)

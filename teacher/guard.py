@@ -1,0 +1,43 @@
+"""The collapse guard: says when a policy's training has gone wrong, from what was logged.
+
+Policy gradients on verifiable rewards fail in known ways: the policy repeats one completion (entropy to 0), it dissolves
+into noise (entropy up, answers no longer parse), or the reward falls for good (the paper reports this after hundreds of
+steps without KL). A window of steps is judged, never a single one: single steps are noisy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from teacher.config import GuardConfig
+
+
+def collapse(history: Sequence[dict[str, float]], config: GuardConfig) -> str | None:
+    """Why the training should stop, in a sentence; None while it may go on.
+
+    Args:
+        history: the logged values of every step so far, in order: `entropy` (nats per token), `parse_rate` and `accuracy`
+            are looked at, each where it is logged.
+        config: window and limits. The first window is the measure for the later ones.
+    """
+    window = config.window
+    if not window or len(history) < 2 * window:
+        return None
+
+    def means(name: str) -> list[float]:
+        """Of every window so far, the oldest first; empty when a step lacks the value."""
+        values = [step[name] for step in history if name in step]
+        if len(values) != len(history):
+            return []
+        return [sum(values[end - window : end]) / window for end in range(window, len(values) + 1)]
+
+    if entropy := means("entropy"):
+        if entropy[-1] < config.min_entropy * entropy[0]:
+            return f"entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g}: the policy repeats itself"
+        if entropy[-1] > config.max_entropy * entropy[0]:
+            return f"entropy rose from {entropy[0]:.3g} to {entropy[-1]:.3g}: the policy dissolves into noise"
+    if (parsed := means("parse_rate")) and parsed[-1] < config.min_parse_rate * max(parsed):
+        return f"the parse rate fell from {max(parsed):.3f} to {parsed[-1]:.3f}: completions no longer answer"
+    if (accuracy := means("accuracy")) and max(accuracy) - accuracy[-1] > config.max_accuracy_drop:
+        return f"accuracy fell from {max(accuracy):.3f} to {accuracy[-1]:.3f}"
+    return None
