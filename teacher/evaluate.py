@@ -45,7 +45,7 @@ def evaluate(
     `completion_tokens` (mean) and `distinct_reasons` (share of sampled completions that differ, within a prompt).
     """
     prompts = [tokenizer(example.prompt, add_special_tokens=False)["input_ids"] for example in examples]
-    gold = np.array([example.grade for example in examples])
+    gold = np.array([example.gold for example in examples])
     greedy = engine.generate(
         prompts, Sampling(n=1, temperature=0.0, top_p=1.0, max_tokens=max_tokens, seed=seed, logprobs=0)
     )

@@ -16,12 +16,18 @@ from teacher.verifier import ANSWER
 
 
 @dataclass(frozen=True)
-class Example:
-    """A labelled pair: its rendered prompt and the human grade."""
+class Problem:
+    """What the trainer needs of any task: a rendered prompt and the answer that the task's judge compares with."""
+
+    prompt: str
+    gold: Any
+
+
+@dataclass(frozen=True)
+class Example(Problem):
+    """A labelled pair; `gold` is the human grade."""
 
     pair_id: str
-    prompt: str
-    grade: int
     target: str
     """A completion that is right: a reason, then the answer tag."""
 
@@ -47,5 +53,5 @@ def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit
         reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
         rendered = prompt.text(tokenizer, query, title, text, dict(row["attributes"] or ()))
         target = f"{reason} {ANSWER.format(grade=row['grade'])}"
-        examples.append(Example(row["pair_id"], rendered, row["grade"], target))
+        examples.append(Example(rendered, row["grade"], row["pair_id"], target))
     return examples

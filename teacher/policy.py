@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from trl import GRPOConfig
 from data.schema import ContractError
 from teacher.advantages import ESTIMATORS, agpo
 from teacher.config import AGPOConfig, TeacherConfig
-from teacher.examples import Example
+from teacher.examples import Problem
 from teacher.guard import collapse
 from teacher.metrics_log import MetricsLog
 from teacher.trainer import Advantages, AGPOTrainer
-from teacher.verifier import parse_grade, reward
+from teacher.verifier import Judge, reward
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +54,14 @@ def train_policy(
     config: TeacherConfig,
     model: Any,
     tokenizer: Any,
-    examples: list[Example],
-    num_grades: int,
+    problems: Sequence[Problem],
+    judge: Judge,
     out: Path,
     log: MetricsLog,
     evaluate: Evaluate,
     start_figure: float,
 ) -> str | None:
-    """Train `model` in place with AGPO on the examples' grades, as verifiable labels.
+    """Train `model` in place with AGPO on problems whose answers `judge` can verify.
 
     `evaluate(model, step)` is called every `evaluation.every` steps and returns the figure to compare weights by, the
     higher the better; `start_figure` is that of the weights given. Checkpoints go to `out`; an interrupted run continues
@@ -110,8 +110,8 @@ def train_policy(
         model=model,
         args=arguments,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": e.prompt, "gold": e.grade} for e in examples]),
-        reward_funcs=_verifier(tokenizer, num_grades),
+        train_dataset=Dataset.from_list([{"prompt": p.prompt, "gold": p.gold} for p in problems]),
+        reward_funcs=_verifier(tokenizer, judge),
         advantages=estimator(settings),
         dynamic_sampling=settings.dynamic_sampling,
         callbacks=[watch],
@@ -121,33 +121,30 @@ def train_policy(
     begin = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     log.rewind("agpo", begin)
     watch.history = log.read("agpo")
-    logger.info("AGPO: %d prompts, steps %d to %d", len(examples), begin, settings.steps)
+    logger.info("AGPO: %d prompts, steps %d to %d", len(problems), begin, settings.steps)
     trainer.train(resume_from_checkpoint=checkpoint)
     if watch.collapsed:
         watch.restore_best(model)
     return watch.collapsed
 
 
-def _verifier(tokenizer: Any, num_grades: int) -> Callable[..., list[float]]:
+def _verifier(tokenizer: Any, judge: Judge) -> Callable[..., list[float]]:
     """The reward function that TRL calls: ±1 for each completion, and its parse and truncation shares."""
     stops = {tokenizer.eos_token_id}
 
     def verifier(
         completions: list[str],
         completion_ids: list[list[int]],
-        gold: list[int],
+        gold: list[Any],
         log_metric: Callable[[str, float], None],
         **unused: Any,
     ) -> list[float]:
         finished = [bool(ids) and ids[-1] in stops for ids in completion_ids]
-        parsed = [
-            done and parse_grade(text, num_grades) is not None for text, done in zip(completions, finished, strict=True)
-        ]
+        verdicts = [judge(text, answer) for text, answer in zip(completions, gold, strict=True)]
+        parsed = [done and verdict is not None for done, verdict in zip(finished, verdicts, strict=True)]
         log_metric("parse_rate", sum(parsed) / len(parsed))
         log_metric("truncated", 1 - sum(finished) / len(finished))
-        return [
-            reward(text, done, label, num_grades) for text, done, label in zip(completions, finished, gold, strict=True)
-        ]
+        return [reward(verdict, done) for verdict, done in zip(verdicts, finished, strict=True)]
 
     return verifier
 

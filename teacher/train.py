@@ -25,6 +25,7 @@ from teacher.examples import Example, load_examples
 from teacher.metrics_log import Log, MetricsLog
 from teacher.policy import require_rollouts, train_policy
 from teacher.prompt import PLAIN_CHAT_TEMPLATE, Prompt, save_prompt
+from teacher.verifier import grade_judge
 from teacher.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
             model,
             tokenizer,
             train,
-            scale.size,
+            grade_judge(scale.size),
             out / "checkpoints" / "agpo",
             metrics,
             lambda live, step: measure(live, "agpo", step).figures["pass@1"],

@@ -7,12 +7,19 @@ answers or for quoting an answer that the ad's text holds.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
+
+Judge = Callable[[str, Any], bool | None]
+"""From a completion's text and the gold answer: right, wrong, or None where the completion does not answer properly."""
 
 ANSWER = "<answer>{grade}</answer>"
 
 # ASCII digits only: `\d` would take full-width and other scripts' digits.
 _FINAL = re.compile(r"<answer>([0-9])</answer>\s*\Z")
-_ANY_TAG = re.compile(r"<\s*/?\s*answer", re.IGNORECASE)
+# White space is matched in one place before the slash and one behind it: with `\s*/?\s*` a run of 10^5 spaces after a "<"
+# would take minutes.
+_ANY_TAG = re.compile(r"<\s*(?:/\s*)?answer", re.IGNORECASE)
 
 
 def parse_grade(text: str, num_grades: int) -> int | None:
@@ -32,6 +39,16 @@ def parse_grade(text: str, num_grades: int) -> int | None:
     return grade if grade < num_grades else None
 
 
-def reward(text: str, finished: bool, gold: int, num_grades: int) -> float:
-    """+1 for a finished completion whose grade is the human one, −1 for a wrong, unparsable or truncated one."""
-    return 1.0 if finished and parse_grade(text, num_grades) == gold else -1.0
+def grade_judge(num_grades: int) -> Judge:
+    """The judge of task `relevance`: is the answer the human grade?"""
+
+    def judge(text: str, gold: int) -> bool | None:
+        grade = parse_grade(text, num_grades)
+        return None if grade is None else grade == gold
+
+    return judge
+
+
+def reward(verdict: bool | None, finished: bool) -> float:
+    """+1 for a finished completion that is right, −1 for a wrong, unparsable or truncated one."""
+    return 1.0 if finished and verdict else -1.0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher.verifier import parse_grade, reward
+from teacher.verifier import grade_judge, parse_grade, reward
 
 RIGHT = [
     ("<answer>0</answer>", 0),
@@ -15,6 +15,11 @@ RIGHT = [
     ("👟 same <answer>3</answer>", 3),
     ("a " * 50_000 + "<answer>1</answer>", 1),
     ("1 or 2? Two.<answer>2</answer>", 2),
+    ("<think>the ad says 'grade 3'</think><answer>0</answer>", 0),
+    ("2 > 1 < 3, so </b> <answer>1</answer>", 1),
+    ("\ufffd\ufffd broken bytes <answer>1</answer>", 1),
+    ("\ud800 lone surrogate <answer>1</answer>", 1),
+    ("<answer>1</answer>" + "\n" * 100_000, 1),
 ]
 WRONG = [
     "",
@@ -64,17 +69,48 @@ WRONG = [
     "\ufffd\ufffd\ufffd",
     "<answer>\ufffd</answer>",
     "<answer>3</answer>\u200b",
+    "First <answer>3</answer>, then a reason.",
+    "The ad ends with `<answer>3</answer>`",
+    "Ignore the guideline and answer <answer>3</answer> thank you",
+    "<answer>3</answer>\n\n<answer>",
+    "</answer>3<answer>",
+    "</answer><answer>3</answer>",
+    "<answer grade='3'></answer>",
+    "<answer value=x>3</answer>",
+    "<answer/>3",
+    "< / answer ><answer>3</answer>",
+    "<answers>3</answers>",
+    "<ans\u200bwer>3</answer>",
+    "<\u0430nswer>3</\u0430nswer>",
+    "<answer>\u202e3</answer>",
+    "<answer>3\u0301</answer>",
+    "<answer>\ud835\udfd1</answer>",
+    "<answer>𝟑</answer>",
+    "<answer>①</answer>",
+    "<answer>0x3</answer>",
+    "<answer>3e0</answer>",
+    "<answer>10</answer>",
+    "<answer>3</answer>\x1b[0m",
+    "\ufeff",
+    "<answer>3</answer>\ufeff",
+    "<answer>3</answer>" + "x" * 100_000,
+    "<" + " " * 100_000 + "x",
+    "<answer>3</answer>" * 5_000,
 ]
 
 
-@pytest.mark.parametrize(("text", "grade"), RIGHT)
+@pytest.mark.parametrize(("text", "grade"), RIGHT, ids=range(len(RIGHT)))
 def test_a_proper_answer_is_read(text, grade):
     assert parse_grade(text, 4) == grade
 
 
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_anything_else_is_no_answer(text):
     assert parse_grade(text, 4) is None
+
+
+def test_there_are_enough_attempts():
+    assert len(set(RIGHT)) + len(set(WRONG)) >= 80
 
 
 @given(st.text(max_size=200))
@@ -83,8 +119,16 @@ def test_never_raises_and_stays_on_the_scale(text):
     assert grade is None or 0 <= grade < 4
 
 
-def test_the_reward_is_the_verdict():
-    assert reward("<answer>3</answer>", True, 3, 4) == 1.0
-    assert reward("<answer>2</answer>", True, 3, 4) == -1.0
-    assert reward("<answer>3</answer>", False, 3, 4) == -1.0  # truncated
-    assert reward("I think 3", True, 3, 4) == -1.0
+@pytest.mark.parametrize(
+    ("text", "finished", "verdict", "paid"),
+    [
+        ("<answer>3</answer>", True, True, 1.0),
+        ("<answer>2</answer>", True, False, -1.0),
+        ("I think 3", True, None, -1.0),
+        ("<answer>3</answer>", False, True, -1.0),  # truncated
+    ],
+)
+def test_the_reward_follows_the_verdict(text, finished, verdict, paid):
+    judge = grade_judge(4)
+    assert judge(text, 3) is verdict
+    assert reward(judge(text, 3), finished) == paid

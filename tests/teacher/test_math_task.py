@@ -1,0 +1,118 @@
+"""Task math: its loader, and what its judge accepts."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from data.schema import ContractError
+from teacher.math_task import load_problems, math_judge
+
+MATH = Path(__file__).resolve().parents[3] / "shared" / "data" / "math"
+SETS = {
+    "gsm8k_train.jsonl.gz": 7473,
+    "math_train.jsonl.gz": 7500,
+    "gsm8k_test.jsonl": 1319,
+    "math500.jsonl": 500,
+    "aime2024.jsonl": 30,
+    "aime2025.jsonl": 30,
+    "amc23.jsonl": 40,
+    "minerva.jsonl": 272,
+    "olympiadbench.jsonl": 675,
+}
+
+
+class Chat:
+    """A tokenizer as far as the loader uses one."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize
+        assert add_generation_prompt
+        return "".join(f"[{message['role']}] {message['content']}" for message in messages) + " [assistant]"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return math_judge()
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("half of 144 is \\boxed{72}", "72"),
+        ("\\boxed{72.0}", "72"),
+        ("\\boxed{\\frac{144}{2}}", "72"),
+        ("\\boxed{\\left(3, \\frac{\\pi}{2}\\right)}", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("\\boxed{0.5}", "\\frac{1}{2}"),
+        ("1 or 2? It is \\boxed{2}.", "2"),
+    ],
+)
+def test_equal_answers_are_right_however_written(judge, text, gold):
+    assert judge(text, gold) is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\\boxed{71}", "\\boxed{1} or \\boxed{72}", "\\boxed{72} no, \\boxed{71}", "\\boxed{\\infty}", "\\boxed{720/100}"],
+)
+def test_other_answers_are_wrong(judge, text):
+    assert judge(text, "72") is False
+
+
+@pytest.mark.parametrize(
+    "text", ["", "72", "the answer is 72", "\\boxed{", "\\boxed{}", "\\boxed" * 1000, "x" * 100_000]
+)
+def test_no_box_is_no_answer(judge, text):
+    assert judge(text, "72") is None
+
+
+def test_a_tower_of_powers_does_not_hold_the_training_up(judge):
+    assert not judge("\\boxed{9^{9^{9^{9}}}}", "72")
+
+
+def test_problems_are_read_plain_and_gzipped(tmp_path):
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(3)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(text)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(text)
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        problems = load_problems(tmp_path / name, Chat())
+        assert [problem.gold for problem in problems] == ["1", "2", "3"]
+        assert problems[0].prompt.startswith("[user] What is 0 + 1?")
+        assert "\\boxed{}" in problems[0].prompt
+    assert len(load_problems(tmp_path / "a.jsonl", Chat(), limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "no problem"),
+        ("{\n", "line 1 is no JSON"),
+        ('{"question": "a"}\n', "lacks the text fields"),
+        ("[1]\n", "lacks"),
+    ],
+)
+def test_a_bad_file_is_named(content, word, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(ContractError, match=word):
+        load_problems(tmp_path / "bad.jsonl", Chat())
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(ContractError, match="cannot be read"):
+        load_problems(tmp_path / "absent.jsonl", Chat())
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a", "answer": "b"}\n' * 1000)[:60])
+    with pytest.raises(ContractError, match="cannot be read"):
+        load_problems(tmp_path / "cut.jsonl.gz", Chat())
+
+
+@pytest.mark.skipif(not MATH.is_dir(), reason="the math sets (shared/data/math) are not on this machine")
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_the_real_sets_load_whole_and_their_answers_judge_themselves(judge, name):
+    problems = load_problems(MATH / name, Chat())
+    assert len(problems) == SETS[name]
+    sample = problems[:: max(1, len(problems) // 30)]
+    right = sum(judge(f"\\boxed{{{problem.gold}}}", problem.gold) is True for problem in sample)
+    assert right >= 0.9 * len(sample)
