@@ -37,7 +37,7 @@ def make_problems(count: int, seed: int) -> list[tuple[Problem, str]]:
     made: dict[str, tuple[Problem, str]] = {}
     while len(made) < count:
         numbers = [rng.randint(SMALLEST, LARGEST) for _ in range(NUMBERS)]
-        reached = {value: chain for chain, value in (random_chain(numbers, rng) for _ in range(100)) if value >= 10}
+        reached = {value: chain for chain, value in (random_chain(numbers, rng) for _ in range(100)) if value >= 40}
         if reached:
             target = rng.choice(sorted(reached))
             text = f"{' '.join(map(str, numbers))} -> {target} :"
@@ -71,7 +71,7 @@ def judge(text: str, gold: str) -> bool | None:
     ):
         return None
     for a, sign, b, _, value in steps:
-        if not (a.isdecimal() and b.isdecimal() and value.isdecimal()):
+        if not all(number.isascii() and number.isdecimal() for number in (a, b, value)):
             return None
         for number in (int(a), int(b)):
             if number not in left:

@@ -53,6 +53,8 @@ class GuardConfig(Config):
 class AGPOConfig(Config):
     steps: int = Field(default=100, ge=0)
     """Optimiser steps; 0 keeps the warm start as it is."""
+    max_sampled_tokens: int = Field(default=0, ge=0)
+    """Stop after the step in which this many completion tokens have been sampled: a limit on cost; 0 is none."""
     estimator: Literal["agpo", "grpo", "dr_grpo", "rloo", "psr", "nsr", "w_reinforce", "ngrpo", "mc_grpo", "a_grae"] = (
         "agpo"
     )

@@ -176,6 +176,7 @@ class _Watch(TrainerCallback):
         self, config: TeacherConfig, log: MetricsLog, evaluate: Evaluate, best: Path, start_figure: float
     ) -> None:
         self.total, self.every, self.guard = config.agpo.steps, config.evaluation.every, config.agpo.guard
+        self.max_tokens = config.agpo.max_sampled_tokens
         self.log, self.evaluate, self.best, self.start_figure = log, evaluate, best, start_figure
         self.history: list[dict[str, float]] = []
         self.collapsed: str | None = None
@@ -206,6 +207,10 @@ class _Watch(TrainerCallback):
         self.collapsed = collapse(self.history, self.guard)
         if self.collapsed:
             logger.error("AGPO is stopped at step %d: %s", state.global_step, self.collapsed)
+            control.should_training_stop = True
+        sampled = sum(step.get("sampled_tokens", 0.0) for step in self.history)
+        if self.max_tokens and sampled >= self.max_tokens:
+            logger.info("AGPO ends at step %d: %d tokens were sampled", state.global_step, sampled)
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:

@@ -82,7 +82,7 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
                 metrics,
             )
             model = _merged(model)
-        _save_model(model, tokenizer, warm)
+        save_model(model, tokenizer, warm)
         shutil.rmtree(out / "checkpoints" / "warm_start", ignore_errors=True)
     phases.add("warm_start", lambda: measure(model, "warm_start", 0))
     model = _trainable(model, config)
@@ -207,7 +207,7 @@ class _Phases:
         return {f"{phase}/{name}": value for phase, figures in self.figures.items() for name, value in figures.items()}
 
 
-def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model folder under a temporary name, then rename: its existence means that it is whole."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -228,7 +228,7 @@ def _save_teacher(
     figures: dict[str, dict[str, float]],
     folder: Path,
 ) -> str:
-    _save_model(model, tokenizer, folder)
+    save_model(model, tokenizer, folder)
     fingerprint = weights_fingerprint(folder)
     data_fingerprint = _data_fingerprint(pairs)
     save_prompt(

@@ -34,6 +34,7 @@ class AGPOTrainer(GRPOTrainer):
         self.advantages = advantages
         self.dynamic_sampling = dynamic_sampling
         self._gathered_rewards: Tensor | None = None
+        self._sampled_tokens = 0.0
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         # The prompts are rendered already, control tokens included: a tokenizer that adds its own would double them.
@@ -47,6 +48,7 @@ class AGPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        self._sampled_tokens = 0.0
         output, rewards = self._generate_and_reward(inputs, group_size)
         if mode == "train" and self.dynamic_sampling:
             output, rewards = self._resample_uniform_groups(inputs, output, rewards)
@@ -59,6 +61,7 @@ class AGPOTrainer(GRPOTrainer):
         for _ in range(min(len(flat), len(logged))):
             logged.pop()
         logged.extend(flat.tolist())
+        self._metrics[mode]["sampled_tokens"].append(self._sampled_tokens)
         for name, value in group_statistics(rewards, flat.view_as(rewards)).items():
             self._metrics[mode][name].append(value)
         return output
@@ -69,6 +72,8 @@ class AGPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self._gathered_rewards is None:
             raise RuntimeError("TRL no longer calls _calculate_rewards: its private surface has moved")
+        mode = "train" if self.model.training else "eval"
+        self._sampled_tokens += self._metrics[mode]["completions/mean_length"][-1] * len(self._gathered_rewards)
         return output, self._gathered_rewards.view(-1, group_size)
 
     def _resample_uniform_groups(
