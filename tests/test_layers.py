@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "student": {"student", "data"},
     "pipeline": {"pipeline", "data", "teacher", "student"},
     "flows": {"flows", "pipeline", "data", "teacher", "student"},
+    "benchmarks": {"benchmarks", "pipeline", "data", "teacher", "student"},
 }
 FILES = [file for room in MAY_IMPORT for file in sorted((ROOT / room).rglob("*.py"))]
 
