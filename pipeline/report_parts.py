@@ -22,7 +22,11 @@ _TEACHER_CHARTS: tuple[tuple[str, str, tuple[float, float] | None, tuple[str, ..
     ("Rollouts: accuracy and parse rate", "share", (0.0, 1.0), ("accuracy", "parse_rate", "truncated")),
     ("Reward", "reward", None, ("reward",)),
     ("Groups", "share of groups", (0.0, 1.0), ("groups/all_right", "groups/mixed", "groups/all_wrong")),
+    ("Advantage mass", "mean advantage", None, ("advantage/positive", "advantage/negative")),
     ("Entropy", "nats per token", None, ("entropy",)),
+    ("KL against the warm start", "nats per token", None, ("kl",)),
+    ("Completion length", "tokens", None, ("completions/mean_length", "completions/max_length")),
+    ("Speed", "tokens per second", None, ("tokens_per_second",)),
 )
 
 
@@ -68,10 +72,9 @@ def teacher(folder: Path) -> dict[str, Any]:
         drawn = [line for name in names if (line := _series(lines, "agpo", name)) is not None]
         chart = line_chart(drawn, "AGPO step", label, y_range=limits)
         charts += [(title, chart)] if chart else []
+    ks = sorted({key for line in lines for key in line if key.startswith("pass@")}, key=lambda key: int(key[5:]))
     valid = [
-        line
-        for name in ("accuracy", "pass@1", "parse_rate")
-        if (line := _series(lines, "valid_agpo", name, marks=True))
+        line for name in ("accuracy", *ks, "parse_rate") if (line := _series(lines, "valid_agpo", name, marks=True))
     ]
     for title, label, drawn, limits in (
         ("Validation while training", "share", valid, (0.0, 1.0)),

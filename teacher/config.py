@@ -127,6 +127,8 @@ class EvaluationConfig(Config):
     """AGPO steps between evaluations while training; 0 evaluates before and after only."""
     samples: int = Field(default=8, ge=1)
     """Completions sampled for each pair, for pass@k, majority@k and the AUC."""
+    batch: int = Field(default=32, ge=1)
+    """Sequences decoded at the same time: more is faster and takes more memory."""
     base: bool = True
     """Evaluate the model before any training too; off for one made from scratch, which knows nothing yet."""
     test: bool = True
@@ -152,5 +154,21 @@ class TeacherConfig(Config):
     """Number format of the weights in training; bfloat16 is for GPUs."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
+    processes: int = Field(default=1, ge=1, le=64)
+    """Processes that train together, one for each GPU of this machine (through accelerate)."""
     seed: int = Field(default=0, ge=0)
     """Fixes the choice of examples, their order and, as far as the libraries allow, the sampling."""
+
+    @model_validator(mode="after")
+    def _divides_among_processes(self) -> TeacherConfig:
+        completions = self.agpo.prompts_per_step * self.agpo.group_size
+        if completions % (self.agpo.micro_batch * self.processes):
+            raise ValueError(
+                f"the {completions} completions of an AGPO step (prompts_per_step × group_size) cannot be shared among "
+                f"{self.processes} processes with micro_batch = {self.agpo.micro_batch}"
+            )
+        if self.warm_start.batch_size % self.processes:
+            raise ValueError(
+                f"warm_start.batch_size = {self.warm_start.batch_size} cannot be shared among {self.processes} processes"
+            )
+        return self

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from teacher.ranks import is_main
+
 logger = logging.getLogger(__name__)
 
 Log = Callable[[int, dict[str, float]], None]
@@ -25,14 +27,26 @@ class MetricsLog:
         self.listener = listener
 
     def write(self, phase: str, step: int, values: dict[str, float]) -> None:
-        """Record `values` of `step`; numbers that are not finite are left out."""
+        """Record `values` of `step` (in the main process only); numbers that are not finite are left out."""
+        if not is_main():
+            return
         kept = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "phase": phase, **kept}) + "\n")
+        self._tell(phase, step, kept)
+
+    def replay(self) -> None:
+        """Hand everything in the file to the listener, when another process wrote it."""
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                values = json.loads(line)
+                self._tell(values.pop("phase"), values.pop("step"), values)
+
+    def _tell(self, phase: str, step: int, values: dict[str, float]) -> None:
         if self.listener is None:
             return
         try:
-            self.listener(step, {f"{phase}/{name}": value for name, value in kept.items()})
+            self.listener(step, {f"{phase}/{name}": value for name, value in values.items()})
         except Exception as error:  # any failure of the listener: it is not the training's
             logger.warning("metrics are only kept in %s from here on: %s", self.path, error)
             self.listener = None
@@ -46,7 +60,7 @@ class MetricsLog:
 
     def rewind(self, phase: str, step: int) -> None:
         """Drop lines of `phase` after `step`, and of what follows it: a resumed training writes them anew."""
-        if not self.path.exists():
+        if not is_main() or not self.path.exists():
             return
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
         kept = [line for line in lines if line["phase"] != phase or line["step"] <= step]

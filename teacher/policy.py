@@ -25,6 +25,7 @@ from teacher.config import AGPOConfig, TeacherConfig
 from teacher.examples import Problem
 from teacher.guard import collapse
 from teacher.metrics_log import MetricsLog
+from teacher.ranks import is_main, wait_for_all, world_size
 from teacher.trainer import Advantages, AGPOTrainer
 from teacher.verifier import Judge, reward
 
@@ -71,7 +72,7 @@ def train_policy(
         None, or why the collapse guard stopped the training: `model` then holds the best evaluated weights.
     """
     settings = config.agpo
-    accumulation = settings.prompts_per_step * settings.group_size // settings.micro_batch
+    accumulation = settings.prompts_per_step * settings.group_size // (settings.micro_batch * world_size())
     cuda = torch.cuda.is_available()
     arguments = GRPOConfig(
         output_dir=str(out),
@@ -100,6 +101,7 @@ def train_policy(
         bf16=config.dtype == "bfloat16",
         gradient_checkpointing=config.gradient_checkpointing,
         dataloader_pin_memory=cuda,
+        ddp_timeout=7200,  # the others wait while the main process evaluates
         disable_dropout=True,
         report_to=[],
         disable_tqdm=True,
@@ -123,6 +125,7 @@ def train_policy(
     watch.history = log.read("agpo")
     logger.info("AGPO: %d prompts, steps %d to %d", len(problems), begin, settings.steps)
     trainer.train(resume_from_checkpoint=checkpoint)
+    wait_for_all()
     if watch.collapsed:
         watch.restore_best(model)
     return watch.collapsed
@@ -214,7 +217,8 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and state.global_step < self.total:
+        due = self.every and state.global_step % self.every == 0 and state.global_step < self.total
+        if due and is_main():
             self._keep_if_best(model, state.global_step, self.evaluate(model, state.global_step))
 
     def restore_best(self, model: Any) -> None:
@@ -227,6 +231,8 @@ class _Watch(TrainerCallback):
         logger.warning("the weights of step %d are kept, the best that were evaluated", step)
 
     def _keep_if_best(self, model: Any, step: int, figure: float) -> None:
+        if not is_main():
+            return
         note = self.best / "step.json"
         if note.exists() and json.loads(note.read_text(encoding="utf-8"))["figure"] >= figure:
             return

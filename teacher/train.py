@@ -22,9 +22,11 @@ from teacher.config import TeacherConfig
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import Evaluation, evaluate
 from teacher.examples import Example, load_examples
+from teacher.launch import launch
 from teacher.metrics_log import Log, MetricsLog
 from teacher.policy import require_rollouts, train_policy
 from teacher.prompt import PLAIN_CHAT_TEMPLATE, Prompt, save_prompt
+from teacher.ranks import is_main, local_rank, wait_for_all, world_size
 from teacher.verifier import grade_judge
 from teacher.warm_start import warm_start
 
@@ -50,6 +52,8 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
             cannot sample rollouts as the config asks.
     """
     require_rollouts(config.agpo)
+    if config.processes > 1 and world_size() == 1:
+        return TeacherResult(**launch(config, base, pairs, out, log))
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -83,7 +87,8 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
             )
             model = _merged(model)
         save_model(model, tokenizer, warm)
-        shutil.rmtree(out / "checkpoints" / "warm_start", ignore_errors=True)
+        if is_main():
+            shutil.rmtree(out / "checkpoints" / "warm_start", ignore_errors=True)
     phases.add("warm_start", lambda: measure(model, "warm_start", 0))
     model = _trainable(model, config)
     collapsed = None
@@ -97,11 +102,14 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
             out / "checkpoints" / "agpo",
             metrics,
             lambda live, step: measure(live, "agpo", step).figures["pass@1"],
-            phases.figures["warm_start"]["pass@1"],
+            phases.figures.get("warm_start", {}).get("pass@1", 0.0),
         )
     model = _merged(model)
     phases.add("agpo", lambda: measure(model, "agpo", config.agpo.steps))
     folder = out / "model"
+    wait_for_all()
+    if not is_main():
+        return TeacherResult("", {})
     fingerprint = _save_teacher(config, prompt, model, tokenizer, base, pairs, phases.figures, folder)
     if config.evaluation.test:
         test = load_examples(pairs, "test", prompt, tokenizer, config.evaluation.examples, config.seed)
@@ -130,7 +138,7 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     if torch.cuda.is_available():
-        model = model.to("cuda")
+        model = model.to(f"cuda:{local_rank()}")
     return model, tokenizer
 
 
@@ -170,7 +178,7 @@ def _measure(
     """Evaluate a live model in place."""
     settings = config.evaluation
     was_training = model.training
-    engine = TransformersEngine(model, tokenizer)
+    engine = TransformersEngine(model, tokenizer, batch_size=settings.batch)
     try:
         return evaluate(
             engine,
@@ -196,7 +204,7 @@ class _Phases:
             self.figures = json.loads(path.read_text(encoding="utf-8"))
 
     def add(self, phase: str, measure: Any) -> None:
-        if phase in self.figures:
+        if phase in self.figures or not is_main():
             return
         self.figures[phase] = measure().figures
         temporary = self.path.with_suffix(".tmp")
@@ -208,7 +216,12 @@ class _Phases:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model folder under a temporary name, then rename: its existence means that it is whole."""
+    """Write a model folder under a temporary name, then rename: its existence means that it is whole.
+
+    In a training of several processes only the main one writes.
+    """
+    if not is_main():
+        return
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from teacher.config import TeacherConfig
 from teacher.examples import Example
 from teacher.metrics_log import MetricsLog
+from teacher.ranks import world_size
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def warm_start(
     steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
     arguments = TrainingArguments(
         output_dir=str(out),
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // world_size(),
         max_steps=steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",

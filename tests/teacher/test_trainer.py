@@ -245,3 +245,32 @@ def test_a_rollout_server_is_refused_without_a_gpu(decoder, pairs, tmp_path):
     config = TINY.model_copy(update={"agpo": TINY.agpo.model_copy(update={"rollouts": "vllm-server"})})
     with pytest.raises(ContractError, match="needs a CUDA GPU"):
         train_teacher(config, decoder, pairs, tmp_path)
+
+
+def test_two_processes_train_one_teacher(decoder, pairs, tmp_path):
+    """Through accelerate, on the CPU (gloo) as on several GPUs (NCCL)."""
+    heard = []
+    agpo = TINY.agpo.model_copy(update={"micro_batch": 4})
+    config = TINY.model_copy(update={"processes": 2, "agpo": agpo})
+    result = train_teacher(config, decoder, pairs, tmp_path, lambda step, values: heard.append((step, values)))
+    assert {"warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
+    assert json.loads((tmp_path / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["phase"] == "agpo"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]  # by one process, not by each
+    assert len(heard) == len(lines)
+    # a step is still 8 completions of 2 prompts, of which each process made one
+    assert steps[0]["sampled_tokens"] == 8 * steps[0]["completions/mean_length"]
+    assert not (tmp_path / "launch.json").exists()
+
+
+def test_a_failed_process_is_reported(decoder, pairs, tmp_path):
+    config = TINY.model_copy(update={"processes": 2, "agpo": TINY.agpo.model_copy(update={"micro_batch": 4})})
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(RuntimeError, match="2 processes failed"):
+        train_teacher(config, tmp_path / "nothing", pairs, tmp_path / "out")
+
+
+def test_completions_must_be_shared_evenly():
+    with pytest.raises(ValidationError, match="3 processes"):
+        TeacherConfig(**{**TINY.model_dump(), "processes": 3})

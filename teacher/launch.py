@@ -1,0 +1,69 @@
+"""A teacher trained by several processes, one for each GPU, through `accelerate launch`.
+
+The calling process writes the task into a file, starts the launcher and reads the result from a file; `python -m
+teacher.launch FILE` is what runs in each process. On a machine without a GPU the processes share the CPU (gloo): good for a
+test, not for speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teacher.config import TeacherConfig
+from teacher.metrics_log import Log, MetricsLog
+from teacher.ranks import is_main
+
+logger = logging.getLogger(__name__)
+
+
+def launch(config: TeacherConfig, base: Path, pairs: Path, out: Path, log: Log | None) -> dict[str, Any]:
+    """Run `train_teacher` in `config.processes` processes; returns the fields of its `TeacherResult`.
+
+    Metrics reach `log` when the training has ended: while it runs they are in `out/metrics.jsonl`.
+
+    Raises:
+        RuntimeError: a process failed; its own message stands above in the log.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    task, result = out / "launch.json", out / "launch-result.json"
+    result.unlink(missing_ok=True)
+    paths = {"base": str(base.resolve()), "pairs": str(pairs.resolve()), "out": str(out.resolve())}
+    task.write_text(json.dumps({"config": config.model_dump(mode="json"), **paths}), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(config.processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
+    # Everything but the file's own path is fixed text: nothing of the data becomes a word of this command.
+    done = subprocess.run([*command, "-m", "teacher.launch", str(task.resolve())], check=False)
+    if done.returncode or not result.exists():
+        raise RuntimeError(
+            f"the training in {config.processes} processes failed with exit code {done.returncode}: see its messages above; "
+            "running it again resumes from the last checkpoint"
+        )
+    MetricsLog(out / "metrics.jsonl", log).replay()
+    found = json.loads(result.read_text(encoding="utf-8"))
+    task.unlink()
+    result.unlink()
+    return found
+
+
+def main() -> None:
+    from teacher.train import train_teacher
+
+    logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(asctime)s %(name)s %(message)s")
+    task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    out = Path(task["out"])
+    result = train_teacher(TeacherConfig.model_validate(task["config"]), Path(task["base"]), Path(task["pairs"]), out)
+    if is_main():
+        (out / "launch-result.json").write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
