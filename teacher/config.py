@@ -77,7 +77,9 @@ class AGPOConfig(Config):
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (DAPO); they count as wrong in their group either way."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; it falls linearly to 0 after the warm-up."""
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps in which the learning rate rises to its peak: Adam's first steps are its noisiest."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the rollouts."""
     kl: float = Field(default=0.0, ge=0)

@@ -1,4 +1,4 @@
-"""A teacher trained by several processes, one for each GPU, through `accelerate launch`.
+"""A teacher trained by several processes, one for each GPU: `torchrun` starts them, accelerate joins them in the trainers.
 
 The calling process writes the task into a file, starts the launcher and reads the result from a file; `python -m
 teacher.launch FILE` is what runs in each process. On a machine without a GPU the processes share the CPU (gloo): good for a
@@ -15,11 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from teacher.config import TeacherConfig
 from teacher.metrics_log import Log, MetricsLog
-from teacher.ranks import is_main
+from teacher.ranks import is_main, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +35,8 @@ def launch(config: TeacherConfig, base: Path, pairs: Path, out: Path, log: Log |
     result.unlink(missing_ok=True)
     paths = {"base": str(base.resolve()), "pairs": str(pairs.resolve()), "out": str(out.resolve())}
     task.write_text(json.dumps({"config": config.model_dump(mode="json"), **paths}), encoding="utf-8")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(config.processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
     # Everything but the file's own path is fixed text: nothing of the data becomes a word of this command.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
     done = subprocess.run([*command, "-m", "teacher.launch", str(task.resolve())], check=False)
     if done.returncode or not result.exists():
         raise RuntimeError(
@@ -57,6 +53,8 @@ def launch(config: TeacherConfig, base: Path, pairs: Path, out: Path, log: Log |
 def main() -> None:
     from teacher.train import train_teacher
 
+    if world_size() == 1:  # or each process would start processes of its own
+        raise SystemExit("teacher.launch is what torchrun starts; call train_teacher instead")
     logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(asctime)s %(name)s %(message)s")
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     out = Path(task["out"])

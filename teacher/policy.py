@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -84,7 +85,7 @@ def train_policy(
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=min(5, settings.steps),
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
         max_grad_norm=settings.max_grad_norm,
         temperature=settings.temperature,
         beta=settings.kl,

@@ -1,4 +1,4 @@
-"""One training in several processes (`accelerate launch`): who writes, and how to wait for the others.
+"""One training in several processes (`torchrun`): who writes, and how to wait for the others.
 
 The environment says it before anything of torch.distributed is set up; alone, a process is the main one.
 """
