@@ -1,6 +1,6 @@
-"""A reasoning task for the CPU: reach a target from five numbers, step by step.
+"""A reasoning task for the CPU: reach a target from four numbers, step by step.
 
-    4 7 2 9 1 -> 72 : 9 * 7 = 63 ; 4 * 2 = 8 ; 63 + 8 = 71 ; 71 + 1 = 72
+    4 7 2 9 -> 71 : 9 * 7 = 63 ; 4 * 2 = 8 ; 63 + 8 = 71
 
 The answer space is large (thousands of chains for each problem, few of them right), so that pass@k means something up to
 k = 256, and many different chains can be right. Tokens are whole numbers and signs, so that a decoder of 0.8M weights can
@@ -18,13 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from teacher.examples import Problem
 
-NUMBERS = 5
-SMALLEST, LARGEST = 1, 20
+NUMBERS = 4
+SMALLEST, LARGEST = 1, 9
 """Of the numbers given."""
-MOST = 150
+MOST = 99
 """No value on the way is larger, none is negative."""
-MAX_TOKENS = 25
-"""A chain of four steps, three separators, the end token; one to spare."""
+MAX_TOKENS = 19
+"""A chain of three steps, two separators, the end token; one to spare."""
 
 
 def make_problems(count: int, seed: int) -> list[tuple[Problem, str]]:
@@ -37,7 +37,7 @@ def make_problems(count: int, seed: int) -> list[tuple[Problem, str]]:
     made: dict[str, tuple[Problem, str]] = {}
     while len(made) < count:
         numbers = [rng.randint(SMALLEST, LARGEST) for _ in range(NUMBERS)]
-        reached = {value: chain for chain, value in (random_chain(numbers, rng) for _ in range(100)) if value >= 40}
+        reached = {value: chain for chain, value in (random_chain(numbers, rng) for _ in range(100)) if value >= 10}
         if reached:
             target = rng.choice(sorted(reached))
             text = f"{' '.join(map(str, numbers))} -> {target} :"
@@ -62,7 +62,7 @@ def random_chain(numbers: list[int], rng: random.Random) -> tuple[str, int]:
 
 
 def judge(text: str, gold: str) -> bool | None:
-    """Right if correct steps use every number once and end in the target; None if it is not four steps of that form."""
+    """Right if correct steps use every number once and end in the target; None if it is not three steps of that form."""
     before, target = gold.removesuffix(" :").split(" -> ")
     left = [int(number) for number in before.split()]
     steps = [step.split() for step in text.split(";")]

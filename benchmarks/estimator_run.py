@@ -172,7 +172,7 @@ def _countdown(options: argparse.Namespace) -> Task:
         for _ in range(30_000):
             numbers = [rng.randint(countdown.SMALLEST, countdown.LARGEST) for _ in range(countdown.NUMBERS)]
             chain, _ = countdown.random_chain(numbers, rng)
-            prompt = f"{' '.join(map(str, numbers))} -> {rng.randint(40, countdown.MOST)} :"
+            prompt = f"{' '.join(map(str, numbers))} -> {rng.randint(10, countdown.MOST)} :"
             examples.append(Example(prompt, "", "", chain))
         pretraining = config.model_copy(
             update={"seed": seed, "warm_start": WarmStartConfig(epochs=3, batch_size=128, learning_rate=3e-3)}

@@ -218,11 +218,14 @@ def _title(rng: random.Random, offered: dict[str, str], noun: str) -> str:
 
 
 def _rationale(wish: Wish, offered: dict[str, str], offered_type: str, relation: str) -> str:
-    """The reason for the label, in the words that decide it. Attributes matter only when the product is right."""
+    """The reason for the label, in the words that decide it. Attributes matter only when the product is right.
+
+    Their values are not spelled out: a small decoder would have to copy names, and would spend its weights and its
+    exploration on words that the label does not depend on.
+    """
     reason = f"Asked: {wish.kind.name}. Offered: {offered_type}. Relation: {relation}."
     if relation != "same product":
         return reason
     for name, value in wish.attributes.items():
-        verdict = "as asked" if offered[name] == value else f"instead of {value.lower()}"
-        reason += f" {offered[name].capitalize()} {verdict}."
+        reason += f" {name.capitalize()} {'as asked' if offered[name] == value else 'differs'}."
     return reason

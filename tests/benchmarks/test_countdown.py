@@ -6,13 +6,12 @@ import pytest
 
 from benchmarks import countdown
 
-GOLD = "4 7 2 9 1 -> 72 :"
-CHAIN = "9 * 7 = 63 ; 4 * 2 = 8 ; 63 + 8 = 71 ; 71 + 1 = 72"
+GOLD = "4 7 2 9 -> 71 :"
+CHAIN = "9 * 7 = 63 ; 4 * 2 = 8 ; 63 + 8 = 71"
 
 
 @pytest.mark.parametrize(
-    "text",
-    [CHAIN, "4 * 2 = 8 ; 9 * 7 = 63 ; 8 + 63 = 71 ; 1 + 71 = 72", "9 * 7 = 63 ; 63 + 1 = 64 ; 4 * 2 = 8 ; 64 + 8 = 72"],
+    "text", [CHAIN, "4 * 2 = 8 ; 9 * 7 = 63 ; 8 + 63 = 71", "2 * 4 = 8 ; 7 * 9 = 63 ; 63 + 8 = 71"]
 )
 def test_any_right_chain_is_right(text):
     assert countdown.judge(text, GOLD) is True
@@ -22,10 +21,10 @@ def test_any_right_chain_is_right(text):
     ("text", "why"),
     [
         (CHAIN.replace("= 63 ;", "= 64 ;"), "a wrong sum"),
-        ("9 * 7 = 63 ; 9 * 2 = 18 ; 63 + 18 = 81 ; 81 - 1 = 80", "a number used twice"),
-        ("9 * 8 = 72 ; 72 * 1 = 72 ; 72 * 1 = 72 ; 72 * 1 = 72", "a number that was not given"),
-        ("9 * 7 = 63 ; 4 * 2 = 8 ; 63 + 8 = 71 ; 71 - 1 = 70", "another target"),
-        ("9 * 7 = 63 ; 4 * 2 = 8 ; 8 + 1 = 9 ; 63 + 8 = 71", "a value that is gone"),
+        ("9 * 7 = 63 ; 9 - 2 = 7 ; 63 + 7 = 70", "a number used twice"),
+        ("9 * 8 = 72 ; 72 - 1 = 71 ; 71 * 1 = 71", "a number that was not given"),
+        ("9 * 7 = 63 ; 4 + 2 = 6 ; 63 + 6 = 69", "another target"),
+        ("9 * 7 = 63 ; 9 - 2 = 7 ; 63 + 8 = 71", "a value that is gone"),
     ],
 )
 def test_a_chain_that_does_not_hold_is_wrong(text, why):
