@@ -73,8 +73,10 @@ def teacher(folder: Path) -> dict[str, Any]:
         chart = line_chart(drawn, "AGPO step", label, y_range=limits)
         charts += [(title, chart)] if chart else []
     ks = sorted({key for line in lines for key in line if key.startswith("pass@")}, key=lambda key: int(key[5:]))
+    # The warm start is where AGPO's curve begins.
+    evaluated = [{**line, "phase": "valid"} for line in lines if line["phase"] in ("valid_warm_start", "valid_agpo")]
     valid = [
-        line for name in ("accuracy", *ks, "parse_rate") if (line := _series(lines, "valid_agpo", name, marks=True))
+        line for name in ("accuracy", *ks, "parse_rate") if (line := _series(evaluated, "valid", name, marks=True))
     ]
     for title, label, drawn, limits in (
         ("Validation while training", "share", valid, (0.0, 1.0)),

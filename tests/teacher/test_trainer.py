@@ -274,3 +274,15 @@ def test_a_failed_process_is_reported(decoder, pairs, tmp_path):
 def test_completions_must_be_shared_evenly():
     with pytest.raises(ValidationError, match="3 processes"):
         TeacherConfig(**{**TINY.model_dump(), "processes": 3})
+
+
+def test_lora_with_gradient_checkpointing_ends_in_plain_weights(decoder, pairs, tmp_path):
+    agpo = TINY.agpo.model_copy(update={"learning_rate": 1e-2, "mask_truncated": True, "kl": 0.01})
+    config = TINY.model_copy(update={"lora_rank": 4, "gradient_checkpointing": True, "agpo": agpo})
+    train_teacher(config, decoder, pairs, tmp_path)
+    made = load_file(tmp_path / "model" / "model.safetensors")
+    base = load_file(decoder / "model.safetensors")
+    assert set(made) == set(base)  # merged: no adapter is left
+    assert max(float((made[name] - base[name]).abs().max()) for name in base) > 1e-4
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("kl" in line for line in lines if line["phase"] == "agpo")
