@@ -10,6 +10,7 @@ learn the sums. It is a task like `relevance` and `math`: its problems, prompt a
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,22 +28,23 @@ MAX_TOKENS = 19
 """A chain of three steps, two separators, the end token; one to spare."""
 
 
-def make_problems(count: int, seed: int) -> list[tuple[Problem, str]]:
+@cache
+def make_problems(count: int, seed: int) -> tuple[tuple[Problem, str], ...]:
     """Solvable problems, each with one right chain.
 
-    Numbers are drawn, then the target from all values that 100 random chains reach, each value alike: where most chains end
+    Numbers are drawn, then the target from all values that 30 random chains reach, each value alike: where most chains end
     anyway would be too easy. `gold` is the problem's own text, which is all that the judge needs.
     """
     rng = random.Random(seed)
     made: dict[str, tuple[Problem, str]] = {}
     while len(made) < count:
         numbers = [rng.randint(SMALLEST, LARGEST) for _ in range(NUMBERS)]
-        reached = {value: chain for chain, value in (random_chain(numbers, rng) for _ in range(100)) if value >= 10}
+        reached = {value: chain for chain, value in (random_chain(numbers, rng) for _ in range(30)) if value >= 10}
         if reached:
             target = rng.choice(sorted(reached))
             text = f"{' '.join(map(str, numbers))} -> {target} :"
             made.setdefault(text, (Problem(text, text), reached[target]))
-    return list(made.values())
+    return tuple(made.values())
 
 
 def random_chain(numbers: list[int], rng: random.Random) -> tuple[str, int]:

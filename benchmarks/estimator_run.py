@@ -149,12 +149,12 @@ def _countdown(options: argparse.Namespace) -> Task:
     """Base: knows sums and the form of a chain, not what a target is. Warm start: has seen solved problems."""
     from benchmarks import countdown
 
-    made = countdown.make_problems(12_300, seed=0)
+    made = countdown.make_problems(32_300, seed=0)
     config = TeacherConfig(
-        warm_start=WarmStartConfig(examples=4000, epochs=2, batch_size=64, learning_rate=1e-3),
+        warm_start=WarmStartConfig(examples=24_000, epochs=3, batch_size=128, learning_rate=2e-3),
         agpo=AGPOConfig(
-            steps=100,
-            max_sampled_tokens=1_150_000,
+            steps=110,
+            max_sampled_tokens=900_000,
             prompts_per_step=64,
             group_size=8,
             micro_batch=256,
@@ -185,8 +185,8 @@ def _countdown(options: argparse.Namespace) -> Task:
 
     return Task(
         base=base,
-        warm=lambda tokenizer: [Example(p.prompt, p.gold, "", chain) for p, chain in made[300:4300]],
-        train=lambda tokenizer: [p for p, _ in made[4300:]],
+        warm=lambda tokenizer: [Example(p.prompt, p.gold, "", chain) for p, chain in made[300:24_300]],
+        train=lambda tokenizer: [p for p, _ in made[24_300:]],
         valid=lambda tokenizer: [p for p, _ in made[200:300]],
         test=lambda tokenizer: [p for p, _ in made[:200]],
         judge=countdown.judge,
