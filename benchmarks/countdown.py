@@ -13,11 +13,11 @@ import random
 from functools import cache
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from teacher.examples import Problem
+from teacher.scratch import write_decoder
 
 NUMBERS = 4
 SMALLEST, LARGEST = 1, 9
@@ -99,22 +99,6 @@ def make_model(out: Path, seed: int, hidden: int = 128, layers: int = 3) -> Path
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    return write_decoder(
+        tokenizer, out, seed, hidden=hidden, layers=layers, heads=4, feed_forward=3 * hidden, positions=64
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out

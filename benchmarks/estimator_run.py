@@ -100,17 +100,17 @@ def result_file(folder: Path, method: str, seed: int) -> Path:
 
 
 def _train(task: Task, config: TeacherConfig, method: str, model: Any, tokenizer: Any, place: Path) -> dict[str, Any]:
-    name, _, choices = method.partition(":")
+    estimator, _, choices = method.partition(":")
     chosen = dict(choice.split("=") for choice in choices.split(",") if choice)
     # Without the guard: a collapse is a result here.
     changed = {
-        "estimator": name,
+        "estimator": estimator,
         "guard": GuardConfig(window=0),
         **{key: float(value) for key, value in chosen.items()},
     }
     settings = AGPOConfig(**{**config.agpo.model_dump(), **changed})
-    out = place / f"train-{method}"
-    log = MetricsLog(place / f"{result_file(Path(), method, 0).stem}.jsonl", None)
+    name = result_file(Path(), method, 0).stem
+    out, log = place / f"train-{name}", MetricsLog(place / f"{name}.jsonl", None)
     began = time.monotonic()
     stopped = train_policy(
         config.model_copy(update={"agpo": settings}),
@@ -173,7 +173,7 @@ def _countdown(options: argparse.Namespace) -> Task:
             numbers = [rng.randint(countdown.SMALLEST, countdown.LARGEST) for _ in range(countdown.NUMBERS)]
             chain, _ = countdown.random_chain(numbers, rng)
             prompt = f"{' '.join(map(str, numbers))} -> {rng.randint(10, countdown.MOST)} :"
-            examples.append(Example(prompt, "", "", chain))
+            examples.append(Example(prompt, "", chain))
         pretraining = config.model_copy(
             update={"seed": seed, "warm_start": WarmStartConfig(epochs=3, batch_size=128, learning_rate=3e-3)}
         )
@@ -185,7 +185,7 @@ def _countdown(options: argparse.Namespace) -> Task:
 
     return Task(
         base=base,
-        warm=lambda tokenizer: [Example(p.prompt, p.gold, "", chain) for p, chain in made[300:24_300]],
+        warm=lambda tokenizer: [Example(p.prompt, p.gold, chain) for p, chain in made[300:24_300]],
         train=lambda tokenizer: [p for p, _ in made[24_300:]],
         valid=lambda tokenizer: [p for p, _ in made[200:300]],
         test=lambda tokenizer: [p for p, _ in made[:200]],
@@ -206,8 +206,8 @@ def _relevance(options: argparse.Namespace) -> Task:
 
     if options.pairs is None:
         raise ContractError("task relevance needs --pairs, the pairs folder of a run of preset sample")
-    teacher = load_preset("sample", ["teacher.agpo.checkpoint_every=40", "teacher.evaluation.every=0"]).teacher
-    teacher = teacher.model_copy(update={"agpo": teacher.agpo.model_copy(update={"delta": 1.0, "negative": -1.0})})
+    changed = ("agpo.checkpoint_every=40", "agpo.delta=1", "agpo.negative=-1", "evaluation.every=0")
+    teacher = load_preset("sample", [f"teacher.{setting}" for setting in changed]).teacher
     scale = GradeScale.load(options.pairs)
     prompt = Prompt(teacher.prompt, scale, teacher.max_completion_tokens)
 

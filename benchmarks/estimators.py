@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.estimator_run import result_file, run_method
+from teacher.passk import pass_at_k
 
 METHODS = ("base", "warm_start", "grpo", "dr_grpo", "nsr", "w_reinforce", "ngrpo", "a_grae", "agpo")
 ABLATION = tuple(f"agpo:delta={delta},negative={negative}" for delta in (0.5, 1, 2) for negative in (0, -0.1, -0.3, -1))
-logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -69,20 +69,18 @@ def main() -> None:
     print(json.dumps({"benchmark": "estimators", "task": options.task, "minutes": round(minutes, 1), **summary}))
 
 
-def summarise(folder: Path, methods: Sequence[str], seeds: Sequence[int], split: str = "test") -> dict[str, Any]:
-    """Means over seeds with 95 % intervals from a bootstrap over seeds and problems.
+def summarise(folder: Path, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Means over seeds on the test problems, with 95 % intervals from a bootstrap over seeds and problems.
 
     Problems are the same for every seed, so that one draw of problems serves all methods: differences between methods are
     paired, and the hypothesis is judged on them.
     """
-    from teacher.passk import pass_at_k
-
     rng = np.random.default_rng(0)
     runs = {
         method: [json.loads(result_file(folder, method, seed).read_text("utf-8")) for seed in seeds]
         for method in methods
     }
-    first = next(iter(runs.values()))[0][split]
+    first = next(iter(runs.values()))[0]["test"]
     samples, problems = first["samples"], len(first["right"])
     draws = [(rng.integers(len(seeds), size=len(seeds)), rng.integers(problems, size=problems)) for _ in range(2000)]
 
@@ -93,18 +91,18 @@ def summarise(folder: Path, methods: Sequence[str], seeds: Sequence[int], split:
 
     ks = [2**i for i in range(samples.bit_length())]
     by_k = {
-        method: {k: np.array([pass_at_k(samples, np.array(run[split]["right"]), k) for run in found]) for k in ks}
+        method: {k: np.array([pass_at_k(samples, np.array(run["test"]["right"]), k) for run in found]) for k in ks}
         for method, found in runs.items()
     }
     rows = {}
     for method, found in runs.items():
-        greedy = np.array([run[split]["greedy"] for run in found])
+        greedy = np.array([run["test"]["greedy"] for run in found])
         rows[method] = {
             "greedy": [round(float(greedy.mean()), 4), round(float(greedy.std(ddof=1)), 4) if len(greedy) > 1 else 0.0],
             "pass": {k: interval(by_k[method][k]) for k in ks},
-            "distinct": round(float(np.mean([np.mean(run[split]["distinct"]) for run in found])), 2),
+            "distinct": round(float(np.mean([np.mean(run["test"]["distinct"]) for run in found])), 2),
             **{
-                name: round(float(np.mean([run[split][name] for run in found])), 4)
+                name: round(float(np.mean([run["test"][name] for run in found])), 4)
                 for name in ("entropy", "parse_rate", "tokens")
             },
             **{
@@ -130,8 +128,6 @@ def summarise(folder: Path, methods: Sequence[str], seeds: Sequence[int], split:
 
 def ablation(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """AGPO's δ and R, on the validation problems."""
-    from teacher.passk import pass_at_k
-
     found = {}
     for method in ABLATION:
         run = json.loads(result_file(folder, method, seed).read_text("utf-8"))

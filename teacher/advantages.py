@@ -105,9 +105,8 @@ def mc_grpo(rewards: Tensor, floor: float = 1e-3) -> Tensor:
     if floor <= 0:
         raise ValueError(f"mc_grpo needs floor > 0, got {floor}")
     group = _Group(rewards)
-    scored = torch.where(group.valid, rewards, torch.nan)
-    median = _median(scored)
-    spread = _median((scored - median).abs())
+    median = _median(rewards)
+    spread = _median((rewards - median).abs())
     # A group without a scorable completion has no median; its deviations are masked like any unscorable one's.
     return torch.where(group.valid, (rewards - median) / spread.clamp(min=floor), 0.0)
 

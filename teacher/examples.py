@@ -27,7 +27,6 @@ class Problem:
 class Example(Problem):
     """A labelled pair; `gold` is the human grade."""
 
-    pair_id: str
     target: str
     """A completion that is right: a reason, then the answer tag."""
 
@@ -53,5 +52,5 @@ def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit
         reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
         rendered = prompt.text(tokenizer, query, title, text, dict(row["attributes"] or ()))
         target = f"{reason} {ANSWER.format(grade=row['grade'])}"
-        examples.append(Example(rendered, row["grade"], row["pair_id"], target))
+        examples.append(Example(rendered, row["grade"], target))
     return examples

@@ -19,8 +19,6 @@ from teacher.config import TeacherConfig
 from teacher.metrics_log import Log, MetricsLog
 from teacher.ranks import is_main, world_size
 
-logger = logging.getLogger(__name__)
-
 
 def launch(config: TeacherConfig, base: Path, pairs: Path, out: Path, log: Log | None) -> dict[str, Any]:
     """Run `train_teacher` in `config.processes` processes; returns the fields of its `TeacherResult`.

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from teacher.ranks import is_main
 
@@ -37,10 +38,8 @@ class MetricsLog:
 
     def replay(self) -> None:
         """Hand everything in the file to the listener, when another process wrote it."""
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                values = json.loads(line)
-                self._tell(values.pop("phase"), values.pop("step"), values)
+        for values in self._lines():
+            self._tell(values.pop("phase"), values.pop("step"), values)
 
     def _tell(self, phase: str, step: int, values: dict[str, float]) -> None:
         if self.listener is None:
@@ -53,15 +52,16 @@ class MetricsLog:
 
     def read(self, phase: str) -> list[dict[str, float]]:
         """What was recorded of `phase` so far, step by step."""
-        if not self.path.exists():
-            return []
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
-        return [line for line in lines if line.pop("phase") == phase]
+        return [line for line in self._lines() if line.pop("phase") == phase]
 
     def rewind(self, phase: str, step: int) -> None:
         """Drop lines of `phase` after `step`, and of what follows it: a resumed training writes them anew."""
         if not is_main() or not self.path.exists():
             return
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
-        kept = [line for line in lines if line["phase"] != phase or line["step"] <= step]
+        kept = [line for line in self._lines() if line["phase"] != phase or line["step"] <= step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]

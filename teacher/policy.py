@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -108,7 +107,7 @@ def train_policy(
         disable_tqdm=True,
         **_rollout_options(settings),
     )
-    watch = _Watch(config, log, evaluate, out / "best", start_figure)
+    watch = _Watch(config, log, evaluate, out / "best.safetensors", start_figure)
     trainer = AGPOTrainer(
         model=model,
         args=arguments,
@@ -123,6 +122,7 @@ def train_policy(
     checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
     begin = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     log.rewind("agpo", begin)
+    wait_for_all()  # every process must judge the same history
     watch.history = log.read("agpo")
     logger.info("AGPO: %d prompts, steps %d to %d", len(problems), begin, settings.steps)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -157,10 +157,9 @@ def _rollout_options(settings: AGPOConfig) -> dict[str, Any]:
     """GRPOConfig's settings for who samples; vLLM in this process is made to work on the CPU build too."""
     if settings.rollouts == "transformers":
         return {}
-    cuda = torch.cuda.is_available()
     if settings.rollouts == "vllm-server":
         return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": settings.rollout_server}
-    if not cuda:
+    if not torch.cuda.is_available():
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         import trl.generation.vllm_generation as generation
@@ -212,8 +211,10 @@ class _Watch(TrainerCallback):
         if self.collapsed:
             logger.error("AGPO is stopped at step %d: %s", state.global_step, self.collapsed)
             control.should_training_stop = True
-        sampled = sum(step.get("sampled_tokens", 0.0) for step in self.history)
-        if self.max_tokens and sampled >= self.max_tokens:
+        if (
+            self.max_tokens
+            and (sampled := sum(step.get("sampled_tokens", 0.0) for step in self.history)) >= self.max_tokens
+        ):
             logger.info("AGPO ends at step %d: %d tokens were sampled", state.global_step, sampled)
             control.should_training_stop = True
 
@@ -224,26 +225,26 @@ class _Watch(TrainerCallback):
 
     def restore_best(self, model: Any) -> None:
         """Load the best evaluated weights (the first ones, if training never made better ones) into `model`."""
-        step = json.loads((self.best / "step.json").read_text(encoding="utf-8"))["step"]
-        kept = load_file(self.best / "weights.safetensors")
+        kept = load_file(self.best)
         with torch.no_grad():
             for name, parameter in _trained(model).items():
                 parameter.copy_(kept[name])
-        logger.warning("the weights of step %d are kept, the best that were evaluated", step)
+        logger.warning("the weights of step %s are kept, the best that were evaluated", self._note()["step"])
 
     def _keep_if_best(self, model: Any, step: int, figure: float) -> None:
-        if not is_main():
+        if not (is_main() and self.guard.window):
+            return  # only the guard goes back to them
+        if self.best.exists() and float(self._note()["figure"]) >= figure:
             return
-        note = self.best / "step.json"
-        if note.exists() and json.loads(note.read_text(encoding="utf-8"))["figure"] >= figure:
-            return
-        temporary = self.best.with_name("best.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(_trained(model), temporary / "weights.safetensors")
-        (temporary / "step.json").write_text(json.dumps({"step": step, "figure": figure}), encoding="utf-8")
-        shutil.rmtree(self.best, ignore_errors=True)
-        temporary.rename(self.best)
+        temporary = self.best.with_suffix(".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_trained(model), temporary, metadata={"step": str(step), "figure": repr(figure)})
+        temporary.replace(self.best)
+
+    def _note(self) -> dict[str, str]:
+        """Step and figure of the best weights."""
+        with safe_open(self.best, framework="pt") as file:
+            return file.metadata()
 
 
 def _trained(model: Any) -> dict[str, Any]:

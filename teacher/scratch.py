@@ -39,6 +39,23 @@ def make_decoder(pairs: Path, out: Path, size: str, seed: int) -> Path:
         raise ContractError(f"unknown size 'scratch:{size}'; choose one of {', '.join(SIZES)}")
     hidden, layers, heads, feed_forward, vocabulary = SIZES[size]
     tokenizer = _train_tokenizer(_corpus(pairs), vocabulary)
+    return write_decoder(
+        tokenizer, out, seed, hidden=hidden, layers=layers, heads=heads, feed_forward=feed_forward, positions=1024
+    )
+
+
+def write_decoder(
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    seed: int,
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    feed_forward: int,
+    positions: int,
+) -> Path:
+    """Write an untrained Llama of these sizes for `tokenizer`, and the tokenizer, into `out`; the seed fixes its weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -46,7 +63,7 @@ def make_decoder(pairs: Path, out: Path, size: str, seed: int) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=1024,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -85,8 +85,7 @@ class AGPOTrainer(GRPOTrainer):
             raise ValueError("dynamic sampling needs whole groups on each process: make micro_batch a multiple of G")
         first = self.accelerator.process_index * local_groups
         for round_ in range(self.dynamic_sampling):
-            mixed = _mixed(rewards)
-            if mixed.all():
+            if _mixed(rewards).all():
                 break
             # The same draw on every process, and again after a resume: it depends on seed, step and round alone.
             generator = torch.Generator().manual_seed(hash((self.args.seed, self.state.global_step, round_)) % 2**63)
@@ -100,8 +99,8 @@ class AGPOTrainer(GRPOTrainer):
             fresh = other_rewards.view_as(by_process)
             takes: list[tuple[int, int]] = []
             for process in range(len(by_process)):
-                spare = [i for i in range(local_groups) if _mixed(fresh[process])[i]]
-                places = [i for i in range(local_groups) if not _mixed(by_process[process])[i]]
+                spare = _mixed(fresh[process]).nonzero().flatten().tolist()
+                places = (~_mixed(by_process[process])).nonzero().flatten().tolist()
                 for place, source in zip(places, spare, strict=False):
                     by_process[process, place] = fresh[process, source]
                     if process == self.accelerator.process_index:
@@ -109,8 +108,7 @@ class AGPOTrainer(GRPOTrainer):
             rewards = by_process.view_as(rewards)
             output = self._with_groups_of(output, others, takes)
         self._metrics["train"]["dynamic_sampling/kept_uniform"].append((~_mixed(rewards)).float().mean().item())
-        loss_mask = output["completion_mask"]
-        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
+        output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
         return output, rewards
 
     def _with_groups_of(
@@ -164,7 +162,7 @@ def group_statistics(rewards: Tensor, advantages: Tensor) -> dict[str, float]:
         "accuracy": (right.sum() / valid.sum().clamp(min=1)).item(),
         "groups/all_right": (any_right & ~any_wrong).float().mean().item(),
         "groups/all_wrong": (any_wrong & ~any_right).float().mean().item(),
-        "groups/mixed": (any_right & any_wrong).float().mean().item(),
+        "groups/mixed": _mixed(rewards).float().mean().item(),
         "advantage/positive": advantages.clamp(min=0).mean().item(),
         "advantage/negative": advantages.clamp(max=0).mean().item(),
     }

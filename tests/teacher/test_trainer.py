@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from data.schema import ContractError
 from teacher.advantages import ESTIMATORS
@@ -30,6 +30,20 @@ TINY = TeacherConfig(
     evaluation=EvaluationConfig(examples=4, every=0, samples=2, test=False),
     max_completion_tokens=12,
 )
+
+
+def trl_arguments(out, **options):
+    """For a trainer of ours on the CPU, in groups of four, leaving nothing behind."""
+    return GRPOConfig(
+        output_dir=str(out),
+        num_generations=4,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        **options,
+    )
 
 
 def test_trls_private_surface_is_where_we_override_it():
@@ -56,7 +70,6 @@ def test_group_statistics_by_hand():
 
 def test_the_loss_gets_our_advantages(decoder, tmp_path):
     from datasets import Dataset
-    from trl import GRPOConfig
 
     model, tokenizer = load_model(decoder, TINY)
     seen, used = [], []
@@ -72,18 +85,7 @@ def test_the_loss_gets_our_advantages(decoder, tmp_path):
 
     trainer = Spy(
         model=model,
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=8,
-            num_generations=4,
-            max_completion_length=6,
-            max_steps=1,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-        ),
+        args=trl_arguments(tmp_path, per_device_train_batch_size=8, max_completion_length=6, max_steps=1),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": "<|user|>a<|end|><|assistant|>"}] * 4),
         reward_funcs=lambda completions, **_: [1.0 if i % 2 else -1.0 for i in range(len(completions))],
@@ -159,7 +161,6 @@ def test_every_estimator_of_the_config_exists_and_gets_the_rewards_it_takes():
 def test_dynamic_sampling_replaces_groups_that_teach_nothing(decoder, tmp_path):
     """A third of the prompts is always right, a third always wrong: only mixed groups reach the loss."""
     from datasets import Dataset
-    from trl import GRPOConfig
 
     model, tokenizer = load_model(decoder, TINY)
     kinds = {"<|user|>a<|end|><|assistant|>": "right", "<|user|>b b<|end|><|assistant|>": "wrong"}
@@ -181,22 +182,9 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing(decoder, tmp_path):
     def train(rounds):
         calls.clear()
         batches.clear()
-        arguments = GRPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=12,
-            num_generations=4,
-            max_completion_length=5,
-            max_steps=2,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            seed=3,
-        )
         trainer = Spy(
             model=model,
-            args=arguments,
+            args=trl_arguments(tmp_path, per_device_train_batch_size=12, max_completion_length=5, max_steps=2, seed=3),
             processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in [*kinds, mixed] * 4]),
             reward_funcs=score,
