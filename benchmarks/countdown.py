@@ -10,6 +10,7 @@ learn the sums. It is a task like `relevance` and `math`: its problems, prompt a
 from __future__ import annotations
 
 import random
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -32,14 +33,17 @@ MAX_TOKENS = 19
 def make_problems(count: int, seed: int) -> tuple[tuple[Problem, str], ...]:
     """Solvable problems, each with one right chain.
 
-    Numbers are drawn, then the target from all values that 30 random chains reach, each value alike: where most chains end
-    anyway would be too easy. `gold` is the problem's own text, which is all that the judge needs.
+    Numbers are drawn, then the target from the values that just one of 60 random chains reaches: where many chains end anyway
+    would be guessed. `gold` is the problem's own text, which is all that the judge needs. The first n of a larger `count` are
+    the problems of count n.
     """
     rng = random.Random(seed)
     made: dict[str, tuple[Problem, str]] = {}
     while len(made) < count:
         numbers = [rng.randint(SMALLEST, LARGEST) for _ in range(NUMBERS)]
-        reached = {value: chain for chain, value in (random_chain(numbers, rng) for _ in range(30)) if value >= 10}
+        ends = [random_chain(numbers, rng) for _ in range(60)]
+        times = Counter(value for _, value in ends)
+        reached = {value: chain for chain, value in ends if value >= 10 and times[value] == 1}
         if reached:
             target = rng.choice(sorted(reached))
             text = f"{' '.join(map(str, numbers))} -> {target} :"

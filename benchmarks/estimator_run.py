@@ -149,9 +149,11 @@ def _countdown(options: argparse.Namespace) -> Task:
     """Base: knows sums and the form of a chain, not what a target is. Warm start: has seen solved problems."""
     from benchmarks import countdown
 
-    made = countdown.make_problems(32_300, seed=0)
+    def problems(begin: int, end: int) -> tuple[tuple[Problem, str], ...]:
+        return countdown.make_problems(end, seed=0)[begin:end]
+
     config = TeacherConfig(
-        warm_start=WarmStartConfig(examples=24_000, epochs=3, batch_size=128, learning_rate=2e-3),
+        warm_start=WarmStartConfig(examples=12_000, epochs=3, batch_size=128, learning_rate=2e-3),
         agpo=AGPOConfig(
             steps=110,
             max_sampled_tokens=900_000,
@@ -185,10 +187,10 @@ def _countdown(options: argparse.Namespace) -> Task:
 
     return Task(
         base=base,
-        warm=lambda tokenizer: [Example(p.prompt, p.gold, chain) for p, chain in made[300:24_300]],
-        train=lambda tokenizer: [p for p, _ in made[24_300:]],
-        valid=lambda tokenizer: [p for p, _ in made[200:300]],
-        test=lambda tokenizer: [p for p, _ in made[:200]],
+        warm=lambda tokenizer: [Example(p.prompt, p.gold, chain) for p, chain in problems(8_300, 20_300)],
+        train=lambda tokenizer: [p for p, _ in problems(300, 8_300)],
+        valid=lambda tokenizer: [p for p, _ in problems(200, 300)],
+        test=lambda tokenizer: [p for p, _ in problems(0, 200)],
         judge=countdown.judge,
         config=config,
         batch=1024,
