@@ -33,9 +33,9 @@ MAX_TOKENS = 19
 def make_problems(count: int, seed: int) -> tuple[tuple[Problem, str], ...]:
     """Solvable problems, each with one right chain.
 
-    Numbers are drawn, then the target from the values that just one of 60 random chains reaches: where many chains end anyway
-    would be guessed. `gold` is the problem's own text, which is all that the judge needs. The first n of a larger `count` are
-    the problems of count n.
+    Numbers are drawn, then the target from the values that just one of 60 random chains reaches: where many chains end
+    anyway would be guessed. `gold` is the problem's own text, which is all that the judge needs. The first n of a larger
+    `count` are the problems of count n.
     """
     rng = random.Random(seed)
     made: dict[str, tuple[Problem, str]] = {}
