@@ -1,26 +1,24 @@
 """Measures of a relevance model, each with a 95 % bootstrap interval resampled by query.
 
-Pairs of one query are not independent, so whole queries are drawn. A resample is a weight for each row (how often its
-query was drawn), and every measure has a weighted form that takes all resamples at once, without a Python loop.
-Point values come from scikit-learn where it has the measure, and tests hold the weighted forms against them.
+Point values come from scikit-learn where it has the measure; `student.resampling` has what resamples make of them, and tests
+hold the two against each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import BaseModel
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from data.schema import ContractError
+from student.resampling import Measures, absolute_sum_limits, bootstrap, limits, ranked, summed, sums_by_query
 
 Array = np.ndarray
-# (n_rows,) weights of several resamples, (resamples, n_rows), to one value each, (resamples,); NaN = undefined.
-Weighted = Callable[[Array], Array]
 
 ECE_BINS = 15
-_BUDGET = 4_000_000  # numbers in one block of resample weights: 32 MB
+SLICE_RESAMPLES = 300
 
 
 class Interval(BaseModel):
@@ -83,15 +81,22 @@ def evaluate(
     Parameters: y_true_grade int (N,); grade_probs (N, K); query_id (N,), any integers; slices: name → bool mask (N,).
     Raises `ContractError` when there is no row or the lengths differ.
     """
-    grade, probs = np.asarray(y_true_grade, dtype=np.int64), np.asarray(grade_probs, dtype=np.float64)
+    grade, probs = np.asarray(y_true_grade), np.asarray(grade_probs, dtype=np.float64)
     query = _dense(query_id)
-    _check(grade, probs, query)
+    _check_probabilities(grade, probs, query, relevant_from)
     score = probs[:, relevant_from:].sum(axis=1)
-    measured = _system(grade, score, query, relevant_from, threshold) | _graded(grade, probs, score, relevant_from)
+    measured = [
+        *_system(grade, score, query, relevant_from, threshold),
+        _graded(grade, probs, score, query, relevant_from),
+    ]
     found = _evaluation(grade, query, relevant_from, measured, n_boot, seed)
     for name, mask in (slices or {}).items():
+        if len(mask) != len(grade):
+            raise ContractError(f"the mask of slice '{name}' has {len(mask)} rows for {len(grade)} rows to evaluate")
         kept = np.flatnonzero(mask)
         if not len(kept):
+            nothing = {metric: Interval(value=None) for metric in found.metrics}
+            found.slices.append(SliceResult(name=name, n=0, n_relevant=0, metrics=nothing))
             continue
         part = evaluate(
             grade[kept],
@@ -99,7 +104,7 @@ def evaluate(
             query[kept],
             relevant_from=relevant_from,
             threshold=threshold,
-            n_boot=min(n_boot, 300),
+            n_boot=min(n_boot, SLICE_RESAMPLES),
             seed=seed,
         )
         found.slices.append(SliceResult(name=name, n=part.n, n_relevant=part.n_relevant, metrics=part.metrics))
@@ -117,11 +122,12 @@ def evaluate_ranking(
     seed: int = 0,
 ) -> Evaluation:
     """Measure a system that only gives a score (N,): roc_auc, pr_auc, ndcg_at_10 and, with a `threshold`, f1."""
-    grade, score = np.asarray(y_true_grade, dtype=np.int64), np.asarray(score, dtype=np.float64)
+    grade, score = np.asarray(y_true_grade), np.asarray(score, dtype=np.float64)
     query = _dense(query_id)
     _check(grade, score, query)
-    measured = _system(grade, score, query, relevant_from, threshold)
-    return _evaluation(grade, query, relevant_from, measured, n_boot, seed)
+    return _evaluation(
+        grade, query, relevant_from, _system(grade, score, query, relevant_from, threshold), n_boot, seed
+    )
 
 
 def compare(
@@ -136,16 +142,24 @@ def compare(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Comparison:
-    """Paired bootstrap of two systems' scores (N,) on the same rows; `metric` is roc_auc, pr_auc or ndcg_at_10."""
-    grade, query = np.asarray(y_true_grade, dtype=np.int64), _dense(query_id)
+    """Paired bootstrap of two systems' scores (N,) on the same rows; `metric` is roc_auc, pr_auc or ndcg_at_10.
+
+    Raises `ContractError` as `evaluate` does, and for another `metric`.
+    """
+    grade, query = np.asarray(y_true_grade), _dense(query_id)
     systems = []
-    for score in (a, b):
-        _check(grade, np.asarray(score), query)
-        systems.append(_system(grade, np.asarray(score, dtype=np.float64), query, relevant_from, None)[metric])
-    (value_a, weighted_a), (value_b, weighted_b) = systems
-    draws = _bootstrap({metric: lambda w: weighted_a(w) - weighted_b(w)}, query, n_boot, seed)[metric]
-    low, high = _limits(draws)
-    difference = None if np.isnan(value_a) or np.isnan(value_b) else float(value_a - value_b)
+    for score in (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)):
+        _check(grade, score, query)
+        found = [part for part in _system(grade, score, query, relevant_from, None) if metric in part.values]
+        if not found:
+            raise ContractError(f"'{metric}' cannot be compared; choose roc_auc, pr_auc or ndcg_at_10")
+        systems += found
+    draws_a, draws_b = bootstrap(systems, int(query.max()) + 1, n_boot, seed)
+    low, high = limits(draws_a[metric] - draws_b[metric], int(query.max()) + 1)
+    value = systems[0].values[metric] - systems[1].values[metric]
+    difference = None if np.isnan(value) else float(value)
+    if difference is None:
+        low = high = None
     return Comparison(a=names[0], b=names[1], metric=metric, n=len(grade), difference=difference, low=low, high=high)
 
 
@@ -156,119 +170,75 @@ def roc_auc(relevant: Array, score: Array) -> float:
 
 def expected_calibration_error(relevant: Array, p: Array) -> float:
     """ECE of probabilities p (N,) against 0/1 outcomes (N,), 15 bins of equal width."""
-    return float(_weighted_ece(relevant.astype(float), p)(np.ones((1, len(p))))[0])
+    gaps = np.bincount(_bins(p), relevant - p, minlength=ECE_BINS)
+    return float(np.abs(gaps).sum() / len(p))
 
 
-# --- measures: (value, weighted form) -------------------------------------------------------------------------------
+# --- measures -------------------------------------------------------------------------------------------------------
 
 
-def _system(
-    grade: Array, score: Array, query: Array, relevant_from: int, threshold: float | None
-) -> dict[str, tuple[float, Weighted]]:
+def _system(grade: Array, score: Array, query: Array, relevant_from: int, threshold: float | None) -> list[Measures]:
+    """What a score (N,) alone gives."""
     relevant = grade >= relevant_from
     both = 0 < relevant.sum() < len(relevant)
-    nan = float("nan")
-    ndcg, ranked = ndcg_by_query(grade, score, query)
-    measured: dict[str, tuple[float, Weighted]] = {
-        "roc_auc": (roc_auc(relevant, score), _weighted_roc_auc(relevant, score)),
-        "pr_auc": (
-            float(average_precision_score(relevant, score)) if both else nan,
-            _weighted_average_precision(relevant, score),
+    precision = float(average_precision_score(relevant, score)) if both else float("nan")
+    values = {"roc_auc": roc_auc(relevant, score), "pr_auc": precision}
+    ndcg, counted = ndcg_by_query(grade, score, query)
+    measures = [
+        Measures(values, ranked(relevant, score, query)),
+        summed(
+            np.stack([ndcg * counted, counted], axis=1), lambda sums: {"ndcg_at_10": _ratio(sums[:, 0], sums[:, 1])}
         ),
-        "ndcg_at_10": (float(ndcg[ranked].mean()) if ranked.any() else nan, _weighted_by_query(ndcg, ranked, query)),
-    }
+    ]
     if threshold is not None:
         predicted = score >= threshold
-        value = float(f1_score(relevant, predicted, zero_division=0.0)) if relevant.any() else nan
-        measured["f1"] = (value, _weighted_f1(relevant, predicted))
-    return measured
+        columns = sums_by_query([relevant & predicted, relevant.astype(int) + predicted, relevant], query)
+        measures.append(summed(columns, _f1))
+    return measures
 
 
-def _graded(grade: Array, probs: Array, score: Array, relevant_from: int) -> dict[str, tuple[float, Weighted]]:
-    predicted = probs.argmax(axis=1)
-    relevant = (grade >= relevant_from).astype(float)
-    hit = (predicted == grade).astype(float)
-    present = np.union1d(grade, predicted)
-    macro = float(f1_score(grade, predicted, labels=present, average="macro", zero_division=0.0))
-    ece = _weighted_ece(relevant, score)
+def _graded(grade: Array, probs: Array, score: Array, query: Array, relevant_from: int) -> Measures:
+    """What grade probabilities (N, K) give beyond their score."""
+    predicted, labels = probs.argmax(axis=1), range(probs.shape[1])
+    place, gap = _bins(score), (grade >= relevant_from) - score
+    columns = [
+        predicted == grade,
+        *((grade == k) & (predicted == k) for k in labels),
+        *((grade == k).astype(int) + (predicted == k) for k in labels),
+        *(gap * (place == b) for b in range(ECE_BINS)),
+        np.ones(len(grade)),
+    ]
+    values = {
+        "macro_f1": float(f1_score(grade, predicted, average="macro", zero_division=0.0)),
+        "accuracy": float((predicted == grade).mean()),
+        "ece": expected_calibration_error(grade >= relevant_from, score),
+    }
+    sums = sums_by_query(columns, query)
+    return Measures(values, lambda counts: _combine_graded(counts @ sums, len(labels)))
+
+
+def _combine_graded(sums: Array, size: int) -> dict[str, Array]:
+    hit, total, rows = sums[:, 1 : 1 + size], sums[:, 1 + size : 1 + 2 * size], sums[:, -1]
+    # A grade that a resample neither holds nor predicts is left out of its mean, as scikit-learn leaves it out.
+    f1 = np.where(total > 0, 2 * hit / np.maximum(total, 1.0), 0.0)
     return {
-        "macro_f1": (macro, _weighted_macro_f1(grade, predicted, present)),
-        "accuracy": (float(hit.mean()), lambda w: w @ hit / w.sum(axis=1)),
-        "ece": (float(ece(np.ones((1, len(grade))))[0]), ece),
+        "macro_f1": f1.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1),
+        "accuracy": sums[:, 0] / rows,
+        "ece": sums[:, 1 + 2 * size : -1] / rows[:, None],  # the gap of each bin; see absolute_sum_limits
     }
 
 
-def _weighted_roc_auc(relevant: Array, score: Array) -> Weighted:
-    order = np.argsort(score, kind="stable")
-    starts = _group_starts(score[order])
-    positive = relevant[order].astype(float)
-
-    def weighted(w: Array) -> Array:
-        w = w[:, order]
-        p = np.add.reduceat(w * positive, starts, axis=1)
-        n = np.add.reduceat(w * (1 - positive), starts, axis=1)
-        below = np.cumsum(n, axis=1) - n / 2  # a tie counts half
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (p * below).sum(axis=1) / (p.sum(axis=1) * n.sum(axis=1))
-
-    return weighted
+def _f1(sums: Array) -> dict[str, Array]:
+    hit, either, relevant = sums.T
+    return {"f1": np.where(relevant > 0, 2 * hit / np.maximum(either, 1.0), np.nan)}
 
 
-def _weighted_average_precision(relevant: Array, score: Array) -> Weighted:
-    order = np.argsort(-score, kind="stable")
-    starts = _group_starts(score[order])
-    positive = relevant[order].astype(float)
-
-    def weighted(w: Array) -> Array:
-        w = w[:, order]
-        p = np.add.reduceat(w * positive, starts, axis=1)
-        taken = np.cumsum(np.add.reduceat(w, starts, axis=1), axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            precision = np.where(taken > 0, np.cumsum(p, axis=1) / np.maximum(taken, 1e-12), 0.0)
-            return (p * precision).sum(axis=1) / p.sum(axis=1)
-
-    return weighted
+def _ratio(above: Array, below: Array) -> Array:
+    return np.where(below > 0, above / np.maximum(below, 1.0), np.nan)
 
 
-def _weighted_f1(relevant: Array, predicted: Array) -> Weighted:
-    hit, either = (relevant & predicted).astype(float), relevant.astype(float) + predicted.astype(float)
-
-    def weighted(w: Array) -> Array:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return 2 * (w @ hit) / (w @ either)
-
-    return weighted
-
-
-def _weighted_macro_f1(grade: Array, predicted: Array, labels: Array) -> Weighted:
-    true, guess = grade[:, None] == labels, predicted[:, None] == labels
-    hit, either = (true & guess).astype(float), true.astype(float) + guess.astype(float)
-
-    def weighted(w: Array) -> Array:
-        total = w @ either
-        # A grade that a resample neither holds nor predicts is left out of its mean, as scikit-learn leaves it out.
-        f1 = np.where(total > 0, 2 * (w @ hit) / np.maximum(total, 1e-12), 0.0)
-        return f1.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1)
-
-    return weighted
-
-
-def _weighted_ece(relevant: Array, p: Array) -> Weighted:
-    place = np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
-    gap = np.zeros((len(p), ECE_BINS))
-    gap[np.arange(len(p)), place] = relevant - p
-    return lambda w: np.abs(w @ gap).sum(axis=1) / w.sum(axis=1)
-
-
-def _weighted_by_query(value: Array, counted: Array, query: Array) -> Weighted:
-    first = np.unique(query, return_index=True)[1]  # all rows of a query have one weight: take its first row's
-    kept, kept_value = first[counted], value[counted]
-
-    def weighted(w: Array) -> Array:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (w[:, kept] @ kept_value) / w[:, kept].sum(axis=1)
-
-    return weighted
+def _bins(p: Array) -> Array:
+    return np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
 
 
 def ndcg_by_query(grade: Array, score: Array, query: Array, k: int = 10) -> tuple[Array, Array]:
@@ -297,59 +267,27 @@ def ndcg_by_query(grade: Array, score: Array, query: Array, k: int = 10) -> tupl
     return dcg(score) / np.where(ideal > 0, ideal, 1.0), highest > lowest
 
 
-# --- resampling -----------------------------------------------------------------------------------------------------
-
-
-def _resamples(query: Array, n_boot: int, seed: int) -> Iterator[Array]:
-    rng = np.random.default_rng(seed)
-    n_queries = int(query.max()) + 1
-    block = max(1, _BUDGET // max(len(query), n_queries))
-    for start in range(0, n_boot, block):
-        size = min(block, n_boot - start)
-        yield rng.multinomial(n_queries, np.full(n_queries, 1 / n_queries), size=size)[:, query].astype(float)
-
-
-def _bootstrap(measures: Mapping[str, Weighted], query: Array, n_boot: int, seed: int) -> dict[str, Array]:
-    draws: dict[str, list[Array]] = {name: [] for name in measures}
-    for weights in _resamples(query, n_boot, seed):
-        for name, weighted in measures.items():
-            draws[name].append(weighted(weights))
-    return {name: np.concatenate(parts) for name, parts in draws.items()}
-
-
-def _limits(draws: Array) -> tuple[float | None, float | None]:
-    """The 2.5 % and 97.5 % quantiles; None when most resamples left the measure undefined."""
-    defined = draws[np.isfinite(draws)]
-    if 2 * len(defined) < len(draws):
-        return None, None
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def _evaluation(
-    grade: Array,
-    query: Array,
-    relevant_from: int,
-    measured: dict[str, tuple[float, Weighted]],
-    n_boot: int,
-    seed: int,
+    grade: Array, query: Array, relevant_from: int, measured: Sequence[Measures], n_boot: int, seed: int
 ) -> Evaluation:
-    draws = _bootstrap({name: weighted for name, (_, weighted) in measured.items()}, query, n_boot, seed)
+    n_queries = int(query.max()) + 1
     metrics = {}
-    for name, (value, _) in measured.items():
-        low, high = _limits(draws[name])
-        metrics[name] = Interval(value=None) if np.isnan(value) else Interval(value=value, low=low, high=high)
+    for part, draws in zip(measured, bootstrap(measured, n_queries, n_boot, seed), strict=True):
+        for name, value in part.values.items():
+            if name == "ece":
+                gaps = part.resampled(np.ones((1, n_queries)))[name][0]
+                low, high = absolute_sum_limits(gaps, draws[name], n_queries)
+                high = None if high is None else max(high, value)  # the noise in the value can leave the truth below it
+            else:
+                low, high = limits(draws[name], n_queries)
+            metrics[name] = Interval(value=None) if np.isnan(value) else Interval(value=value, low=low, high=high)
     return Evaluation(
         n=len(grade),
-        n_queries=int(query.max()) + 1,
+        n_queries=n_queries,
         n_relevant=int((grade >= relevant_from).sum()),
         n_ranked_queries=int(ndcg_by_query(grade, grade.astype(float), query)[1].sum()),
         metrics=metrics,
     )
-
-
-def _group_starts(ordered: Array) -> Array:
-    return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
 
 def _dense(query_id: Array) -> Array:
@@ -361,5 +299,19 @@ def _check(grade: Array, scores: Array, query: Array) -> None:
         raise ContractError("there is nothing to evaluate: no row has a human grade; label some rows of this split")
     if not len(grade) == len(scores) == len(query):
         raise ContractError(f"{len(grade)} grades, {len(scores)} scores and {len(query)} query ids: one for each row")
+    if not np.issubdtype(grade.dtype, np.integer):
+        raise ContractError(f"grades are whole numbers, 0 = irrelevant; these are {grade.dtype}")
     if not np.isfinite(scores).all():
         raise ContractError("a score is not a finite number: the model has diverged; lower its learning rate")
+
+
+def _check_probabilities(grade: Array, probs: Array, query: Array, relevant_from: int) -> None:
+    _check(grade, probs, query)
+    if probs.ndim != 2 or not 1 <= relevant_from < probs.shape[1]:
+        raise ContractError(
+            f"grade_probs is (N, K) and relevant_from lies in 1 … K − 1; found {probs.shape}, {relevant_from}"
+        )
+    if grade.min() < 0 or grade.max() >= probs.shape[1]:
+        raise ContractError(f"grades lie in 0 … {probs.shape[1] - 1}; found {grade.min()} … {grade.max()}")
+    if probs.min() < 0 or np.abs(probs.sum(axis=1) - 1).max() > 1e-3:
+        raise ContractError("a row of grade_probs is not a distribution: its numbers are not below 0 and sum to 1")

@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, ndcg_score, roc_auc_score
 
 from data.schema import ContractError
 from student import metrics
 from student.calibration import best_f1_threshold, fit_temperature
+from student.resampling import ranked
 from student.serve import softmax
 
 
@@ -43,8 +46,7 @@ def test_a_resample_gives_what_scikit_learn_gives_on_the_repeated_rows(sample):
     counts = np.random.default_rng(1).multinomial(query.max() + 1, np.full(query.max() + 1, 1 / (query.max() + 1)))
     rows = np.repeat(np.arange(len(grade)), counts[query])
     relevant, score = grade >= 2, probs[:, 2:].sum(axis=1)
-    weights = counts[query][None, :].astype(float)
-    measures = metrics._system(grade, score, query, 2, 0.4) | metrics._graded(grade, probs, score, 2)
+    measures = [*metrics._system(grade, score, query, 2, 0.4), metrics._graded(grade, probs, score, query, 2)]
     expected = {
         "roc_auc": roc_auc_score(relevant[rows], score[rows]),
         "pr_auc": average_precision_score(relevant[rows], score[rows]),
@@ -53,12 +55,20 @@ def test_a_resample_gives_what_scikit_learn_gives_on_the_repeated_rows(sample):
         "accuracy": np.mean(grade[rows] == probs[rows].argmax(axis=1)),
         "ece": metrics.expected_calibration_error(relevant[rows], score[rows]),
     }
+    found = _resampled(measures, counts)
     for name, value in expected.items():
-        assert measures[name][1](weights)[0] == pytest.approx(value), name
+        assert found[name] == pytest.approx(value, abs=1e-9), name
     # The weighted form at weights of one is the point value, for every measure.
-    ones = np.ones((1, len(grade)))
-    for name, (value, weighted) in measures.items():
-        assert weighted(ones)[0] == pytest.approx(value), name
+    plain = _resampled(measures, np.ones_like(counts))
+    assert plain == pytest.approx({name: v for part in measures for name, v in part.values.items()}, abs=1e-9)
+
+
+def _resampled(measures, counts) -> dict[str, float]:
+    return {
+        name: float(np.abs(value[0]).sum() if name == "ece" else value[0])
+        for part in measures
+        for name, value in part.resampled(counts[None, :].astype(float)).items()
+    }
 
 
 def test_intervals_hold_the_value_and_are_wider_when_rows_of_a_query_agree():
@@ -104,6 +114,52 @@ def test_no_rows_and_bad_scores_are_refused(sample):
         metrics.evaluate(grade, probs * np.nan, query, relevant_from=2)
     with pytest.raises(ContractError, match="one for each row"):
         metrics.evaluate(grade[1:], probs, query, relevant_from=2)
+    with pytest.raises(ContractError, match="not a distribution"):
+        metrics.evaluate(grade, probs * 2, query, relevant_from=2)
+    with pytest.raises(ContractError, match=r"grades lie in 0 … 3; found -1"):
+        metrics.evaluate(np.where(grade == 0, -1, grade), probs, query, relevant_from=2)
+    with pytest.raises(ContractError, match="whole numbers"):
+        metrics.evaluate(grade / 2, probs, query, relevant_from=2)
+    with pytest.raises(ContractError, match="relevant_from"):
+        metrics.evaluate(grade, probs, query, relevant_from=4)
+    with pytest.raises(ContractError, match="mask of slice"):
+        metrics.evaluate(grade, probs, query, relevant_from=2, slices={"part": np.ones(3, bool)})
+    with pytest.raises(ContractError, match="cannot be compared"):
+        metrics.compare(grade, grade, grade, query, relevant_from=2, metric="ece")
+
+
+def test_one_query_has_values_and_no_intervals(sample):
+    grade, probs, _ = sample
+    found = metrics.evaluate(grade, probs, np.zeros(400, int), relevant_from=2, n_boot=100).metrics
+    assert found["roc_auc"].value == pytest.approx(roc_auc_score(grade >= 2, probs[:, 2:].sum(axis=1)))
+    assert all((interval.low, interval.high) == (None, None) for interval in found.values())
+    compared = metrics.compare(probs[:, 3], probs[:, 2], grade, np.zeros(400, int), relevant_from=2, n_boot=100)
+    assert compared.difference is not None
+    assert (compared.low, compared.high) == (None, None)
+
+
+def test_scores_that_are_all_equal_rank_nothing(sample):
+    grade, _, query = sample
+    found = metrics.evaluate(grade, np.full((400, 4), 0.25), query, relevant_from=2, threshold=0.5, n_boot=100).metrics
+    assert (found["roc_auc"].value, found["roc_auc"].low, found["roc_auc"].high) == (0.5, 0.5, 0.5)
+    assert found["pr_auc"].value == pytest.approx((grade >= 2).mean())
+    assert found["f1"].value == pytest.approx(f1_score(grade >= 2, np.ones(400)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.integers(1, 8), st.integers(1, 4))
+def test_ranked_measures_equal_scikit_learn_on_any_counts(seed, rows, queries, levels):
+    rng = np.random.default_rng(seed)
+    relevant, score = rng.random(rows) < 0.5, rng.integers(levels, size=rows) / levels
+    query = np.unique(rng.integers(queries, size=rows), return_inverse=True)[1]
+    counts = rng.integers(4, size=query.max() + 1)
+    kept = np.repeat(np.arange(rows), counts[query])
+    found = ranked(relevant, score, query)(counts[None, :].astype(float))
+    if 0 < relevant[kept].sum() < len(kept):
+        assert found["roc_auc"][0] == pytest.approx(roc_auc_score(relevant[kept], score[kept]), abs=1e-9)
+        assert found["pr_auc"][0] == pytest.approx(average_precision_score(relevant[kept], score[kept]), abs=1e-9)
+    else:
+        assert np.isnan(found["roc_auc"][0])
 
 
 def test_slices_measure_their_rows_only(sample):
@@ -112,7 +168,9 @@ def test_slices_measure_their_rows_only(sample):
     found = metrics.evaluate(
         grade, probs, query, relevant_from=2, slices={"even": mask, "none": mask & ~mask}, n_boot=100
     )
-    assert [part.name for part in found.slices] == ["even"]
+    assert [part.name for part in found.slices] == ["even", "none"]
+    assert found.slices[1].n == 0
+    assert {interval.value for interval in found.slices[1].metrics.values()} == {None}
     assert found.slices[0].n == mask.sum()
     expected = roc_auc_score(grade[mask] >= 2, probs[mask, 2:].sum(axis=1))
     assert found.slices[0].metrics["roc_auc"].value == pytest.approx(expected)
@@ -123,6 +181,21 @@ def test_ece_is_zero_for_a_calibrated_bin_and_the_gap_otherwise():
     relevant = np.arange(100) < 30
     assert metrics.expected_calibration_error(relevant, p) == pytest.approx(0)
     assert metrics.expected_calibration_error(relevant, p + 0.4) == pytest.approx(0.4)
+
+
+def test_the_interval_of_ece_holds_the_truth_where_percentiles_miss_it():
+    rng = np.random.default_rng(0)
+    held = 0
+    for seed in range(20):  # a calibrated model: the truth is 0, every sample's value is above it
+        p = rng.random(300)
+        probs = np.stack([1 - p, p], axis=1)
+        found = metrics.evaluate(
+            (rng.random(300) < p).astype(int), probs, np.arange(300), relevant_from=1, n_boot=200, seed=seed
+        )
+        ece = found.metrics["ece"]
+        assert 0 <= ece.low <= ece.value <= ece.high
+        held += ece.low == 0
+    assert held >= 17  # of 20; at 97.5 % expected, 16 or fewer has probability 0.00003
 
 
 def test_temperature_is_found_again():
