@@ -66,6 +66,19 @@ class StudentConfig(Config):
     margin_weight: float = Field(default=0.0, ge=0, le=100)
     """Weight of margin-MSE between pairs of one query (arXiv 2010.02666); above 0, batches keep queries together."""
 
+    ordinal_weight: float = Field(default=0.0, ge=0, le=100)
+    """Weight of the squared earth mover's distance (arXiv 1611.05916): errors cost more the more grades they are off."""
+
+    contrastive_weight: float = Field(default=0.0, ge=0, le=100)
+    """Weight of contrastive reasoning self-distillation (arXiv 2510.11056): the teacher's reasons are read in training and
+    never at inference; above 0, a step takes about twice as long."""
+
+    contrastive_temperature: float = Field(default=0.1, gt=0, le=10)
+    """Divides the cosines of the contrastive loss."""
+
+    reason_length: int = Field(default=64, ge=1, le=512)
+    """Tokens of a reason that the contrastive loss reads, beside max_length for query and ad."""
+
     annotation_key: str = Field(default="")
     """Which annotations to learn from when the table holds several keys; empty takes the key written last."""
 
@@ -80,6 +93,10 @@ class StudentConfig(Config):
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto")
     """Where to train; auto takes a GPU where there is one."""
+
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto")
+    """Arithmetic of the forward pass in training; auto takes bf16 on GPUs that have it, and fp32 elsewhere, where it is
+    faster. Weights and optimiser are always fp32."""
 
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of the head's weights, the data order, dropout and the bootstrap."""

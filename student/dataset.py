@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,13 +31,14 @@ class Examples:
 
     `grade` is the human grade, −1 where there is none; `soft` (N, K) the teacher's distribution, 0 where there is none;
     `mix` the share of the human grade in the row's loss; `weight` the row's weight; `query_id` numbers the normalised
-    queries.
+    queries; `reasons` are the teacher's, empty where there is none or none is wanted.
     """
 
     pair_ids: list[str]
     queries: list[str]
     ads: list[str]
     sources: list[str]
+    reasons: list[str]
     query_id: Array
     grade: Array
     soft: Array
@@ -63,6 +65,7 @@ class Examples:
             queries=[self.queries[i] for i in rows],
             ads=[self.ads[i] for i in rows],
             sources=[self.sources[i] for i in rows],
+            reasons=[self.reasons[i] for i in rows],
             query_id=self.query_id[rows],
             grade=self.grade[rows],
             soft=self.soft[rows],
@@ -80,6 +83,7 @@ class Examples:
             queries=queries,
             ads=a.ads + b.ads,
             sources=a.sources + b.sources,
+            reasons=a.reasons + b.reasons,
             query_id=np.array([numbers.setdefault(normalised(q), len(numbers)) for q in queries], dtype=np.int64),
             grade=np.concatenate([a.grade, b.grade]),
             soft=np.concatenate([a.soft, b.soft]),
@@ -91,7 +95,8 @@ class Examples:
         """The rows with a human grade, without what the teacher said of them."""
         kept = self.take(np.flatnonzero(self.grade >= 0))
         ones = np.ones(len(kept))
-        return Examples(**{**kept.__dict__, "soft": np.zeros_like(kept.soft), "mix": ones, "weight": ones})
+        nothing = {"soft": np.zeros_like(kept.soft), "reasons": [""] * len(kept)}
+        return Examples(**{**kept.__dict__, **nothing, "mix": ones, "weight": ones})
 
     def digest(self) -> str:
         """Fingerprint of all that training sees, whatever the order of the rows in the files."""
@@ -99,6 +104,7 @@ class Examples:
         for i in sorted(range(len(self)), key=self.pair_ids.__getitem__):
             numbers = [float(self.mix[i]), float(self.weight[i]), *map(float, self.soft[i])]
             hashed.update(repr((self.pair_ids[i], int(self.grade[i]), numbers)).encode())
+            hashed.update(self.reasons[i].encode("utf-8", "replace"))
         return hashed.hexdigest()[:16]
 
 
@@ -131,6 +137,24 @@ def tokenize(tokenizer: Tokenizer, queries: Sequence[str], ads: Sequence[str], p
     return Tokens([e.ids for e in encodings], [e.type_ids for e in encodings], pad_id)
 
 
+def with_reasons(tokens: Tokens, tokenizer: Tokenizer, reasons: Sequence[str], length: int) -> Tokens:
+    """The rows with up to `length` tokens of their reason and an end token added to the second segment.
+
+    A row without a reason stays as it is. `tokens` come from `tokenize`, so that query and ad are cut alike in both.
+    """
+    limit = tokenizer.truncation
+    tokenizer.no_truncation()
+    encodings = tokenizer.encode_batch([query_text(reason) for reason in reasons], add_special_tokens=False)
+    if limit is not None:
+        tokenizer.enable_truncation(**limit)
+    ids, type_ids = [], []
+    for row, types, reason in zip(tokens.ids, tokens.type_ids, encodings, strict=True):
+        added = [*reason.ids[:length], row[-1]] if reason.ids else []  # every encoder's pair ends in its end token
+        ids.append(row + added)
+        type_ids.append(types + [types[-1]] * len(added))
+    return Tokens(ids, type_ids, tokens.pad_id)
+
+
 def read_examples(pairs: Path, scale: GradeScale, split: str) -> Examples:
     """The rows of one split that have a human grade (mix 1, weight 1); not for `pool`, whose grades are withheld.
 
@@ -157,28 +181,30 @@ def read_training(pairs: Path, annotations: Path | None, scale: GradeScale, conf
     """
     columns = [name for name in PAIRS.names if name not in ("grade", "grade_raw")]
     gold = read_examples(pairs, scale, "train")
-    probs, agreement = _read_annotations(annotations, scale, config)
+    taught = _read_annotations(annotations, scale, config)
     in_training = pads.field("split").isin(["train", "pool"])
     annotated = read_table(
         pairs / "pairs",
         PAIRS,
         columns=columns,
-        where=in_training & pads.field("pair_id").isin(pa.array(probs, pa.string())),
+        where=in_training & pads.field("pair_id").isin(pa.array(taught, pa.string())),
     )
     # A graded row with an annotation teaches both; it comes with `gold`, so it leaves `annotated`.
     annotated = annotated.filter(pc.invert(pc.is_in(annotated.column("pair_id"), pa.array(gold.pair_ids, pa.string()))))
 
-    both = np.array([pair_id in probs for pair_id in gold.pair_ids], dtype=bool)
+    both = np.array([pair_id in taught for pair_id in gold.pair_ids], dtype=bool)
     for i in np.flatnonzero(both):
-        gold.soft[i] = probs[gold.pair_ids[i]]
+        gold.soft[i] = taught[gold.pair_ids[i]].probs
+        gold.reasons[i] = taught[gold.pair_ids[i]].reasoning
     gold.mix[both] = config.gold_mix
     gold.weight[:] = config.gold_weight
 
     ids = annotated.column("pair_id").to_pylist()
     n = len(ids)
-    soft = np.array([probs[i] for i in ids]).reshape(n, scale.size)
-    weight = np.array([agreement[i] for i in ids]) ** config.agreement_power
+    soft = np.array([taught[i].probs for i in ids]).reshape(n, scale.size)
+    weight = np.array([taught[i].agreement for i in ids]) ** config.agreement_power
     extra = _examples(annotated, scale, np.full(n, -1), soft, np.zeros(n), weight)
+    extra.reasons[:] = [taught[i].reasoning for i in ids]
     joined = Examples.concatenate(gold, extra)
     if not len(joined) or not joined.weight.sum() > 0:
         raise ContractError(
@@ -223,6 +249,7 @@ def _examples(table: pa.Table, scale: GradeScale, grade: Array, soft: Array, mix
         queries=[query_text(q) for q in raw_queries],
         ads=ads,
         sources=table.column("source").to_pylist(),
+        reasons=[""] * len(ads),
         query_id=query_id,
         grade=grade.astype(np.int64),
         soft=soft.astype(np.float64).reshape(len(ads), scale.size),
@@ -235,16 +262,25 @@ def _ad_columns(table: pa.Table) -> Iterator[tuple]:
     return zip(*(table.column(name).to_pylist() for name in ("ad_title", "ad_text", "attributes")), strict=True)
 
 
+class Annotated(NamedTuple):
+    """What an annotation teaches: grade probabilities (K,), agreement in [0, 1], and the reason if it was asked for."""
+
+    probs: list[float]
+    agreement: float
+    reasoning: str
+
+
 def read_annotated(
-    annotations: Path | None, annotation_key: str = ""
-) -> tuple[str, dict[str, tuple[list[float], float]]]:
-    """The key learned from, and pair_id → (grade probabilities, agreement) of its rows with status ok.
+    annotations: Path | None, annotation_key: str = "", *, reasons: bool = False
+) -> tuple[str, dict[str, Annotated]]:
+    """The key learned from, and pair_id → annotation of its rows with status ok.
 
     With an empty `annotation_key` it is the key written last. Raises `ContractError` for a key that is not there.
     """
     if annotations is None or not annotations.exists():
         return "", {}
     columns = ["pair_id", "annotation_key", "grade_probs", "agreement", "created_at"]
+    columns += ["reasoning"] if reasons else []
     table = read_table(annotations, ANNOTATIONS, columns=columns, where=pads.field("status") == "ok")
     keys = set(table.column("annotation_key").to_pylist())
     if annotation_key and annotation_key not in keys:
@@ -262,22 +298,23 @@ def read_annotated(
     table = table.sort_by([("created_at", "ascending"), ("annotation_key", "ascending"), ("pair_id", "ascending")])
     key = annotation_key or table.column("annotation_key")[-1].as_py()
     table = table.filter(pc.equal(table.column("annotation_key"), key))
-    rows = zip(*(table.column(name).to_pylist() for name in ("pair_id", "grade_probs", "agreement")), strict=True)
+    names = ("pair_id", "grade_probs", "agreement", *(("reasoning",) if reasons else ()))
+    rows = zip(*(table.column(name).to_pylist() for name in names), strict=True)
     # Without a recorded agreement the probability of the likeliest grade stands in for it.
-    return key, {i: (probs, max(probs) if a is None else a) for i, probs, a in rows if probs}
+    return key, {
+        pair_id: Annotated(probs, max(probs) if agreement is None else agreement, reason[0] or "" if reason else "")
+        for pair_id, probs, agreement, *reason in rows
+        if probs
+    }
 
 
-def _read_annotations(
-    annotations: Path | None, scale: GradeScale, config: StudentConfig
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    _, rows = read_annotated(annotations, config.annotation_key)
-    probs, agreement = {}, {}
-    for pair_id, (row, agreed) in rows.items():
-        if len(row) != scale.size or not np.isfinite(row).all() or min(row) < 0 or abs(sum(row) - 1) > 1e-3:
+def _read_annotations(annotations: Path | None, scale: GradeScale, config: StudentConfig) -> dict[str, Annotated]:
+    _, rows = read_annotated(annotations, config.annotation_key, reasons=config.contrastive_weight > 0)
+    for pair_id, row in rows.items():
+        probs = row.probs
+        if len(probs) != scale.size or not np.isfinite(probs).all() or min(probs) < 0 or abs(sum(probs) - 1) > 1e-3:
             raise ContractError(
                 f"{annotations}: grade_probs of pair {pair_id} is not a distribution over the {scale.size} grades of "
                 "scale.json; annotate again with a teacher of this scale"
             )
-        if agreed >= config.min_agreement:
-            probs[pair_id], agreement[pair_id] = row, agreed
-    return probs, agreement
+    return {pair_id: row for pair_id, row in rows.items() if row.agreement >= config.min_agreement}

@@ -21,11 +21,12 @@ from student.calibration import best_f1_threshold, fit_temperature
 from student.card import student_card
 from student.checkpoint import MetricsLog
 from student.config import StudentConfig
-from student.dataset import Examples, read_annotated, read_examples, read_training, tokenize
+from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, tokenize
 from student.evaluation import System, curves, evaluate_systems, graded, write_predictions
 from student.fit import Fitted, fit
 from student.metrics import expected_calibration_error, roc_auc
 from student.model import input_names, keep_tokenizer, pad_token_id, pick_device, predict_logits, quiet_transformers
+from student.objective import objective_name
 from student.serve import ad_text, softmax
 
 logger = logging.getLogger(__name__)
@@ -181,12 +182,12 @@ def rankers(
     return [System(name, scorer(test), best_f1_threshold(relevant, scorer(valid))) for name, scorer in scorers.items()]
 
 
-def teacher_on_test(annotated: dict[str, tuple[list[float], float]], test: Examples, scale: GradeScale) -> list[System]:
+def teacher_on_test(annotated: dict[str, Annotated], test: Examples, scale: GradeScale) -> list[System]:
     """The teacher's own grades of the test rows, where it was asked to annotate them; its threshold is 0.5."""
     rows = np.array([i for i, pair_id in enumerate(test.pair_ids) if pair_id in annotated], dtype=np.int64)
     if not len(rows):
         return []
-    probs = np.array([annotated[test.pair_ids[i]][0] for i in rows])
+    probs = np.array([annotated[test.pair_ids[i]].probs for i in rows])
     return [graded("teacher", probs, scale.relevant_from, 0.5, rows)]
 
 
@@ -244,7 +245,7 @@ def _save(
         "epochs": student.fitted.epochs,
         "best_epoch": student.fitted.best_epoch,
         "base": config.base if config.base else base.name,
-        "objective": "soft cross-entropy + margin-MSE" if config.margin_weight > 0 else "soft cross-entropy",
+        "objective": objective_name(config),
         "config": config.model_dump(mode="json"),
     }
     _write_json(folder / "student.json", card)

@@ -19,9 +19,9 @@ from student import checkpoint
 from student.checkpoint import MetricsLog, Progress
 from student.config import StudentConfig
 from student.dataset import Examples, Tokens, length_grouped, query_grouped, tokenize
-from student.losses import blended_target, class_weights, margin_mse, mixed_cross_entropy
 from student.metrics import roc_auc
-from student.model import forward, load_classifier, pad_token_id, predict_logits, weights_digest
+from student.model import load_classifier, pad_token_id, predict_logits, weights_digest
+from student.objective import Objective
 from student.serve import softmax
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,12 @@ def fit(
     optimiser = _optimiser(model, config)
     progress = checkpoint.resume(folder, _key(config, model, rows, valid), model, optimiser)
     metrics.rewind(phase, progress.step)
-    tensors = _Tensors.of(rows, config, device)
+    objective = Objective(config, model, rows, tokens, tokenizer, device)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     model.train()
     while progress.epoch < config.epochs and not progress.finished:
         begin = time.monotonic()
-        progress = _epoch(config, model, optimiser, rows, tokens, tensors, progress, steps, metrics, phase, device)
+        progress = _epoch(config, model, optimiser, rows, tokens, objective, progress, steps, metrics, phase)
         score, measured = _validate(config, model, valid, valid_tokens, scale, device)
         progress = _judge(progress, score, config)
         metrics.write(phase, progress.step, measured)
@@ -85,37 +85,17 @@ def fit(
     return Fitted(model.eval(), progress.epoch, progress.best_epoch, progress.step)
 
 
-@dataclass(frozen=True)
-class _Tensors:
-    """The labels of all rows on the device; see `Examples`."""
-
-    grade: torch.Tensor
-    soft: torch.Tensor
-    mix: torch.Tensor
-    weight: torch.Tensor
-    query_id: torch.Tensor
-    class_weight: torch.Tensor | None
-
-    @classmethod
-    def of(cls, rows: Examples, config: StudentConfig, device: str) -> _Tensors:
-        grade, query_id = torch.from_numpy(rows.grade).to(device), torch.from_numpy(rows.query_id).to(device)
-        soft, mix, weight = (torch.from_numpy(a).float().to(device) for a in (rows.soft, rows.mix, rows.weight))
-        balance = class_weights(blended_target(grade, soft, mix), weight, config.class_balance)
-        return cls(grade, soft, mix, weight, query_id, balance)
-
-
 def _epoch(
     config: StudentConfig,
     model: PreTrainedModel,
     optimiser: torch.optim.Optimizer,
     rows: Examples,
     tokens: Tokens,
-    labels: _Tensors,
+    objective: Objective,
     progress: Progress,
     steps: int,
     metrics: MetricsLog,
     phase: str,
-    device: str,
 ) -> Progress:
     # Seeded by epoch, so that a resumed run sees the same order and dropout without any saved state.
     torch.manual_seed(config.seed * 1009 + progress.epoch + 1)
@@ -129,8 +109,7 @@ def _epoch(
         rate = config.learning_rate * _schedule(step, steps, config.warmup_ratio)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        logits = forward(model, tokens.batch(batch), device)
-        loss = _loss(config, logits, labels, torch.from_numpy(batch).to(device))
+        loss = objective(batch)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -144,23 +123,6 @@ def _epoch(
             metrics.write(phase, step, {"loss": mean, "learning_rate": rate})
             running = []
     return progress.model_copy(update={"epoch": progress.epoch + 1, "step": step})
-
-
-def _loss(config: StudentConfig, logits: torch.Tensor, labels: _Tensors, batch: torch.Tensor) -> torch.Tensor:
-    grade, soft, mix, weight = labels.grade[batch], labels.soft[batch], labels.mix[batch], labels.weight[batch]
-    loss = mixed_cross_entropy(
-        logits,
-        grade,
-        soft,
-        mix,
-        weight,
-        temperature=config.distill_temperature,
-        class_weight=labels.class_weight,
-    )
-    if config.margin_weight > 0:
-        margin = margin_mse(logits, blended_target(grade, soft, mix), labels.query_id[batch], weight)
-        loss = loss + config.margin_weight * margin
-    return loss
 
 
 def _validate(

@@ -1,13 +1,10 @@
-"""The student's losses: small functions of logits, so that each can be checked by hand.
-
-Left out for now: reasoning-aware contrastive self-distillation (arXiv 2510.11056).
-"""
+"""The student's losses: small functions of logits and vectors, so that each can be checked by hand."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 
 def mixed_cross_entropy(
@@ -55,6 +52,35 @@ def margin_mse(logits: Tensor, target: Tensor, query_id: Tensor, weight: Tensor)
     pair_weight = same * (weight.unsqueeze(0) * weight.unsqueeze(1)).sqrt()
     squared = (error.unsqueeze(0) - error.unsqueeze(1)) ** 2
     return (pair_weight * squared).sum() / pair_weight.sum().clamp(min=1e-12)
+
+
+def squared_emd(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Squared earth mover's distance between grade distributions (Hou et al., arXiv 1611.05916); a scalar.
+
+    Σ_k (P(grade ≤ k) − Q(grade ≤ k))², so that a guess two grades off costs more than one next to the truth, which
+    cross-entropy does not know. The mean is over the summed weights.
+
+    Parameters: logits (B, K); target (B, K) the distribution to follow; weight (B,).
+    """
+    distance = ((logits.softmax(dim=1) - target).cumsum(dim=1) ** 2).sum(dim=1)
+    return (weight * distance).sum() / weight.sum().clamp(min=1e-12)
+
+
+def reasoning_contrast(plain: Tensor, reasoned: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """InfoNCE that draws a pair's vector to what it is when the teacher's reason can be read; a scalar.
+
+    Contrastive reasoning self-distillation (Xia et al., arXiv 2510.11056): one model sees a pair without and with the
+    reason; row i of `plain` must find row i of `reasoned` among all rows of the batch, by cosine. The reasoned side is the
+    teacher and gets no gradient. 0 for fewer than two rows. The abstract fixes the two views and the loss; that the reasoned
+    side is held fixed, and the temperature, are our choices.
+
+    Parameters: plain and reasoned (B, D); weight (B,).
+    """
+    if len(plain) < 2:
+        return plain.sum() * 0
+    cosine = normalize(plain, dim=1) @ normalize(reasoned.detach(), dim=1).T
+    rows = cross_entropy(cosine / temperature, torch.arange(len(plain), device=plain.device), reduction="none")
+    return (weight * rows).sum() / weight.sum().clamp(min=1e-12)
 
 
 def blended_target(grade: Tensor, soft: Tensor, mix: Tensor) -> Tensor:

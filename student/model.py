@@ -105,6 +105,15 @@ def forward(model: PreTrainedModel, batch: dict[str, Array], device: str) -> tor
     return model(**inputs).logits
 
 
+def forward_with_vector(
+    model: PreTrainedModel, batch: dict[str, Array], device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, K) of a padded batch, and the last hidden state of the first token (B, D)."""
+    inputs = {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}
+    found = model(**inputs, output_hidden_states=True)
+    return found.logits, found.hidden_states[-1][:, 0]
+
+
 def predict_logits(model: PreTrainedModel, tokens: Tokens, batch_size: int, device: str) -> Array:
     """Logits float64 (N, K), in the order of the rows."""
     was_training = model.training

@@ -76,7 +76,7 @@ def test_the_newest_key_is_taken_and_another_can_be_named(tmp_path):
     old = [annotation("p0010", [1.0, 0.0, 0.0])]
     new = [annotation("p0010", [0.0, 1.0, 0.0], annotation_key="key-b", created_at=datetime(2026, 2, 1, tzinfo=UTC))]
     where = write_annotations(tmp_path / "annotations", new + old)
-    assert read_annotated(where) == ("key-b", {"p0010": ([0.0, 1.0, 0.0], 1.0)})
+    assert read_annotated(where) == ("key-b", {"p0010": ([0.0, 1.0, 0.0], 1.0, "")})
     assert read_annotated(where, "key-a")[1]["p0010"][0] == [1.0, 0.0, 0.0]
     with pytest.raises(ContractError, match="key-c"):
         _read(tmp_path, rows, new + old, annotation_key="key-c")
@@ -106,6 +106,24 @@ def test_batches_hold_every_row_once():
     assert sorted(np.concatenate(by_query)) == list(range(1003))
     whole = sum(any((query[b] == q).sum() == (query == q).sum() for b in by_query) for q in np.unique(query))
     assert whole > 0.6 * len(np.unique(query))
+
+
+def test_a_reason_follows_query_and_ad_in_the_second_segment(tiny):
+    from student.dataset import tokenize, with_reasons
+    from student.serve import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny["base"] / "tokenizer.json", 12)
+    plain = tokenize(tokenizer, ["red kettle"] * 2, ["blue sofa number number number number number number"] * 2, 0)
+    found = with_reasons(plain, tokenizer, ["red [SEP] lamp" + " lamp" * 40, ""], 3)
+    assert len(with_reasons(plain, tokenizer, ["lamp " * 40, ""], 30).ids[0]) == 12 + 30 + 1
+    assert len(tokenizer.encode("lamp " * 40).ids) == 12  # the limit of query and ad is back
+    assert len(plain.ids[0]) == 12  # cut, and cut alike in both views
+    assert found.ids[0][:12] == plain.ids[0]
+    assert len(found.ids[0]) == 12 + 3 + 1
+    assert found.ids[0][-1] == plain.ids[0][-1]
+    assert plain.ids[0][-1] not in found.ids[0][12:-1]  # what a reason says is never a special token
+    assert found.type_ids[0][12:] == [1] * 4
+    assert found.ids[1] == plain.ids[1]
 
 
 def test_an_ad_cannot_write_special_tokens(tiny):

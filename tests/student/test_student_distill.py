@@ -138,6 +138,35 @@ def test_margin_balance_and_temperature_options_run(tiny, quick, tmp_path):
     assert any("student/valid_roc_auc" in values for values in seen)
 
 
+def test_reasons_teach_and_are_not_needed_afterwards(tiny, quick, tmp_path):
+    rows = make_rows()
+    right = [row | {"reasoning": f"It is {row['grade_probs'].index(0.8)}."} for row in annotate_pool(rows)]
+    config = quick(contrastive_weight=0.5, ordinal_weight=0.5, epochs=2)
+
+    def weights(name: str, annotations: list[dict], chosen=config) -> dict[str, np.ndarray]:
+        folder = write_annotations(tmp_path / f"annotations-{name}", annotations)
+        distill(chosen, tiny["base"], tiny["pairs"], folder, tmp_path / name, None)
+        return load_file(tmp_path / name / "model" / "model.safetensors")
+
+    with_reasons = weights("right", right)
+    assert set(with_reasons) == set(weights("plain", right, quick(epochs=2)))  # no part that only training used
+    again = weights("again", right)
+    others = weights("others", [row | {"reasoning": "It is 0."} for row in right])
+    assert all((with_reasons[name] == again[name]).all() for name in again)
+    assert any((with_reasons[name] != others[name]).any() for name in others)
+    card = json.loads((tmp_path / "right" / "model" / "student.json").read_text())
+    assert card["objective"] == "soft cross-entropy + 0.5 × squared EMD + 0.5 × reasoning contrast"
+
+
+def test_reasons_longer_than_the_encoder_reads_are_refused(tiny, quick, tmp_path):
+    rows = [row | {"reasoning": "kettle " * 600} for row in annotate_pool(make_rows())]
+    annotations = write_annotations(tmp_path / "annotations", rows)
+    with pytest.raises(ContractError, match=r"lower student.reason_length"):
+        distill(
+            quick(contrastive_weight=1.0, reason_length=512), tiny["base"], tiny["pairs"], annotations, tmp_path, None
+        )
+
+
 def test_a_failing_listener_stops_nothing(tiny, quick, tmp_path):
     def down(step, values):
         raise OSError("no server")

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from student.losses import blended_target, class_weights, margin_mse, mixed_cross_entropy
+from student.losses import (
+    blended_target,
+    class_weights,
+    margin_mse,
+    mixed_cross_entropy,
+    reasoning_contrast,
+    squared_emd,
+)
 
 
 def _rows(n: int = 6, k: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,3 +77,36 @@ def test_class_weights_level_the_classes():
     assert weights.tolist() == pytest.approx([2 / 3, 2.0, 0.0])
     softer = class_weights(target, torch.ones(4), 0.5)
     assert 1 < float(softer[1] / softer[0]) < 3
+
+
+def test_squared_emd_by_hand_and_by_distance():
+    logits = torch.tensor([[0.5, 0.25, 0.25], [1.0, 1.0, 2.0]]).log()  # (.5, .25, .25) and (.25, .25, .5)
+    target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    # first row: (−.5)² + (−.25)² + 0; second: .25² + .5² + 0
+    assert squared_emd(logits, target, torch.tensor([1.0, 0.0])) == pytest.approx(0.3125)
+    assert squared_emd(logits, target, torch.tensor([1.0, 3.0])) == pytest.approx(0.3125)
+    sure = torch.tensor([[20.0, 0.0, 0.0]])
+    near, far = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+    one = torch.ones(1)
+    assert squared_emd(sure, near, one) == pytest.approx(1, rel=1e-4)
+    assert squared_emd(sure, far, one) == pytest.approx(2, rel=1e-4)
+
+
+def test_reasoning_contrast_by_hand():
+    plain = torch.tensor([[2.0, 0.0], [0.0, 3.0]], requires_grad=True)
+    reasoned = torch.tensor([[1.0, 0.0], [1.0, 1.0]], requires_grad=True)
+    # cosines: row 0 (1, 1/√2), row 1 (0, 1/√2); temperature ½ doubles them
+    e = torch.tensor([[2.0, 2**0.5], [0.0, 2**0.5]]).exp()
+    rows = -torch.log(torch.tensor([e[0, 0] / e[0].sum(), e[1, 1] / e[1].sum()]))
+    loss = reasoning_contrast(plain, reasoned, torch.tensor([1.0, 3.0]), 0.5)
+    assert loss.item() == pytest.approx(float((rows[0] + 3 * rows[1]) / 4), rel=1e-5)
+    loss.backward()
+    assert reasoned.grad is None  # the reasoned side teaches
+    assert plain.grad.abs().sum() > 0
+
+
+def test_reasoning_contrast_needs_two_rows():
+    one = torch.ones(1, 4, requires_grad=True)
+    loss = reasoning_contrast(one, torch.ones(1, 4), torch.ones(1), 0.1)
+    assert loss == 0
+    loss.backward()

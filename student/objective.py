@@ -1,0 +1,113 @@
+"""What the student learns by: the loss of a batch, put together from `student.losses` as the settings say."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from data.schema import ContractError
+from student.config import StudentConfig
+from student.dataset import Examples, Tokens, with_reasons
+from student.losses import (
+    blended_target,
+    class_weights,
+    margin_mse,
+    mixed_cross_entropy,
+    reasoning_contrast,
+    squared_emd,
+)
+from student.model import forward, forward_with_vector
+
+Array = np.ndarray
+
+
+def objective_name(config: StudentConfig) -> str:
+    """The objective in words, for the model card."""
+    parts = {
+        "margin-MSE": config.margin_weight,
+        "squared EMD": config.ordinal_weight,
+        "reasoning contrast": config.contrastive_weight,
+    }
+    return " + ".join(["soft cross-entropy", *(f"{weight:g} × {name}" for name, weight in parts.items() if weight)])
+
+
+class Objective:
+    """The loss of a batch of row numbers; holds the labels of all rows on the device, see `Examples`."""
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        model: PreTrainedModel,
+        rows: Examples,
+        tokens: Tokens,
+        tokenizer: Tokenizer,
+        device: str,
+    ) -> None:
+        """Raises `ContractError` when reasons are to be read and the encoder has too few positions for them."""
+        self.config, self.model, self.tokens, self.device = config, model, tokens, device
+        self.grade = torch.from_numpy(rows.grade).to(device)
+        self.query_id = torch.from_numpy(rows.query_id).to(device)
+        self.soft, self.mix, self.weight = (
+            torch.from_numpy(a).float().to(device) for a in (rows.soft, rows.mix, rows.weight)
+        )
+        self.target = blended_target(self.grade, self.soft, self.mix)
+        self.class_weight = class_weights(self.target, self.weight, config.class_balance)
+        self.bf16 = half_precision(config, device)
+        self.reasoned: Tokens | None = None
+        if config.contrastive_weight > 0 and any(rows.reasons):
+            self.reasoned = with_reasons(tokens, tokenizer, rows.reasons, config.reason_length)
+            self.has_reason = np.array([bool(reason) for reason in rows.reasons])
+            positions = getattr(model.config, "max_position_embeddings", None)
+            if positions is not None and self.reasoned.lengths.max() > positions - 2:
+                raise ContractError(
+                    f"query, ad and reason have up to {self.reasoned.lengths.max()} tokens, but the encoder has {positions} "
+                    "positions; lower student.reason_length or student.max_length"
+                )
+
+    def __call__(self, batch: Array) -> torch.Tensor:
+        """The loss, a scalar."""
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16):
+            if self.reasoned is None:
+                return self._loss(forward(self.model, self.tokens.batch(batch), self.device), batch)
+            logits, vectors = forward_with_vector(self.model, self.tokens.batch(batch), self.device)
+            loss = self._loss(logits, batch)
+            at = np.flatnonzero(self.has_reason[batch])
+            if not len(at):
+                return loss
+            with_reason = batch[at]
+            logits, reasoned = forward_with_vector(self.model, self.reasoned.batch(with_reason), self.device)
+            contrast = reasoning_contrast(
+                vectors[torch.from_numpy(at).to(self.device)].float(),
+                reasoned.float(),
+                self.weight[torch.from_numpy(with_reason).to(self.device)],
+                self.config.contrastive_temperature,
+            )
+            # The reasoned view learns the labels too: it has to be the better of the two to be worth following.
+            return loss + self.config.contrastive_weight * (contrast + self._loss(logits, with_reason))
+
+    def _loss(self, logits: torch.Tensor, batch: Array) -> torch.Tensor:
+        rows = torch.from_numpy(batch).to(self.device)
+        logits, target, weight = logits.float(), self.target[rows], self.weight[rows]
+        loss = mixed_cross_entropy(
+            logits,
+            self.grade[rows],
+            self.soft[rows],
+            self.mix[rows],
+            weight,
+            temperature=self.config.distill_temperature,
+            class_weight=self.class_weight,
+        )
+        if self.config.margin_weight > 0:
+            loss = loss + self.config.margin_weight * margin_mse(logits, target, self.query_id[rows], weight)
+        if self.config.ordinal_weight > 0:
+            loss = loss + self.config.ordinal_weight * squared_emd(logits, target, weight)
+        return loss
+
+
+def half_precision(config: StudentConfig, device: str) -> bool:
+    """Whether the forward pass runs in bf16: measured on CPUs without its instructions it is several times slower."""
+    if config.precision == "auto":
+        return device == "cuda" and torch.cuda.is_bf16_supported()
+    return config.precision == "bf16"
