@@ -161,7 +161,7 @@ def _optimiser(model: PreTrainedModel, config: StudentConfig) -> torch.optim.Opt
     decayed = [p for p in model.parameters() if p.ndim > 1]
     exempt = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 def _key(config: StudentConfig, model: PreTrainedModel, rows: Examples, valid: Examples) -> str:
