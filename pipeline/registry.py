@@ -1,11 +1,12 @@
 """Versions of the teacher and the student in MLflow's model registry.
 
-A new version gets the alias `candidate`, and `champion` too while there is none; who becomes champion after that is a
-comparison's business, not this module's.
+A new version gets the alias `candidate`. A teacher is `champion` while there is none; which student is, `pipeline.promotion`
+decides.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import warnings
@@ -13,11 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.promotion import promote_student
 from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import ModelSignature
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx")
 
@@ -39,13 +43,18 @@ def register_teacher(tracker: Tracker, model: Path, fingerprint: str) -> None:
         made = tracker.client.create_model_version(
             name, source, tracker.run_id, tags=_tags(tracker, fingerprint, model), await_creation_for=0
         )
-        _alias(tracker.client, name, made.version)
+        tracker.client.set_registered_model_alias(name, "candidate", made.version)
+        if "champion" not in tracker.client.get_registered_model(name).aliases:
+            tracker.client.set_registered_model_alias(name, "champion", made.version)
 
     tracker.attempt("register the teacher", register)
 
 
-def register_student(tracker: Tracker, export: Path, fingerprint: str) -> None:
-    """Register the exported folder as an MLflow model that can be loaded and served as it is."""
+def register_student(tracker: Tracker, export: Path, student: Path, fingerprint: str) -> None:
+    """Register the exported folder as an MLflow model that can be loaded and served as it is, and choose the champion.
+
+    `student` is the distill stage's folder, whose test predictions the choice rests on.
+    """
 
     def register() -> None:
         import mlflow
@@ -73,7 +82,9 @@ def register_student(tracker: Tracker, export: Path, fingerprint: str) -> None:
             await_creation_for=0,
             model_id=info.model_id,
         )
-        _alias(tracker.client, name, made.version)
+        margin = tracker.settings.tracking.promotion_margin
+        reason = promote_student(tracker.client, name, str(made.version), student, export, margin)
+        logger.info("student version %s is %s", made.version, reason)
 
     tracker.attempt("register the student", register)
 
@@ -132,9 +143,3 @@ def _ensure(client: MlflowClient, name: str, description: str) -> None:
 
 def _tags(tracker: Tracker, fingerprint: str, folder: Path) -> dict[str, str]:
     return {"fingerprint": fingerprint, "run": tracker.settings.run, "folder": str(folder.resolve())}
-
-
-def _alias(client: MlflowClient, name: str, made: str) -> None:
-    client.set_registered_model_alias(name, "candidate", made)
-    if "champion" not in client.get_registered_model(name).aliases:
-        client.set_registered_model_alias(name, "champion", made)

@@ -42,6 +42,9 @@ class TrackingConfig(Config):
     """Experiments are named PREFIX/STAGE, registered models PREFIX-teacher and PREFIX-student."""
     log_weights: bool = False
     """Upload the teacher's weights too. Off, its version points at a folder of card, figures and settings."""
+    promotion_margin: float = Field(default=0.005, ge=0, le=1)
+    """A new student becomes champion if the lower 95 % limit of its ROC-AUC minus the champion's, by paired bootstrap on the
+    test pairs that both were measured on, is at least minus this."""
 
 
 class PipelineConfig(Config):

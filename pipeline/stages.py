@@ -201,7 +201,7 @@ def run_export(settings: PipelineConfig) -> StageRecord:
     def register(out: Path, tracker: Tracker, result: Output) -> None:
         from pipeline.registry import register_student
 
-        register_student(tracker, out, result.fingerprint)
+        register_student(tracker, out, student.parent, result.fingerprint)
 
     return _run(settings, "export", work, register)
 

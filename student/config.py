@@ -114,7 +114,7 @@ class ExportConfig(Config):
     max_int8_auc_loss: float = Field(default=0.01, ge=0, le=1)
     """The export fails if the int8 model loses more ROC-AUC than this against fp32 on the pairs compared."""
 
-    batch_size: int = Field(default=64, ge=1, le=8192)
+    batch_size: int = Field(default=16, ge=1, le=8192)
     """Pairs in one forward pass in the parity check and the throughput measurement."""
 
     threads: int = Field(default=0, ge=0, le=1024)
@@ -130,7 +130,7 @@ class ScoreConfig(Config):
     precision: Precision = Field(default="int8")
     """Which exported model scores: fp32, or int8 (smaller and faster)."""
 
-    batch_size: int = Field(default=64, ge=1, le=8192)
+    batch_size: int = Field(default=16, ge=1, le=8192)
     """Pairs in one forward pass."""
 
     window: int = Field(default=4096, ge=1, le=1_000_000)

@@ -24,6 +24,7 @@ from student import serve
 from student.card import export_card
 from student.config import ExportConfig
 from student.dataset import Examples, read_examples, tokenize
+from student.first_token import first_token_only
 from student.metrics import roc_auc
 from student.model import load_classifier, model_folder, predict_logits
 from student.serve import MODEL_FILES, Scorer, load_tokenizer, softmax
@@ -99,7 +100,7 @@ def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path:
     example["attention_mask"][1, 7:] = 0
     with _silent():
         program = torch.onnx.export(
-            _Logits(model, inputs).eval(),
+            _Logits(first_token_only(model), inputs).eval(),
             tuple(example[name] for name in inputs),
             dynamo=True,
             input_names=inputs,

@@ -3,14 +3,20 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from data.schema import Grade, GradeScale
 from pipeline.artifacts import StageOutput, read_record
+from pipeline.promotion import verdict
 from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import _run
 from pipeline.tracking import Tracker, attach_file, metric_name, track
+from student.evaluation import write_predictions
+from student.metrics import Comparison
 
 SCORE_PY = """
 import numpy as np
@@ -178,11 +184,26 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
 
     export = tmp_path / "export"
     export.mkdir()
+    GradeScale(grades=(Grade(name="bad", definition="b"), Grade(name="good", definition="g")), relevant_from=1).save(
+        export
+    )
     (export / "score.py").write_text(SCORE_PY)
     (export / "bias.txt").write_text("0.6")
     with track(settings, "export", settings.export, {"student": "s1"}, tmp_path) as tracker:
-        register_student(tracker, export, "e1")
+        register_student(tracker, export, _predictions(tmp_path / "s1", noise=0.5), "e1")
+        register_student(tracker, export, _predictions(tmp_path / "s2", noise=2.0), "e2")
         assert not tracker.failed
+    worse = versions.get_model_version_by_alias("ads-relevance-student", "candidate")
+    assert worse.tags["promotion"].startswith("not champion: roc_auc -0.")
+    assert versions.get_model_version_by_alias("ads-relevance-student", "champion").version == 1
+    assert versions.get_model_version("ads-relevance-student", 1).tags["promotion"] == "champion: the first version"
+    with track(settings, "export", settings.export, {"student": "s3"}, tmp_path) as tracker:
+        register_student(tracker, export, _predictions(tmp_path / "s3", noise=0.2), "e3")
+        assert not tracker.failed
+    better = versions.get_model_version_by_alias("ads-relevance-student", "champion")
+    assert better.version == 3
+    assert better.tags["promotion"].startswith("champion: roc_auc +0.")
+    assert better.tags["promotion"].endswith("against version 1")
     mlflow.set_tracking_uri(settings.tracking_uri)
     uri = "models:/ads-relevance-student@candidate"
     model = mlflow.pyfunc.load_model(uri)
@@ -201,6 +222,25 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "loaded")))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
     assert "onnxruntime==" in (folder / "requirements.txt").read_text()
+
+
+def _predictions(folder: Path, noise: float) -> Path:
+    """What the distill stage keeps of a student that is right but for some noise."""
+    rng = np.random.default_rng(0)
+    grade = rng.integers(2, size=400)
+    test = SimpleNamespace(pair_ids=[f"p{i}" for i in range(400)], query_id=np.arange(400) // 4, grade=grade)
+    folder.mkdir()
+    write_predictions(folder, test, 1 / (1 + np.exp(-(2 * grade - 1 + noise * rng.normal(size=400)))))
+    return folder
+
+
+def test_a_student_that_cannot_be_compared_is_no_champion() -> None:
+    def found(difference: float | None, low: float | None, high: float | None) -> Comparison:
+        return Comparison(a="new", b="old", metric="roc_auc", n=7, difference=difference, low=low, high=high)
+
+    assert verdict(found(None, None, None), 0.1)[0] is False
+    assert verdict(found(0.0, -0.004, 0.004), 0.005)[0] is True
+    assert verdict(found(0.01, -0.006, 0.02), 0.005)[0] is False
 
 
 @pytest.mark.parametrize(
