@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ["pair_id", "query", "ad_title", "ad_text", "attributes"]
+TASK_ROWS = 20_000  # what a kill loses at most, for each task that runs
 _DDL = "pair_id string, p_relevant double, grade_probs array<double>, model_version string"
 _scorers: dict[tuple[str, str, int], Scorer] = {}  # one session for a Python worker's life
 
@@ -62,10 +64,11 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
     if before:
         done = spark.read.parquet(str(out)).where(F.col("model_version") == version).select("pair_id")
         wanted = wanted.join(done, "pair_id", "left_anti")
-    if config.partitions:
-        wanted = wanted.repartition(config.partitions)
+    rows = pads.dataset(table, format="parquet").count_rows(filter=pads.field("split").isin(list(config.splits)))
+    tasks = config.partitions or max(spark.sparkContext.defaultParallelism, math.ceil((rows - before) / TASK_ROWS))
     run = _Job(str(export.resolve()), config.precision, config.threads, config.window, config.batch_size)
-    scored = wanted.dropDuplicates(["pair_id"]).mapInArrow(run, _DDL)
+    # By pair_id, so that dropping duplicates needs no second shuffle.
+    scored = wanted.repartition(tasks, "pair_id").dropDuplicates(["pair_id"]).mapInArrow(run, _DDL)
     # Version 2 of the committer moves a task's file to its place when the task ends, not when the job does.
     scored.write.mode("append").option("mapreduce.fileoutputcommitter.algorithm.version", "2").parquet(str(out))
     total, seconds = _scored(out, version), time.monotonic() - begin

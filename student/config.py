@@ -137,7 +137,7 @@ class ScoreConfig(Config):
     """Pairs that a task holds at once; they are sorted by length before they are batched."""
 
     partitions: int = Field(default=0, ge=0, le=100_000)
-    """Spark tasks; each commits its rows by itself. 0 leaves it to Spark."""
+    """Spark tasks; each commits its rows by itself. 0 makes one for every 20,000 pairs, and one for each core at least."""
 
     threads: int = Field(default=1, ge=0, le=1024)
     """CPU threads of onnxruntime in each task; 1 suits one task for each core, 0 takes all cores."""

@@ -1,0 +1,265 @@
+"""What annotations are worth to a student: gold-only students at three sizes, and 2,000 human labels with a pool annotated.
+
+    prefect run data-prepare --preset cpu-real --name home-depot --set data.max_train=null …   (see docs/results.md)
+    python -m benchmarks.student_learning --pairs runs/home-depot/pairs --base DIR_OF_MINILM --out runs/student-learning
+
+The annotator is an oracle: it reads the withheld human grades of split pool and tells them with a given accuracy (a wrong
+grade is drawn evenly from the others; its probabilities are that accuracy). Its reason names the words of the query that the
+title has and lacks, and defines the grade that it tells. So the machinery is measured apart from what a teacher knows.
+All students see the same nested samples. A run is one process and one result file: an interrupted experiment goes on.
+Out: `table.md`, `curve.png`, `summary.json`, and one JSON line. One seed; the intervals are of the test pairs, by query.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+GOLD = 2000
+POOL = 10_000
+RUNS: dict[str, dict[str, Any]] = {
+    "gold 2k": {"gold": GOLD, "epochs": 4},
+    "2k + 10k, accuracy 1": {"pool": POOL, "accuracy": 1.0},
+    "2k + 10k, accuracy 0.9": {"pool": POOL, "accuracy": 0.9},
+    "2k + 10k, accuracy 0.8": {"pool": POOL, "accuracy": 0.8},
+    "2k + 10k, 0.9, margin-MSE": {"pool": POOL, "accuracy": 0.9, "config": {"margin_weight": 1.0}},
+    "2k + 10k, 0.9, squared EMD": {"pool": POOL, "accuracy": 0.9, "config": {"ordinal_weight": 1.0}},
+    "2k + 10k, 0.9, reasons": {"pool": POOL, "accuracy": 0.9, "config": {"contrastive_weight": 0.3}},
+    "2k + 2.5k, accuracy 0.9": {"pool": 2500, "accuracy": 0.9},
+    "2k + 5k, accuracy 0.9": {"pool": 5000, "accuracy": 0.9},
+    "2k + 20k, accuracy 0.9": {"pool": 20_000, "accuracy": 0.9},
+    "gold 10k": {"gold": 10_000},
+    "gold all": {"gold": None},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/student-learning"))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--test-rows", type=int, default=6000)
+    parser.add_argument("--valid-rows", type=int, default=1500)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each when more than one")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.child:
+        run(options, options.child)
+        return
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda name: _child(options, name), options.runs))
+    summary = summarise(options)
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (options.out / "table.md").write_text(table(summary), encoding="utf-8")
+    plot(summary, options.out / "curve.png")
+    print(json.dumps({"benchmark": "student_learning", **summary}))
+
+
+def run(options: argparse.Namespace, name: str) -> None:
+    """Train and measure one student; does nothing when its result is there."""
+    from data.schema import GradeScale
+    from student.checkpoint import MetricsLog
+    from student.config import StudentConfig
+    from student.dataset import read_examples, read_training
+    from student.distill import calibrate, predict_probs
+    from student.evaluation import write_predictions
+    from student.fit import fit
+    from student.metrics import evaluate
+    from student.model import keep_tokenizer
+
+    place = options.out / _stem(name)
+    if (place / "result.json").exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    plan: dict[str, Any] = {"gold": GOLD, "epochs": 2, "config": {}} | RUNS[name]
+    scale = GradeScale.load(options.pairs)
+    config = StudentConfig(
+        base=f"path:{options.base}",
+        epochs=plan["epochs"],
+        patience=plan["epochs"],
+        learning_rate=5e-5,
+        max_length=64,
+        device="cpu",
+        **plan["config"],
+    )
+    annotations = place / "annotations" if "pool" in plan else None
+    if annotations is not None:
+        annotate(options.pairs, annotations, plan["pool"], plan["accuracy"])
+    rows = read_training(options.pairs, annotations, scale, config)
+    gold = np.random.default_rng(1).permutation(np.flatnonzero(rows.grade >= 0))[: plan["gold"]]
+    rows = rows.take(np.sort(np.r_[gold, np.flatnonzero(rows.grade < 0)]))
+    valid, test = (
+        found.take(np.sort(np.random.default_rng(2).permutation(len(found))[:wanted]))
+        for found, wanted in (
+            (read_examples(options.pairs, scale, "valid"), options.valid_rows),
+            (read_examples(options.pairs, scale, "test"), options.test_rows),
+        )
+    )
+    tokenizer = keep_tokenizer(options.base, place / "tokenizer", config.max_length)
+    begin = time.monotonic()
+    fitted = fit(
+        config,
+        options.base,
+        tokenizer,
+        rows,
+        valid,
+        scale,
+        folder=place / "checkpoints",
+        metrics=MetricsLog(place / "metrics.jsonl", None),
+        phase="student",
+        device="cpu",
+    )
+    seconds = time.monotonic() - begin
+    student = calibrate(config, fitted, tokenizer, valid, scale, "cpu")
+    probs = predict_probs(config, student, tokenizer, test, "cpu")
+    found = evaluate(
+        test.grade, probs, test.query_id, relevant_from=scale.relevant_from, threshold=student.threshold, n_boot=1000
+    )
+    write_predictions(place, test, probs[:, scale.relevant_from :].sum(axis=1))
+    result = {"n_gold": rows.n_gold, "n_annotated": rows.n_annotated, "seconds": seconds, **found.model_dump()}
+    (place / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
+    """Write the oracle's annotations of `count` pairs of the pool; smaller counts are parts of larger ones."""
+    from data.schema import ANNOTATIONS, PAIRS, GradeScale, read_table
+    from student.baselines import words
+
+    scale = GradeScale.load(pairs)
+    table = read_table(
+        pairs / "pairs", PAIRS, where=(pads.field("split") == "pool") & pads.field("grade").is_valid()
+    ).sort_by("pair_id")
+    rng = np.random.default_rng(3)
+    order, lies = rng.permutation(table.num_rows), rng.random(table.num_rows)
+    other = rng.integers(1, scale.size, size=table.num_rows)
+    rows = []
+    for i in order[:count]:
+        pair = {name: table.column(name)[int(i)].as_py() for name in ("pair_id", "query", "ad_title", "grade")}
+        told = pair["grade"] if lies[i] < accuracy else (pair["grade"] + int(other[i])) % scale.size
+        doubt = (1 - accuracy) / (scale.size - 1)
+        asked, given = words(pair["query"]), set(words(pair["ad_title"]))
+        has, lacks = (" ".join(w for w in asked if (w in given) is there) or "nothing" for there in (True, False))
+        rows.append(
+            {
+                "pair_id": pair["pair_id"],
+                "annotation_key": f"oracle-{accuracy:g}",
+                "grade": told,
+                "grade_probs": [accuracy if k == told else doubt for k in range(scale.size)],
+                "reasoning": f"There: {has}. Not there: {lacks}. {scale.grades[told].definition}",
+                "votes": [told],
+                "agreement": 1.0,
+                "n_samples": 1,
+                "n_unparsed": 0,
+                "status": "ok",
+                "error": "",
+                "prompt_tokens": 0,
+                "completion_tokens": 0,
+                "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+            }
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=ANNOTATIONS), out / "oracle.parquet")
+
+
+def summarise(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures of every student, and the paired difference in ROC-AUC from 2,000 human labels alone."""
+    from data.schema import GradeScale
+    from student.evaluation import compare_students
+
+    relevant_from = GradeScale.load(options.pairs).relevant_from
+    students = {}
+    for name in options.runs:
+        place = options.out / _stem(name)
+        found = json.loads((place / "result.json").read_text("utf-8"))
+        row = {key: found[key] for key in ("n", "n_gold", "n_annotated", "seconds")}
+        row["metrics"] = {
+            key: [round(interval[end], 4) for end in ("value", "low", "high")]
+            for key, interval in found["metrics"].items()
+        }
+        if name != "gold 2k" and "gold 2k" in options.runs:
+            gain = compare_students(place, options.out / _stem("gold 2k"), relevant_from=relevant_from)
+            row["gain"] = [round(value or 0.0, 4) for value in (gain.difference, gain.low, gain.high)]
+        students[name] = row
+    return {"pairs": str(options.pairs), "students": students}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        "| student | human labels | annotations | ROC-AUC | over 2k human labels alone | NDCG@10 | macro-F1 | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in summary["students"].items():
+        auc, ndcg, f1 = (
+            "{:.3f} [{:.3f}, {:.3f}]".format(*row["metrics"][key]) for key in ("roc_auc", "ndcg_at_10", "macro_f1")
+        )
+        gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["gain"]) if "gain" in row else ""
+        lines.append(
+            f"| {name} | {row['n_gold']:,} | {row['n_annotated']:,} | {auc} | {gain} | {ndcg} | {f1} | "
+            f"{row['seconds'] / 60:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """ROC-AUC over the number of annotations, with the gold-only students as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    students = summary["students"]
+    points = sorted(
+        (row["n_annotated"], *row["metrics"]["roc_auc"])
+        for name, row in students.items()
+        if name.endswith("accuracy 0.9") or name == "gold 2k"
+    )
+    if points:
+        at, value, low, high = (np.array(column) for column in zip(*points, strict=True))
+        axes.errorbar(
+            at, value, yerr=[value - low, high - value], marker="o", capsize=3, label="2k + annotations, 90 % right"
+        )
+    for name in ("gold 10k", "gold all"):
+        if name in students:
+            label = f"{students[name]['n_gold']:,} human labels"
+            axes.axhline(students[name]["metrics"]["roc_auc"][0], linestyle="--", color="grey")
+            axes.text(0, students[name]["metrics"]["roc_auc"][0], label, va="bottom", fontsize=8)
+    axes.set_xlabel("annotations of the pool")
+    axes.set_ylabel("ROC-AUC on human test labels")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _stem(name: str) -> str:
+    return name.replace(" ", "_").replace(",", "").replace("+", "and").replace(".", "p")
+
+
+def _child(options: argparse.Namespace, name: str) -> None:
+    environment = dict(os.environ, OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
+    if options.jobs > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-m", "benchmarks.student_learning", *sys.argv[1:], "--child", name]
+    if subprocess.run(command, check=False, env=environment).returncode:
+        raise SystemExit(f"'{name}' failed: see above")
+
+
+if __name__ == "__main__":
+    main()
