@@ -66,7 +66,7 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
         wanted = wanted.join(done, "pair_id", "left_anti")
     rows = pads.dataset(table, format="parquet").count_rows(filter=pads.field("split").isin(list(config.splits)))
     tasks = config.partitions or max(spark.sparkContext.defaultParallelism, math.ceil((rows - before) / TASK_ROWS))
-    run = _Job(str(export.resolve()), config.precision, config.threads, config.window, config.batch_size)
+    run = _Job(str(export.resolve()), config.precision, config.threads, config.window, config.batch_tokens)
     # By pair_id, so that dropping duplicates needs no second shuffle.
     scored = wanted.repartition(tasks, "pair_id").dropDuplicates(["pair_id"]).mapInArrow(run, _DDL)
     # Version 2 of the committer moves a task's file to its place when the task ends, not when the job does.
@@ -87,14 +87,14 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
 class _Job:
     """What a task does with its partition; it travels to the executors as these few values."""
 
-    def __init__(self, export: str, precision: str, threads: int, window: int, batch_size: int) -> None:
+    def __init__(self, export: str, precision: str, threads: int, window: int, batch_tokens: int) -> None:
         self.export, self.precision, self.threads = export, precision, threads
-        self.window, self.batch_size = window, batch_size
+        self.window, self.batch_tokens = window, batch_tokens
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         scorer = _scorer(self.export, self.precision, self.threads)
         for rows in _windows(batches, self.window):
-            probs = scorer.grade_probs(rows, self.batch_size)
+            probs = scorer.grade_probs(rows, self.batch_tokens)
             yield pa.RecordBatch.from_pydict(
                 {
                     "pair_id": [row["pair_id"] for row in rows],

@@ -99,7 +99,7 @@ Or, JSON lines in and out: `python export/score.py int8 < pairs.jsonl > scores.j
 ## Export
 
 Compared with the trained model on {parity["n"]:,} pairs; throughput on this build's machine with
-{parity["threads"]} threads, batches of {parity["batch_size"]}.
+{parity["threads"]} threads, batches of {parity["batch_tokens"]} tokens.
 
 | precision | file | MB | pairs/s | max abs. Δp | ROC-AUC |
 |---|---|---|---|---|---|

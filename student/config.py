@@ -114,8 +114,8 @@ class ExportConfig(Config):
     max_int8_auc_loss: float = Field(default=0.01, ge=0, le=1)
     """The export fails if the int8 model loses more ROC-AUC than this against fp32 on the pairs compared."""
 
-    batch_size: int = Field(default=16, ge=1, le=8192)
-    """Pairs in one forward pass in the parity check and the throughput measurement."""
+    batch_tokens: int = Field(default=384, ge=1, le=1_000_000)
+    """Tokens, padding included, in one forward pass when throughput is measured; each thread has its own batch."""
 
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of onnxruntime while throughput is measured; 0 takes all cores."""
@@ -130,8 +130,8 @@ class ScoreConfig(Config):
     precision: Precision = Field(default="int8")
     """Which exported model scores: fp32, or int8 (smaller and faster)."""
 
-    batch_size: int = Field(default=16, ge=1, le=8192)
-    """Pairs in one forward pass."""
+    batch_tokens: int = Field(default=384, ge=1, le=1_000_000)
+    """Tokens, padding included, in one forward pass; each thread has its own batch."""
 
     window: int = Field(default=4096, ge=1, le=1_000_000)
     """Pairs that a task holds at once; they are sorted by length before they are batched."""

@@ -65,13 +65,13 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
     tokens = tokenize(tokenizer, rows.queries, rows.ads, card["pad_token_id"])
     begin = time.monotonic()
-    trained = softmax(predict_logits(model, tokens, config.batch_size, "cpu"), card["temperature"])
+    trained = softmax(predict_logits(model, tokens, 32, "cpu"), card["temperature"])
     torch_speed = len(rows) / (time.monotonic() - begin)
     relevant = rows.grade >= scale.relevant_from
     parity: dict[str, Any] = {
         "n": len(rows),
         "threads": config.threads or os.cpu_count(),
-        "batch_size": config.batch_size,
+        "batch_tokens": config.batch_tokens,
         "torch": {"pairs_per_second": torch_speed, "roc_auc": _auc(relevant, trained, scale)},
     }
     for precision in MODEL_FILES:
@@ -168,9 +168,9 @@ def _measure(
 ) -> dict[str, Any]:
     scorer = Scorer(out, precision, threads=config.threads)
     texts = list(zip(rows.queries, rows.ads, strict=True))
-    scorer.logits(texts[: config.batch_size], config.batch_size)  # the first batch pays for memory
+    scorer.logits(texts[:32], config.batch_tokens)  # the first batch pays for memory
     begin = time.monotonic()
-    probs = softmax(scorer.logits(texts, config.batch_size), scorer.card["temperature"])
+    probs = softmax(scorer.logits(texts, config.batch_tokens), scorer.card["temperature"])
     seconds = time.monotonic() - begin
     file = out / MODEL_FILES[precision]
     return {

@@ -62,6 +62,17 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> I
         yield order[start : start + batch_size]
 
 
+def batches_by_tokens(lengths: Sequence[int] | np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    """Row numbers, longest rows first, in batches of at most `tokens` tokens with padding (one row at least)."""
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
+
+
 def pad(rows: Sequence[Sequence[int]], value: int = 0) -> np.ndarray:
     """int64 array (len(rows), longest row), filled up on the right with `value`."""
     padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
@@ -101,8 +112,8 @@ class Scorer:
         self.version = f"{self.card['fingerprint']}-{precision}"
         self.threshold: float = self.card["threshold"]
 
-    def logits(self, texts: Sequence[tuple[str, str]], batch_size: int = 16) -> np.ndarray:
-        """Logits float32 (N, K) of N (query text, ad text)."""
+    def logits(self, texts: Sequence[tuple[str, str]], batch_tokens: int = 384) -> np.ndarray:
+        """Logits float32 (N, K) of N (query text, ad text); a batch holds `batch_tokens` tokens, padding included."""
         encodings = self.tokenizer.encode_batch(list(texts))
         out = np.zeros((len(texts), len(self.scale["grades"])), dtype=np.float32)
 
@@ -115,7 +126,7 @@ class Scorer:
             }
             out[rows] = self.session.run(None, {name: inputs[name] for name in self.card["inputs"]})[0]
 
-        batches = list(batches_by_length([len(e) for e in encodings], batch_size))
+        batches = list(batches_by_tokens([len(e) for e in encodings], batch_tokens))
         if min(self.threads, len(batches)) < 2:
             for rows in batches:
                 score(rows)
@@ -124,10 +135,10 @@ class Scorer:
                 list(pool.map(score, batches))
         return out
 
-    def grade_probs(self, pairs: Iterable[Mapping[str, Any]], batch_size: int = 16) -> np.ndarray:
+    def grade_probs(self, pairs: Iterable[Mapping[str, Any]], batch_tokens: int = 384) -> np.ndarray:
         """Calibrated probabilities float64 (N, K) of the K grades, for rows of the `pairs` table."""
         texts = [(query_text(p["query"]), ad_text(p["ad_title"], p.get("ad_text"), p.get("attributes"))) for p in pairs]
-        return softmax(self.logits(texts, batch_size), self.card["temperature"])
+        return softmax(self.logits(texts, batch_tokens), self.card["temperature"])
 
     def p_relevant(self, grade_probs: np.ndarray) -> np.ndarray:
         """Probability float64 (N,) that the grade is one that counts as relevant; compare it with `threshold`."""

@@ -8,7 +8,7 @@ import pytest
 from data.schema import ContractError, GradeScale
 from student.config import StudentConfig
 from student.dataset import length_grouped, query_grouped, read_annotated, read_examples, read_training
-from student.serve import ad_text, load_tokenizer
+from student.serve import ad_text, batches_by_tokens, load_tokenizer
 
 from .conftest import annotate_pool, annotation, make_rows, write_annotations, write_pairs
 
@@ -142,3 +142,12 @@ def test_ad_text_takes_maps_lists_and_broken_unicode():
     assert ad_text("a", None, None) == "a"
     assert "\ud800" not in ad_text("bad \ud800")
     assert len(ad_text("x" * 10_000_000)) < 10_000
+
+
+def test_batches_by_tokens_hold_every_row_once_and_their_limit():
+    lengths = np.array([5, 40, 12, 12, 7, 100, 5])
+    found = list(batches_by_tokens(lengths, 48))
+    assert sorted(np.concatenate(found)) == list(range(7))
+    assert all(len(rows) == 1 or lengths[rows].max() * len(rows) <= 48 for rows in found)
+    assert [len(rows) for rows in found] == [1, 1, 4, 1]
+    assert list(batches_by_tokens([], 48)) == []

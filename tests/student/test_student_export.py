@@ -74,7 +74,7 @@ def test_the_scorer_gives_the_evaluated_probabilities_from_raw_rows(exported, di
     kept = pq.read_table(distilled / "test_predictions.parquet").to_pandas().set_index("pair_id")["p_relevant"]
     rows = [row for row in make_rows() if row["split"] == "test"]
     scorer = Scorer(out)
-    found = scorer.p_relevant(scorer.grade_probs(rows, batch_size=7))
+    found = scorer.p_relevant(scorer.grade_probs(rows, batch_tokens=70))
     np.testing.assert_allclose(found, kept[[row["pair_id"] for row in rows]], atol=1e-4)
 
 
