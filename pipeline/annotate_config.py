@@ -23,10 +23,15 @@ class AnnotateConfig(Config):
     """Sample from the smallest set of tokens whose probabilities reach this sum."""
     max_tokens: int = Field(default=0, ge=0, le=100_000)
     """Longest completion in tokens; 0 takes the length that the teacher was trained with."""
-    window: int = Field(default=64, ge=1, le=100_000)
-    """Pairs that are generated together and committed as one file; a kill loses at most this much of each engine."""
+    window: int = Field(default=512, ge=1, le=1_000_000)
+    """Pairs that an engine has under way, started and not yet committed: what a kill loses at most. They are committed in
+    files of a quarter of it. An engine is kept busy by at least twice `max_num_seqs` / n (or, of servers, twice
+    `concurrency` × servers)."""
     engines: int = Field(default=1, ge=1, le=10_000)
     """Engines at work at the same time, one partition and one worker process each; on GPUs one for each."""
+    partitions: int = Field(default=0, ge=0, le=1_000_000)
+    """Partitions of the job; 0 makes one for each engine. A few times as many even out engines of unequal speed, on a
+    cluster that has no more task slots than engines (a worker keeps its engine for its next partition)."""
     engine: EngineConfig = EngineConfig()
     """Which engine, and its memory."""
     max_failed_share: float = Field(default=0.05, ge=0, le=1)
