@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from data.schema import ANNOTATIONS, PAIRS, ContractError, GradeScale, check_schema
 from pipeline.annotate_commit import commit, disk_errors, files_of, take_over
+from pipeline.annotate_compact import compact, finish_merges
 from pipeline.annotate_config import AnnotateConfig
 from pipeline.annotate_figures import annotated, table_figures
 from pipeline.annotate_worker import (
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 CURRENT = "_annotations.json"  # which key the folder was last annotated under, for its readers
 _READING = 1  # raised when the same completions would be read as other grades
 _LOG_EVERY = 10.0
+_LONGEST = 2**20  # characters; texts beyond this count as equally long
 
 
 def annotate(
@@ -76,6 +78,7 @@ def annotate(
             f"teacher {teacher} and pairs {pairs} have different scales; train a teacher on these pairs"
         )
     run = take_over(out)
+    finish_merges(out)
     if config.retry_failed:
         drop_failed(out, key, run)
     todo, wanted, count = missing(spark, config, prompt.config, pairs, out, key)
@@ -95,6 +98,8 @@ def annotate(
             load=load,
         )
         _run(job, todo, count, max(engines, config.partitions))
+    if len(files_of(out, key)) > config.max_files:
+        compact(out, key, run, config.file_rows)
     with disk_errors(out):
         write_json(
             out / CURRENT, {"annotation_key": key, "teacher": _teacher_fingerprint(teacher), "split": config.split}
@@ -181,22 +186,43 @@ def missing(
     if config.limit:
         first = wanted.select("pair_id").distinct().orderBy("pair_id").limit(config.limit)
         wanted = wanted.join(first, "pair_id", "left_semi")
-    # One pass over the ids alone; the texts are read once, when the job runs.
-    ids = wanted.groupBy("pair_id").agg(F.count("*").alias("rows"))
+    # These passes read the ids alone; the texts are read once, when the job runs.
     done = annotated(spark, out, key).select("pair_id")
-    if any(out.glob(f"{key}-*.parquet")):
-        ids = ids.join(done.withColumn("done", F.lit(True)), "pair_id", "left")
-    else:
-        ids = ids.withColumn("done", F.lit(None).cast("boolean"))
-    found = ids.agg(F.count("*").alias("pairs"), F.max("rows").alias("rows"), F.count("done").alias("done")).first()
-    assert found is not None  # an aggregate without groups has one row
-    if not found["pairs"]:
+    count, hashed = _id_sums(wanted)
+    if not count:
         raise ContractError(f"split '{config.split}' of {source} has no pairs; choose another split")
-    if found["rows"] > 1:
+    if any(out.glob(f"{key}-*.parquet")):
+        if _id_sums(done) == (count, hashed):  # the same ids: known without a join
+            return wanted.select("pair_id", *_texts(prompt)).limit(0), count, 0
+        wanted, ids = wanted.join(done, "pair_id", "left_anti"), wanted.select("pair_id").distinct()
+        count, left = ids.count(), ids.join(done, "pair_id", "left_anti").count()
         wanted = wanted.dropDuplicates(["pair_id"])
-    if found["done"]:
-        wanted = wanted.join(done, "pair_id", "left_anti")
-    return wanted.select("pair_id", *_texts(prompt)), found["pairs"], found["pairs"] - found["done"]
+    elif _repeats(wanted):
+        wanted = wanted.dropDuplicates(["pair_id"])
+        left = count = wanted.count()
+    else:
+        left = count
+    return wanted.select("pair_id", *_texts(prompt)), count, left
+
+
+def _id_sums(table: DataFrame) -> tuple[int, str]:
+    """How many rows there are, and a sum of 128-bit hashes of their ids: equal for equal ids in any order."""
+    from pyspark.sql import functions as F
+
+    sums = [F.sum(F.xxhash64(F.lit(salt), "pair_id").cast("decimal(20,0)")) for salt in (0, 1)]
+    row = table.agg(
+        F.count("*").alias("count"), F.concat_ws(" ", *[F.format_string("%s", each) for each in sums]).alias("sums")
+    ).first()
+    assert row is not None  # an aggregate without groups has one row
+    return row["count"], row["sums"]
+
+
+def _repeats(table: DataFrame) -> bool:
+    """Whether an id occurs twice; it may say so wrongly (a collision of hashes), never the reverse."""
+    from pyspark.sql import functions as F
+
+    row = table.groupBy(F.xxhash64("pair_id").alias("id")).count().agg(F.max("count").alias("most")).first()
+    return row is not None and row["most"] > 1
 
 
 def _texts(prompt: PromptConfig) -> list[Column]:
@@ -218,7 +244,9 @@ def _texts(prompt: PromptConfig) -> list[Column]:
         cut(F.col("query"), title).alias("query"),
         cut(F.col("ad_title"), title).alias("ad_title"),
         (cut(F.col("ad_text"), text) if text else F.lit(None).cast("string")).alias("ad_text"),
-        (attributes if prompt.attributes else F.lit(None).cast("array<struct<key:string,value:string>>")).alias("attributes"),
+        (attributes if prompt.attributes else F.lit(None).cast("array<struct<key:string,value:string>>")).alias(
+            "attributes"
+        ),
     ]
 
 
@@ -227,14 +255,17 @@ def _run(job: Job, todo: DataFrame, count: int, partitions: int) -> None:
     from pyspark.errors import PySparkException
     from pyspark.sql import functions as F
 
-    length = F.length("query") + F.length("ad_title") + F.coalesce(F.length("ad_text"), F.lit(0))
     # Equal texts meet in one partition, side by side, and are generated once. Longest first: what does not fit shows at
-    # once, and prompts in flight are of like length. By id in the end: the parts are the same for every try.
+    # once, and prompts in flight are of like length. By id in the end: the parts are the same for every try. Length and
+    # text make one number, which Spark sorts several times faster than the texts themselves.
+    length = F.length("query") + F.length("ad_title") + F.coalesce(F.length("ad_text"), F.lit(0))
+    shortness = (_LONGEST - F.least(length, F.lit(_LONGEST))).cast("bigint")
+    text = F.pmod(F.xxhash64("query", "ad_title", "ad_text"), F.lit(2**40))
     ordered = (
         todo.repartition(partitions, "query", "ad_title")
-        .withColumn("length", length)
-        .sortWithinPartitions(F.desc("length"), "query", "ad_title", "pair_id")
-        .drop("length")
+        .withColumn("place", shortness * 2**40 + text)
+        .sortWithinPartitions("place", "pair_id")
+        .drop("place")
     )
     progress = _Progress(Path(job.out), job.key, count)
     progress.start()

@@ -34,6 +34,10 @@ class AnnotateConfig(Config):
     cluster that has no more task slots than engines (a worker keeps its engine for its next partition)."""
     engine: EngineConfig = EngineConfig()
     """Which engine, and its memory."""
+    max_files: int = Field(default=1000, ge=1)
+    """When a run has finished and its annotations lie in more files than this, small ones are merged."""
+    file_rows: int = Field(default=1_000_000, ge=2)
+    """Rows of a merged file, about."""
     max_failed_share: float = Field(default=0.05, ge=0, le=1)
     """The job fails (after keeping everything it made) when more than this share of its pairs failed."""
     retry_failed: bool = False

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HASHED = ("pair_id", "status", "error", "grade", "grade_probs", "reasoning", "votes")
 _REASONS = 100  # kinds of errors that are counted apart
+_BROADCAST = 100_000  # human grades that are sent to every worker
 _STEPS = 10_000  # p(relevant) is rounded to this resolution for the AUC, so that the counts stay few
 
 
@@ -88,6 +89,11 @@ def _judged(spark: SparkSession, rows: DataFrame, pairs: Path, split: str, scale
 
     graded = spark.read.parquet(str(pairs / "pairs")).where((F.col("split") == split) & F.col("grade").isNotNull())
     human = graded.select("pair_id", F.col("grade").alias("human"))
+    few = human.count()
+    if not few:
+        return []
+    if few <= _BROADCAST:  # then the whole table of annotations need not be shuffled for them
+        human = F.broadcast(human)
     relevant = F.aggregate(
         F.slice("grade_probs", scale.relevant_from + 1, scale.size), F.lit(0.0), lambda total, p: total + p
     )

@@ -8,19 +8,21 @@ Light to import: the environment that torch reads when it loads is set here firs
 
 from __future__ import annotations
 
+import gc
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from data.schema import ANNOTATIONS, ContractError
 from pipeline.annotate_commit import commit, part_path
 from pipeline.artifacts import digest
+from pipeline.votes import AnswerReader, Outcome, combine
 from teacher.engines.base import Completion, Engine, EngineConfig, Result, Sampling
 
 # What a part returns to Spark; the rows themselves go to their file. `rows` are there now, `made` of them by this call.
@@ -42,7 +44,7 @@ class Teacher:
 
     engine: Engine
     prompts: Callable[[Sequence[Row]], list[list[int] | str]]
-    reader: Any
+    reader: AnswerReader
     num_grades: int
 
 
@@ -64,11 +66,10 @@ class Job:
     load: Callable[[Job], Teacher]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What became of one prompt: the outcome of its samples, or (without one) the error."""
 
-    outcome: Any
+    outcome: Outcome | None
     error: str
     prompt_tokens: int
     completion_tokens: int = 0
@@ -133,7 +134,9 @@ class Stream:
         self.under_way = 0
         self._job = job
         self._waiting: dict[Prompt, list[tuple[_Part, int]]] = {}
+        # Answers of late, in two generations of at most a window each.
         self._recent: dict[Prompt, Answer] = {}
+        self._older: dict[Prompt, Answer] = {}
         self._done: list[_Part] = []
         self._failures = 0
 
@@ -152,7 +155,7 @@ class Stream:
                 self._settle(part, place, Answer(None, error, len(made)))
                 continue
             prompt = tuple(made)
-            if (known := self._recent.get(prompt)) is not None:
+            if (known := self._recent.get(prompt) or self._older.get(prompt)) is not None:
                 self._settle(part, place, known)
             elif prompt in self._waiting:
                 self._waiting[prompt].append((part, place))
@@ -171,8 +174,8 @@ class Stream:
                 self._recent[prompt] = answer  # type: ignore[index]
                 for part, place in self._waiting.pop(prompt):  # type: ignore[arg-type]
                     self._settle(part, place, answer)
-        while len(self._recent) > self._job.window:
-            del self._recent[next(iter(self._recent))]
+        if len(self._recent) > self._job.window:
+            self._recent, self._older = {}, self._recent
         done, self._done = self._done, []
         for part in done:
             commit(part.path, table_of(self._job.key, part.pair_ids, part.answers), self._job.run)  # type: ignore[arg-type]
@@ -193,12 +196,10 @@ class Stream:
             if self._failures >= _ENGINE_BROKEN_FROM:
                 raise ContractError(f"the engine failed on {self._failures} prompts in a row, last with {error[:300]}")
             return Answer(None, error[:500], len(prompt))
-        from pipeline.votes import combine
-
         self._failures = 0
         outcome = combine([self.teacher.reader.read(completion) for completion in result], self.teacher.num_grades)
         error = "" if outcome.votes else _no_grade(result, self._job.sampling.max_tokens)
-        tokens = sum(len(completion.token_ids) for completion in result)
+        tokens = sum([len(completion.token_ids) for completion in result])
         return Answer(outcome, error, len(prompt), tokens, len(result))
 
 
@@ -243,6 +244,7 @@ def load_teacher(job: Job) -> Teacher:
         for other in list(_loaded):  # of an earlier job in the same session: two engines would not fit
             _loaded.pop(other).engine.close()
         _loaded[name] = job.load(job)
+        gc.freeze()  # a teacher is many objects that stay: the collector need not walk through them time and again
     return _loaded[name]
 
 
@@ -257,7 +259,6 @@ def start_teacher(job: Job) -> Teacher:
     _choose_gpu(job.engines)
     from transformers import AutoTokenizer
 
-    from pipeline.votes import AnswerReader
     from teacher.engines.base import open_engine
     from teacher.prompt import PromptWriter, load_prompt
 

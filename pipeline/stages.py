@@ -62,6 +62,7 @@ STAGES: dict[str, Stage] = {
                 "teacher.engines",
                 "pipeline.annotate",
                 "pipeline.annotate_commit",
+                "pipeline.annotate_compact",
                 "pipeline.annotate_figures",
                 "pipeline.annotate_worker",
                 "pipeline.votes",

@@ -129,7 +129,8 @@ class PromptWriter:
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[int] | str]:
         """For each pair its token ids, or the reason why it has none.
 
-        A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of entries with `key` and `value`; any may be None.
+        A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of entries with `key` and `value`; any of them
+        may be None.
         """
         written: list[str | None] = []
         made: list[list[int] | str] = []
@@ -180,7 +181,8 @@ def as_data(text: str, limit: int, special_tokens: tuple[str, ...]) -> str:
     # Cut first, with room for what is removed: a megabyte must not be walked through.
     text = text[: used_chars(limit)]
     text = _SPACE.sub(" ", text)
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Co", "Cn") and c not in _BIDI)
+    if not text.isprintable():  # printable text, which is nearly all there is, has none of these
+        text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Co", "Cn") and c not in _BIDI)
     text = text.translate(_BRACKETS)
     for token in special_tokens:
         while token in text:

@@ -64,7 +64,7 @@ class TransformersEngine:
         self._queue.append((tag, prompt, sampling))
 
     def finished(self) -> list[tuple[Hashable, Result]]:
-        """See `Engine.finished`; the next full batch, in the order of `submit`, as this engine cannot take in more meanwhile."""
+        """See `Engine.finished`: the next full batch, as this engine cannot take in more meanwhile."""
         if not self._queue:
             return []
         sampling = self._queue[0][2]

@@ -45,7 +45,7 @@ class VLLMEngine:
     """See `Engine`. Prefixes that prompts share (the guideline) are computed once.
 
     `prompt_tokens` and `cached_tokens` count the tokens of all finished prompts (once for a prompt, not for each of its
-    samples) and those of them that came from the prefix cache.
+    samples) and those of them that came from the prefix cache, which keeps whole blocks of `block_size` tokens.
     """
 
     def __init__(self, config: EngineConfig, model: Path) -> None:
@@ -91,6 +91,7 @@ class VLLMEngine:
         finally:
             torch.set_num_threads = set_num_threads  # the CPU worker replaces it for the whole process
         self.max_model_len: int = self._llm.model_config.max_model_len
+        self.block_size: int = self._llm.llm_engine.vllm_config.cache_config.block_size
         self.prompt_tokens = self.cached_tokens = 0
         self._numbers = itertools.count()
         self._running: dict[str, tuple[Hashable, list[int], Sampling]] = {}

@@ -32,7 +32,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path: Path):
     first = take_over(tmp_path)
     commit(tmp_path / f"{KEY}-1.parquet", rows(2), first)
     second = take_over(tmp_path)
-    with pytest.raises(ContractError, match="another run .* has taken .* over"):
+    with pytest.raises(ContractError, match=r"another run .* has taken .* over"):
         commit(tmp_path / f"{KEY}-2.parquet", rows(2), first)
     commit(tmp_path / f"{KEY}-3.parquet", rows(2), second)
     assert [file.name for file in files_of(tmp_path, KEY)] == [f"{KEY}-1.parquet", f"{KEY}-3.parquet"]
@@ -70,9 +70,13 @@ def small_disk(tmp_path: Path):
 
 def test_a_full_disk_is_one_sentence_and_leaves_only_whole_files(small_disk: Path):
     run = take_over(small_disk)
-    with pytest.raises(ContractError, match=r"^the disk of .* is full; free some space"):
+
+    def fill() -> None:
         for number in range(100):
             commit(small_disk / f"{KEY}-{number}.parquet", rows(10, 10_000), run)
+
+    with pytest.raises(ContractError, match=r"^the disk of .* is full; free some space"):
+        fill()
     assert not list(small_disk.glob(f"{TEMPORARY}*"))
     kept = files_of(small_disk, KEY)
     assert len(kept) >= 3
@@ -84,7 +88,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_only_whole_files(small_disk: Pat
 
 def test_an_owner_is_told_by_its_process(tmp_path: Path):
     take_over(tmp_path)
-    code = "import sys; from pathlib import Path; from pipeline.annotate_commit import take_over; take_over(Path(sys.argv[1]))"
+    code = "import sys, pathlib, pipeline.annotate_commit as c; c.take_over(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert json.loads((tmp_path / "_owner.json").read_text())["pid"] != os.getpid()
 
