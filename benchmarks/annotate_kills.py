@@ -89,8 +89,9 @@ def prove(
             continue
         if _kill(process, victim, draw):
             killed[victim] += 1
-        process.wait(timeout=120)
-        _outlived(work)
+        process.wait(timeout=300)
+        if draw.random() < 0.5:
+            _wait_for_the_rest(work)  # else the next run starts while processes of this one may still be at work
         wasted = _completed(log) - rows_in(work / "rough")
         most, before = max(most, wasted - before), wasted
         print(f"# kill {killed.total()}: {victim}, {wasted} completed in vain so far", file=sys.stderr, flush=True)
@@ -167,14 +168,14 @@ def _kill(process: subprocess.Popen[bytes], victim: str, draw: random.Random) ->
     return True
 
 
-def _outlived(work: Path) -> None:
-    """Wait until the processes of a killed run have ended by themselves: the next run must not depend on it, and starts
-    at once, every second time."""
-    deadline = time.monotonic() + (0 if random.random() < 0.5 else 30)
+def _wait_for_the_rest(work: Path) -> None:
+    """Wait until the processes of a killed run have ended by themselves."""
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if not any(_environment(process).get("ANNOTATE_KILLS") == str(work) for process in psutil.process_iter()):
             return
         time.sleep(0.2)
+    raise SystemExit("a process of a killed run lives on")
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

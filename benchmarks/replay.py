@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,17 @@ class ReplayEngine:
         self._recorded = recorded
         self._pairs_per_s = pairs_per_s
         self._log = Path(log) / f"{os.getpid()}-{time.time_ns()}.log" if log else None
-        self._queue: list[tuple[Hashable, list[int]]] = []
+        self._queue: list[tuple[Any, list[int]]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine.generate`."""
         return generate_all(self, prompts, sampling)
 
-    def submit(self, tag: Hashable, prompt: list[int], sampling: Sampling) -> None:
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         """See `Engine.submit`."""
         self._queue.append((tag, prompt))
 
-    def finished(self) -> list[tuple[Hashable, Result]]:
+    def finished(self) -> list[tuple[Any, Result]]:
         """See `Engine.finished`: all that is queued, or a twentieth of a second's worth of it."""
         batch = self._queue
         if self._pairs_per_s:

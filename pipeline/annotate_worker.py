@@ -170,9 +170,9 @@ class Stream:
         """
         while not self._done:
             for prompt, result in self.teacher.engine.finished():
-                answer = self._read(prompt, result)  # type: ignore[arg-type]
-                self._recent[prompt] = answer  # type: ignore[index]
-                for part, place in self._waiting.pop(prompt):  # type: ignore[arg-type]
+                answer = self._read(prompt, result)
+                self._recent[prompt] = answer
+                for part, place in self._waiting.pop(prompt):
                     self._settle(part, place, answer)
         if len(self._recent) > self._job.window:
             self._recent, self._older = {}, self._recent
@@ -244,7 +244,9 @@ def load_teacher(job: Job) -> Teacher:
         for other in list(_loaded):  # of an earlier job in the same session: two engines would not fit
             _loaded.pop(other).engine.close()
         _loaded[name] = job.load(job)
-        gc.freeze()  # a teacher is many objects that stay: the collector need not walk through them time and again
+        # A teacher is many objects that stay, and a window many that soon go by themselves: there is little to collect.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
     return _loaded[name]
 
 

@@ -19,6 +19,7 @@ _TAIL = "</answer>"
 _ANSWER_END = re.compile(r"[0-9]</answer>\s*\Z")
 _ANSWER_LENGTH = len(ANSWER.format(grade=0))
 _LONGEST_TAIL = 24  # tokens; the tail and white space are far fewer
+_USUAL_TAIL = 8
 _REMEMBERED = 100_000  # entries of a cache; answers are spelt in few ways
 
 
@@ -48,9 +49,9 @@ class AnswerReader:
         self._tokenizer = tokenizer
         self._num_grades = num_grades
         self._spelt: dict[int, str] = {}
-        # What a token means at the answer, and whether a tail of tokens shows the digit: the same few over and over.
+        # What a token means at the answer, and where the digit is from the end: the same few over and over.
         self._grades: dict[tuple[int, int], dict[int, int]] = {}
-        self._tails: dict[tuple[int, ...], bool] = {}
+        self._places: dict[tuple[int, ...], int] = {}
 
     def read(self, completion: Completion) -> Sample:
         """A completion that was cut off has no grade, whatever it says."""
@@ -97,17 +98,19 @@ class AnswerReader:
 
     def _answer_place(self, token_ids: Sequence[int]) -> int | None:
         """Index of the token that brings the answer's digit: the shortest tail that shows the digit starts with it."""
-        end = tuple(token_ids[-_LONGEST_TAIL:])
-        for place in range(len(end) - 1, -1, -1):
-            tail = end[place:]
-            shows = self._tails.get(tail)
-            if shows is None:
-                text = self._tokenizer.decode(list(tail), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                if len(self._tails) >= _REMEMBERED:
-                    self._tails.clear()
-                shows = self._tails[tail] = _ANSWER_END.search(text) is not None
-            if shows:
-                return len(token_ids) - len(end) + place
+        end = tuple(token_ids[-_USUAL_TAIL:])
+        usual = self._places.get(end)
+        if usual is not None:
+            return len(token_ids) + usual
+        for place in range(len(token_ids) - 1, max(-1, len(token_ids) - 1 - _LONGEST_TAIL), -1):
+            tail = list(token_ids[place:])
+            text = self._tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if _ANSWER_END.search(text):
+                if len(tail) <= len(end):  # then it is these last tokens alone that decide
+                    if len(self._places) >= _REMEMBERED:
+                        self._places.clear()
+                    self._places[end] = -len(tail)
+                return place
         return None
 
     def _spell(self, token: int) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -65,11 +65,11 @@ class Engine(Protocol):
         """
         ...
 
-    def submit(self, tag: Hashable, prompt: list[int], sampling: Sampling) -> None:
-        """Take in a prompt (token ids) under a name of the caller's, and return at once."""
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
+        """Take in a prompt (token ids) under a hashable name of the caller's, and return at once."""
         ...
 
-    def finished(self) -> list[tuple[Hashable, Result]]:
+    def finished(self) -> list[tuple[Any, Result]]:
         """Work until at least one submitted prompt is done; all that are, by their names, in no order.
 
         A prompt that cannot be completed comes back with its error and harms no other. Empty when nothing is
@@ -96,7 +96,7 @@ def generate_all(engine: Engine, prompts: Sequence[list[int]], sampling: Samplin
             for place, result in done:
                 if isinstance(result, Exception):
                     raise result
-                results[place] = result  # type: ignore[call-overload]
+                results[place] = result
     finally:
         engine.cancel()
     return results

@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class OpenAIEngine:
         own = config.max_model_len or limit
         self.max_model_len: int = min(own, limit)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="engine")
-        self._running: dict[Future[list[Completion]], Hashable] = {}
+        self._running: dict[Future[list[Completion]], Any] = {}
         self._done: queue.SimpleQueue[Future[list[Completion]]] = queue.SimpleQueue()
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
@@ -90,15 +90,15 @@ class OpenAIEngine:
         check_lengths(prompts, self.max_model_len)
         return generate_all(self, prompts, sampling)
 
-    def submit(self, tag: Hashable, prompt: list[int], sampling: Sampling) -> None:
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         """See `Engine.submit`; a prompt waits here until a server has room for it."""
         future = self._pool.submit(self._one, prompt, sampling)
         self._running[future] = tag
         future.add_done_callback(self._done.put)
 
-    def finished(self) -> list[tuple[Hashable, Result]]:
+    def finished(self) -> list[tuple[Any, Result]]:
         """See `Engine.finished`."""
-        done: list[tuple[Hashable, Result]] = []
+        done: list[tuple[Any, Result]] = []
         while self._running and not (done and self._done.empty()):
             future = self._done.get()
             if future not in self._running:

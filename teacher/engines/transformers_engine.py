@@ -7,7 +7,7 @@ the batch it happens to be in.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class TransformersEngine:
         self.max_model_len: int = min(max_model_len or own, own)
         self._end = _end_tokens(model, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end[0]
-        self._queue: list[tuple[Hashable, list[int], Sampling]] = []
+        self._queue: list[tuple[Any, list[int], Sampling]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine.generate`."""
@@ -59,11 +59,11 @@ class TransformersEngine:
             self._model.train(training)
         return [row * (sampling.n // copies) for row in results]
 
-    def submit(self, tag: Hashable, prompt: list[int], sampling: Sampling) -> None:
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         """See `Engine.submit`."""
         self._queue.append((tag, prompt, sampling))
 
-    def finished(self) -> list[tuple[Hashable, Result]]:
+    def finished(self) -> list[tuple[Any, Result]]:
         """See `Engine.finished`: the next full batch, as this engine cannot take in more meanwhile."""
         if not self._queue:
             return []

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +94,15 @@ class VLLMEngine:
         self.block_size: int = self._llm.llm_engine.vllm_config.cache_config.block_size
         self.prompt_tokens = self.cached_tokens = 0
         self._numbers = itertools.count()
-        self._running: dict[str, tuple[Hashable, list[int], Sampling]] = {}
-        self._refused: list[tuple[Hashable, Result]] = []
+        self._running: dict[str, tuple[Any, list[int], Sampling]] = {}
+        self._refused: list[tuple[Any, Result]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine.generate`."""
         check_lengths(prompts, self.max_model_len)
         return generate_all(self, prompts, sampling)
 
-    def submit(self, tag: Hashable, prompt: list[int], sampling: Sampling) -> None:
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         """See `Engine.submit`."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
@@ -127,7 +127,7 @@ class VLLMEngine:
         else:
             self._running[name] = (tag, prompt, sampling)
 
-    def finished(self) -> list[tuple[Hashable, Result]]:
+    def finished(self) -> list[tuple[Any, Result]]:
         """See `Engine.finished`."""
         done, self._refused = self._refused, []
         while self._running and not done:
@@ -144,21 +144,21 @@ class VLLMEngine:
         self._llm.llm_engine.abort_request(list(self._running))
         self._running, self._refused = {}, []
 
-    def _take(self, output: Any) -> tuple[Hashable, Result]:
+    def _take(self, output: Any) -> tuple[Any, Result]:
         tag, prompt, sampling = self._running.pop(output.request_id)
         self.prompt_tokens += len(prompt)
         self.cached_tokens += output.num_cached_tokens or 0
         samples = [_completion(sample) for sample in output.outputs]
         return tag, samples * (sampling.n // len(samples))
 
-    def _one_by_one(self, error: Exception) -> list[tuple[Hashable, Result]]:
+    def _one_by_one(self, error: Exception) -> list[tuple[Any, Result]]:
         """vLLM's step failed with everything in it: each prompt again, alone, so that only the culprit is lost."""
         waiting = list(self._running.values())
         self.cancel()
         if len(waiting) == 1:
             return [(waiting[0][0], error)]
         log.warning("vLLM failed with %d prompts in flight, trying each alone: %s", len(waiting), error)
-        done: list[tuple[Hashable, Result]] = []
+        done: list[tuple[Any, Result]] = []
         for request in waiting:
             self.submit(*request)
             done += self.finished()
