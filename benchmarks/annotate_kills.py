@@ -152,20 +152,37 @@ def _kill(process: subprocess.Popen[bytes], victim: str, draw: random.Random) ->
     if victim == "driver":
         driver.kill()
         return True
-    children = driver.children(recursive=True)
-    try:
-        if victim == "jvm":
-            found = [child for child in children if child.name() == "java"]
-        else:  # workers are forked by a daemon with the same command line
-            daemons = {child.pid for child in children if "pyspark.daemon" in child.cmdline()}
-            found = [child for child in children if child.ppid() in daemons]
-    except psutil.NoSuchProcess:
-        found = []
+    if victim == "jvm":
+        found = [child for child in driver.children(recursive=True) if _what(child)[:1] == ["java"]]
+    else:
+        found = python_workers(driver)
     if not found:
         driver.kill()  # the draw was too early for another victim
         return True
     draw.choice(found).kill()
     return True
+
+
+def python_workers(ancestor: psutil.Process) -> list[psutil.Process]:
+    """Spark's Python workers below a process, each with its engine: forked by a daemon with the same command line."""
+    children = ancestor.children(recursive=True)
+    daemons = {child.pid for child in children if "pyspark.daemon" in _what(child)}
+    return [child for child in children if _parent(child) in daemons]
+
+
+def _what(process: psutil.Process) -> list[str]:
+    """Name and arguments; empty for a process that has ended."""
+    try:
+        return [process.name(), *process.cmdline()]
+    except psutil.Error:
+        return []
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return 0
 
 
 def _wait_for_the_rest(work: Path) -> None:

@@ -252,6 +252,7 @@ def _texts(prompt: PromptConfig) -> list[Column]:
 
 def _run(job: Job, todo: DataFrame, count: int, partitions: int) -> None:
     """Annotate `todo` (`count` rows); returns when every part is committed."""
+    from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
     from pyspark.sql import functions as F
 
@@ -272,7 +273,7 @@ def _run(job: Job, todo: DataFrame, count: int, partitions: int) -> None:
     try:
         made = ordered.mapInArrow(partial(annotate_partition, job), "rows long, made long")
         row = made.agg(F.sum("rows").alias("rows")).first()
-    except PySparkException as error:
+    except (PySparkException, Py4JJavaError) as error:  # which of them depends on where it came from
         raise _told(error) from error
     finally:
         progress.stop()
