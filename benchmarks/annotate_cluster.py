@@ -68,8 +68,8 @@ def kill_a_worker(teacher: Path, recording: Path, work: Path, pairs: int = 20_00
         annotate(config, work / "teacher", work / "pairs", work / "calm", spark, load_replay)
     with standalone(work / "spark", workers=2) as (master, workers):
         spark = start_spark(SparkConfig(master=master, extra=cluster_settings()))
-        alive = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size  # type: ignore[union-attr]
-        wait_until(lambda: alive() >= 3, 60)  # the driver is one of them
+        context = spark.sparkContext._jsc.sc()  # type: ignore[union-attr]
+        wait_until(lambda: context.getExecutorMemoryStatus().size() >= 3, 120)  # the driver is one of them
         victim = workers[0]
         killer = _when(lambda: rows_in(work / "rough") > pairs / 5, lambda: os.killpg(victim.pid, signal.SIGKILL))
         try:

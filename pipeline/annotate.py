@@ -85,7 +85,7 @@ def annotate(
     log.info("annotate: %d pairs wanted, %d there already, %d to do (key %s)", wanted, wanted - count, count, key)
     if count:
         engines = min(config.engines, math.ceil(count / max(1, config.window // PARTS_PER_WINDOW)))
-        local = spark.sparkContext.master.startswith("local[")
+        local = spark.sparkContext.master.startswith("local")
         job = Job(
             key=key,
             teacher=str(teacher.resolve()),
