@@ -64,6 +64,7 @@ STAGES: dict[str, Stage] = {
                 "pipeline.annotate_commit",
                 "pipeline.annotate_compact",
                 "pipeline.annotate_figures",
+                "pipeline.annotate_plan",
                 "pipeline.annotate_worker",
                 "pipeline.votes",
             ),

@@ -11,10 +11,11 @@ import pytest
 from data.schema import ANNOTATIONS, PAIRS, ContractError, Grade, GradeScale, read_table
 from pipeline import annotate as job_module
 from pipeline import annotate_worker as worker
-from pipeline.annotate import annotation_key, drop_failed, missing
+from pipeline.annotate import annotation_key, drop_failed
 from pipeline.annotate_commit import TEMPORARY, files_of, part_path, take_over
 from pipeline.annotate_config import AnnotateConfig
 from pipeline.annotate_figures import quality, table_figures
+from pipeline.annotate_plan import missing
 from pipeline.annotate_worker import Job, Stream, Teacher, annotate_partition, parts
 from pipeline.votes import AnswerReader
 from teacher.config import PromptConfig
