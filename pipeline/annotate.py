@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,12 +36,10 @@ from pipeline.annotate_worker import (
     Job,
     Teacher,
     annotate_partition,
-    greedy_once,
     start_teacher,
-    with_threads,
 )
 from pipeline.artifacts import StageOutput, digest, write_json
-from teacher.engines.base import Sampling
+from teacher.engines.base import EngineConfig, Sampling
 from teacher.prompt import TEACHER_FILE, load_prompt
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def annotate(
             teacher=str(teacher.resolve()),
             out=str(out.resolve()),
             run=run,
-            engine=with_threads(config.engine, engines, local),
+            engine=_with_threads(config.engine, engines, local),
             sampling=sampling,
             window=config.window,
             engines=engines,
@@ -127,7 +127,7 @@ def sampling_of(config: AnnotateConfig, teacher: Path) -> Sampling:
         # the grades, and room for other spellings of them
         logprobs=min(20, prompt.scale.size + 4),
     )
-    return greedy_once(sampling)
+    return _greedy_once(sampling)
 
 
 def annotation_key(teacher: Path, sampling: Sampling) -> str:
@@ -187,6 +187,19 @@ def _run(job: Job, todo: DataFrame, count: int, partitions: int) -> None:
         progress.stop()
     if row is None or row["rows"] != count:
         raise RuntimeError(f"{row and row['rows']} rows were annotated, {count} expected")
+
+
+def _with_threads(engine: EngineConfig, engines: int, local: bool) -> EngineConfig:
+    """`engine` with its share of this machine's cores, unless its threads are set or the workers are elsewhere."""
+    if engine.threads or not local:
+        return engine
+    cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
+    return engine.model_copy(update={"threads": max(1, cores // engines)})
+
+
+def _greedy_once(sampling: Sampling) -> Sampling:
+    """Greedy samples of a prompt are all the same: one is enough."""
+    return replace(sampling, n=1) if sampling.temperature == 0 else sampling
 
 
 def _told(error: Exception) -> Exception:

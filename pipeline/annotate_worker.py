@@ -12,7 +12,7 @@ import gc
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -290,16 +290,3 @@ def _choose_gpu(engines: int) -> None:
 
 def _summary(rows: int, made: int) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict({"rows": [rows], "made": [made]}, SUMMARY)
-
-
-def with_threads(engine: EngineConfig, engines: int, local: bool) -> EngineConfig:
-    """`engine` with its share of this machine's cores, unless its threads are set or the workers are elsewhere."""
-    if engine.threads or not local:
-        return engine
-    cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
-    return engine.model_copy(update={"threads": max(1, cores // engines)})
-
-
-def greedy_once(sampling: Sampling) -> Sampling:
-    """Greedy samples of a prompt are all the same: one is enough."""
-    return replace(sampling, n=1) if sampling.temperature == 0 else sampling
