@@ -1,8 +1,8 @@
 """The annotation job: the teacher labels the pairs of a split, as a Spark job over engines.
 
-Each window of pairs is committed as a file of its own by the worker that made it, so that a kill loses at most one
-window for each engine and a rerun only does what is missing. Spark itself gets back nothing but counts.
-What was left out: object stores (the folder is one that all workers can write, such as a shared file system).
+Each part of a worker's window is committed as a file of its own by the worker that made it, so that a kill loses at most
+one window for each engine and a rerun only does what is missing. Spark itself gets back nothing but counts, and what the
+driver holds does not grow with the table. How files get into the folder is told in `annotate_commit`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,36 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from data.schema import ANNOTATIONS, PAIRS, ContractError, GradeScale, check_schema
+from data.schema import ANNOTATIONS, ContractError, GradeScale
+from pipeline.annotate_commit import commit, disk_errors, files_of, take_over
+from pipeline.annotate_compact import compact, finish_merges
 from pipeline.annotate_config import AnnotateConfig
 from pipeline.annotate_figures import table_figures
-from pipeline.annotate_worker import TEMPORARY, Job, annotate_partition, commit, greedy_once, with_threads
+from pipeline.annotate_plan import in_order, missing
+from pipeline.annotate_worker import (
+    PARTS_PER_WINDOW,
+    Job,
+    Teacher,
+    annotate_partition,
+    start_teacher,
+)
 from pipeline.artifacts import StageOutput, digest, write_json
-from teacher.engines.base import Sampling
+from teacher.engines.base import EngineConfig, Sampling
 from teacher.prompt import TEACHER_FILE, load_prompt
 
 if TYPE_CHECKING:
@@ -41,43 +52,58 @@ _READING = 1  # raised when the same completions would be read as other grades
 _LOG_EVERY = 10.0
 
 
-def annotate(config: AnnotateConfig, teacher: Path, pairs: Path, out: Path, spark: SparkSession) -> StageOutput:
+def annotate(
+    config: AnnotateConfig,
+    teacher: Path,
+    pairs: Path,
+    out: Path,
+    spark: SparkSession,
+    load: Callable[[Job], Teacher] = start_teacher,
+) -> StageOutput:
     """Label the pairs of `config.split` that `out` does not have yet under this teacher, prompt and sampling.
 
-    `teacher` is a teacher's model folder, `pairs` the folder that data-prepare wrote, `out` the annotations' folder.
+    `teacher` is a teacher's model folder, `pairs` the folder that data-prepare wrote, `out` the annotations' folder;
+    `load` starts the teacher in a worker (a function of a module that workers can import).
     Raises `ContractError` when more than `config.max_failed_share` of the pairs failed (what was made stays), when the
-    teacher and the pairs have different scales, when the disk is full, or when no engine can be had.
+    teacher and the pairs have different scales, when the disk is full, when no engine can be had, when a worker died more
+    often than Spark tries again, or when another run takes the folder over.
     """
     begin = time.monotonic()
-    sampling = sampling_of(config, teacher)
+    prompt, sampling = load_prompt(teacher), sampling_of(config, teacher)
     key = annotation_key(teacher, sampling)
     if GradeScale.load(teacher) != GradeScale.load(pairs):
         raise ContractError(
             f"teacher {teacher} and pairs {pairs} have different scales; train a teacher on these pairs"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    clean(out)
+    run = take_over(out)
+    finish_merges(out)
     if config.retry_failed:
-        drop_failed(out, key)
-    todo, wanted = missing(spark, config, pairs, out, key)
-    count = todo.count()
+        drop_failed(out, key, run)
+    todo, wanted, count = missing(spark, config, prompt.config, pairs, out, key)
     log.info("annotate: %d pairs wanted, %d there already, %d to do (key %s)", wanted, wanted - count, count, key)
     if count:
-        engines = min(config.engines, math.ceil(count / config.window))
+        engines = min(config.engines, math.ceil(count / max(1, config.window // PARTS_PER_WINDOW)))
         local = spark.sparkContext.master.startswith("local")
         job = Job(
             key=key,
             teacher=str(teacher.resolve()),
             out=str(out.resolve()),
-            engine=with_threads(config.engine, engines, local),
+            run=run,
+            engine=_with_threads(config.engine, engines, local),
             sampling=sampling,
             window=config.window,
             engines=engines,
+            load=load,
         )
-        _run(job, todo, count)
-    write_json(out / CURRENT, {"annotation_key": key, "teacher": _teacher_fingerprint(teacher), "split": config.split})
+        _run(job, todo, count, max(engines, config.partitions))
+    if len(files_of(out, key)) > config.max_files:
+        compact(out, key, run, config.file_rows)
+    with disk_errors(out):
+        write_json(
+            out / CURRENT, {"annotation_key": key, "teacher": _teacher_fingerprint(teacher), "split": config.split}
+        )
     seconds = time.monotonic() - begin
-    fingerprint, figures, reasons = table_figures(out, key, pairs, config.split)
+    fingerprint, figures, reasons = table_figures(spark, out, key, pairs, config.split)
     made = {"n_new": count, "n_reused": wanted - count, "pairs_per_s": round(count / seconds, 3) if count else 0.0}
     failed, total = figures["failed"], figures["pairs"]
     if total and failed / total > config.max_failed_share:
@@ -101,7 +127,7 @@ def sampling_of(config: AnnotateConfig, teacher: Path) -> Sampling:
         # the grades, and room for other spellings of them
         logprobs=min(20, prompt.scale.size + 4),
     )
-    return greedy_once(sampling)
+    return _greedy_once(sampling)
 
 
 def annotation_key(teacher: Path, sampling: Sampling) -> str:
@@ -124,91 +150,79 @@ def _teacher_fingerprint(teacher: Path) -> str:
     return str(fingerprint)
 
 
-def clean(out: Path) -> None:
-    """Remove what killed workers left half written."""
-    for leftover in out.glob(f"{TEMPORARY}*"):
-        leftover.unlink(missing_ok=True)
-
-
-def drop_failed(out: Path, key: str) -> int:
+def drop_failed(out: Path, key: str, run: str) -> int:
     """Take the failed rows of `key` out of their files, one file at a time; returns how many they were."""
     dropped = 0
-    for file in sorted(out.glob(f"{key}-*.parquet")):
+    for file in files_of(out, key):
         table = pq.read_table(file, schema=ANNOTATIONS)
         kept = table.filter(pc.not_equal(table["status"], "failed"))
         if kept.num_rows == table.num_rows:
             continue
         dropped += table.num_rows - kept.num_rows
-        # Under the old name, by one rename: no row is ever there twice. A new window cannot have this name, as its pairs
+        # Under the old name, by one rename: no row is ever there twice. A new part cannot have this name, as its pairs
         # would be those of the old one, of which some are still here.
         if kept.num_rows:
-            commit(file, kept.to_pylist())
+            commit(file, kept, run)
         else:
             file.unlink()
     log.info("annotate: %d failed rows dropped, to be tried again", dropped)
     return dropped
 
 
-def missing(spark: SparkSession, config: AnnotateConfig, pairs: Path, out: Path, key: str) -> tuple[DataFrame, int]:
-    """The wanted pairs that have no row under `key` yet (columns of the prompt and the id), and how many are wanted."""
-    from pyspark.sql import functions as F
-
-    source = pairs / "pairs"
-    if not source.is_dir():
-        raise ContractError(f"{source} does not exist; run data-prepare first")
-    check_schema(pads.dataset(source, format="parquet").schema, PAIRS, str(source))
-    wanted = spark.read.parquet(str(source)).where(F.col("split") == config.split)
-    wanted = wanted.select("pair_id", "query", "ad_title", "ad_text", "attributes").dropDuplicates(["pair_id"])
-    if config.limit:
-        wanted = wanted.orderBy("pair_id").limit(config.limit)
-    count = wanted.count()
-    if not count:
-        raise ContractError(f"split '{config.split}' of {source} has no pairs; choose another split")
-    if any(out.glob(f"{key}-*.parquet")):
-        done = spark.read.option("pathGlobFilter", f"{key}-*.parquet").parquet(str(out)).select("pair_id")
-        wanted = wanted.join(done, "pair_id", "left_anti")
-    return wanted, count
-
-
-def _run(job: Job, todo: DataFrame, count: int) -> None:
-    """Annotate `todo` (`count` rows); returns when every window is committed."""
+def _run(job: Job, todo: DataFrame, count: int, partitions: int) -> None:
+    """Annotate `todo` (`count` rows); returns when every part is committed."""
+    from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
     from pyspark.sql import functions as F
 
-    length = F.length("query") + F.length("ad_title") + F.coalesce(F.length("ad_text"), F.lit(0))
-    # Longest first: what does not fit shows at once. By id within a length: the windows are the same for every try.
-    ordered = (
-        todo.repartition(job.engines, "pair_id")
-        .withColumn("length", length)
-        .sortWithinPartitions(F.desc("length"), "pair_id")
-        .drop("length")
-    )
+    ordered = in_order(todo, partitions)
     progress = _Progress(Path(job.out), job.key, count)
     progress.start()
     try:
-        done = ordered.mapInArrow(partial(annotate_partition, job), "rows long, seconds double").collect()
-    except PySparkException as error:
+        made = ordered.mapInArrow(partial(annotate_partition, job), "rows long, made long")
+        row = made.agg(F.sum("rows").alias("rows")).first()
+    except (PySparkException, Py4JJavaError) as error:  # which of them depends on where it came from
         raise _told(error) from error
     finally:
         progress.stop()
-    rows = sum(row["rows"] for row in done)
-    if rows != count:
-        raise RuntimeError(f"{rows} rows were annotated, {count} expected")
+    if row is None or row["rows"] != count:
+        raise RuntimeError(f"{row and row['rows']} rows were annotated, {count} expected")
+
+
+def _with_threads(engine: EngineConfig, engines: int, local: bool) -> EngineConfig:
+    """`engine` with its share of this machine's cores, unless its threads are set or the workers are elsewhere."""
+    if engine.threads or not local:
+        return engine
+    cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
+    return engine.model_copy(update={"threads": max(1, cores // engines)})
+
+
+def _greedy_once(sampling: Sampling) -> Sampling:
+    """Greedy samples of a prompt are all the same: one is enough."""
+    return replace(sampling, n=1) if sampling.temperature == 0 else sampling
 
 
 def _told(error: Exception) -> Exception:
     """The one sentence of a `ContractError` raised in a worker; any other error as it is."""
-    found = re.findall(r"ContractError: (.+)", str(error))
-    return ContractError(found[-1].strip()) if found else error
+    text = str(error)
+    found = re.findall(r"ContractError: (.+)", text)
+    if found:
+        return ContractError(found[-1].strip())
+    if "Python worker exited unexpectedly" in text or "ExecutorLostFailure" in text:
+        return ContractError(
+            "a worker of the annotation job died (killed, or out of memory: try a smaller max_num_seqs, kv_cache_gib or "
+            "max_model_len); run this again: finished annotations are kept"
+        )
+    return error
 
 
 class _Progress(threading.Thread):
-    """Counts committed windows from the driver, as workers have no channel to it while their task runs."""
+    """Counts committed parts from the driver, as workers have no channel to it while their task runs."""
 
     def __init__(self, out: Path, key: str, count: int) -> None:
         super().__init__(name="annotate-progress", daemon=True)
         self._out, self._key, self._count = out, key, count
-        self._seen = {file.name for file in out.glob(f"{key}-*.parquet")}
+        self._seen = {file.name for file in files_of(out, key)}
         self._pairs = self._tokens = self._bad = 0
         self._begin = time.monotonic()
         self._finished = threading.Event()
@@ -224,7 +238,7 @@ class _Progress(threading.Thread):
         self._look()
 
     def _look(self) -> None:
-        new = [file for file in self._out.glob(f"{self._key}-*.parquet") if file.name not in self._seen]
+        new = [file for file in files_of(self._out, self._key) if file.name not in self._seen]
         for file in new:
             table: pa.Table = pq.read_table(file, columns=["status", "prompt_tokens", "completion_tokens"])
             self._seen.add(file.name)

@@ -23,12 +23,21 @@ class AnnotateConfig(Config):
     """Sample from the smallest set of tokens whose probabilities reach this sum."""
     max_tokens: int = Field(default=0, ge=0, le=100_000)
     """Longest completion in tokens; 0 takes the length that the teacher was trained with."""
-    window: int = Field(default=64, ge=1, le=100_000)
-    """Pairs that are generated together and committed as one file; a kill loses at most this much of each engine."""
+    window: int = Field(default=512, ge=1, le=1_000_000)
+    """Pairs that an engine has under way, started and not yet committed: what a kill loses at most. They are committed in
+    files of a quarter of it. An engine is kept busy by at least twice `max_num_seqs` / n (or, of servers, twice
+    `concurrency` × servers)."""
     engines: int = Field(default=1, ge=1, le=10_000)
     """Engines at work at the same time, one partition and one worker process each; on GPUs one for each."""
+    partitions: int = Field(default=0, ge=0, le=1_000_000)
+    """Partitions of the job; 0 makes one for each engine. A few times as many even out engines of unequal speed, on a
+    cluster that has no more task slots than engines (a worker keeps its engine for its next partition)."""
     engine: EngineConfig = EngineConfig()
     """Which engine, and its memory."""
+    max_files: int = Field(default=1000, ge=1)
+    """When a run has finished and its annotations lie in more files than this, small ones are merged."""
+    file_rows: int = Field(default=1_000_000, ge=2)
+    """Rows of a merged file, about."""
     max_failed_share: float = Field(default=0.05, ge=0, le=1)
     """The job fails (after keeping everything it made) when more than this share of its pairs failed."""
     retry_failed: bool = False

@@ -1,96 +1,122 @@
-"""What an annotation table amounts to: counts, quality against withheld human grades, and a fingerprint."""
+"""What an annotation table amounts to: counts, quality against withheld human grades, and a fingerprint.
+
+Counted by Spark, so that the driver holds a few rows whatever the size of the table.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
+import numpy as np
 
-from data.schema import ANNOTATIONS, PAIRS, GradeScale, check_schema, read_table
+from data.schema import GradeScale
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
 
 _HASHED = ("pair_id", "status", "error", "grade", "grade_probs", "reasoning", "votes")
+_REASONS = 100  # kinds of errors that are counted apart
+_BROADCAST = 100_000  # human grades that are sent to every worker
+_STEPS = 10_000  # p(relevant) is rounded to this resolution for the AUC, so that the counts stay few
 
 
-def table_figures(out: Path, key: str, pairs: Path, split: str) -> tuple[str, dict[str, Any], Counter[str]]:
+def annotated(spark: SparkSession, out: Path, key: str) -> DataFrame:
+    """The rows of `out` under `key`."""
+    # The types of `ANNOTATIONS`, given so that Spark need not open every file to find them.
+    schema = (
+        "pair_id string, annotation_key string, grade int, grade_probs array<double>, reasoning string, votes array<int>, "
+        "agreement double, n_samples int, n_unparsed int, status string, error string, prompt_tokens bigint, "
+        "completion_tokens bigint, created_at timestamp"
+    )
+    return spark.read.schema(schema).option("pathGlobFilter", f"{key}-*.parquet").parquet(str(out))
+
+
+def table_figures(
+    spark: SparkSession, out: Path, key: str, pairs: Path, split: str
+) -> tuple[str, dict[str, Any], Counter[str]]:
     """Fingerprint, key figures and counted failures of the rows of `out` under `key`.
 
     The fingerprint depends on the rows only, not on their files or their order, nor on when they were made. Quality is
     measured on the pairs of `split` that have a human grade and an annotation with status ok; without such pairs
     those figures are absent.
     """
-    graded = read_table(
-        pairs / "pairs",
-        PAIRS,
-        columns=["pair_id", "grade"],
-        where=(pc.field("split") == split) & pc.field("grade").is_valid(),
-    )
-    human = dict(zip(graded["pair_id"].to_pylist(), graded["grade"].to_pylist(), strict=True))
-    statuses: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    sums = {"prompt_tokens": 0, "completion_tokens": 0, "agreement": 0.0, "n_samples": 0, "n_unparsed": 0}
-    hashed = 0
-    judged: list[tuple[int, int, list[float]]] = []
-    for row in _rows(out, key):
-        statuses[row["status"]] += 1
-        for name in sums:
-            sums[name] += row[name] or 0
-        if row["status"] == "failed":
-            # "too long: 812 tokens" and "too long: 790 tokens" are one reason.
-            reasons[re.sub(r"\d+", "#", row["error"])[:160]] += 1
-        elif row["status"] == "ok" and row["pair_id"] in human:
-            judged.append((human[row["pair_id"]], row["grade"], row["grade_probs"]))
-        line = json.dumps([row[name] for name in _HASHED], ensure_ascii=False)
-        hashed += int.from_bytes(hashlib.blake2b(line.encode("utf-8", "replace"), digest_size=16).digest(), "big")
-    total, ok = statuses.total(), statuses["ok"]
+    from pyspark.sql import functions as F
+
+    rows = annotated(spark, out, key)
+    # Two 64-bit hashes of each row, added up: equal for equal rows in any order, and a row that is there twice counts.
+    hashes = [F.xxhash64(F.lit(salt), *_HASHED).cast("decimal(20,0)") for salt in (0, 1)]
+    total = rows.agg(
+        F.count("*").alias("pairs"),
+        *[F.count(F.when(F.col("status") == status, 1)).alias(status) for status in ("ok", "unparsed", "failed")],
+        *[F.sum(name).alias(name) for name in ("prompt_tokens", "completion_tokens", "n_samples", "n_unparsed")],
+        F.avg("agreement").alias("agreement"),
+        *[F.sum(value).alias(f"hash{i}") for i, value in enumerate(hashes)],
+    ).first()
+    assert total is not None  # an aggregate without groups has one row
+    count = total["pairs"]
     figures: dict[str, Any] = {
         "annotation_key": key,
-        "pairs": total,
-        "ok": ok,
-        "ok_share": ok / total if total else 0.0,
-        "unparsed": statuses["unparsed"],
-        "failed": statuses["failed"],
-        "sample_parse_rate": 1 - sums["n_unparsed"] / sums["n_samples"] if sums["n_samples"] else 0.0,
-        "agreement": sums["agreement"] / ok if ok else 0.0,
-        "prompt_tokens": sums["prompt_tokens"],
-        "completion_tokens": sums["completion_tokens"],
+        "pairs": count,
+        "ok": total["ok"],
+        "ok_share": total["ok"] / count if count else 0.0,
+        "unparsed": total["unparsed"],
+        "failed": total["failed"],
+        "sample_parse_rate": 1 - total["n_unparsed"] / total["n_samples"] if total["n_samples"] else 0.0,
+        "agreement": total["agreement"] or 0.0,
+        "prompt_tokens": total["prompt_tokens"] or 0,
+        "completion_tokens": total["completion_tokens"] or 0,
     }
-    figures |= quality(judged, GradeScale.load(pairs))
-    return f"{hashed % 2**128:032x}", figures, reasons
+    reasons: Counter[str] = Counter()
+    if total["failed"]:
+        # "too long: 812 tokens" and "too long: 790 tokens" are one reason.
+        reason = F.substring(F.regexp_replace("error", r"\d+", "#"), 1, 160).alias("reason")
+        found = rows.where(F.col("status") == "failed").groupBy(reason).count().orderBy(F.desc("count"), "reason")
+        reasons = Counter({row["reason"]: row["count"] for row in found.limit(_REASONS).collect()})
+    scale = GradeScale.load(pairs)
+    figures |= quality(_judged(spark, rows, pairs, split, scale), scale)
+    parts = [int(total[f"hash{i}"] or 0) % 2**64 for i in range(2)]
+    return f"{parts[0]:016x}{parts[1]:016x}", figures, reasons
 
 
-def _rows(out: Path, key: str) -> Iterator[dict[str, Any]]:
-    """The rows under `key`, read batch by batch."""
-    files = [str(file) for file in sorted(out.glob(f"{key}-*.parquet"))]
-    if not files:
-        return
-    dataset = pads.dataset(files, format="parquet")
-    check_schema(dataset.schema, ANNOTATIONS, str(out))
-    columns = [name for name in ANNOTATIONS.names if name not in ("annotation_key", "created_at")]
-    for batch in dataset.to_batches(columns=columns, batch_size=4096):
-        yield from batch.to_pylist()
+Judged = list[tuple[int, int, float, int]]
 
 
-def quality(judged: list[tuple[int, int, list[float]]], scale: GradeScale) -> dict[str, float]:
-    """Accuracy, macro-F1 and AUC of p(relevant) for (human grade, teacher's grade, probabilities of the K grades)."""
+def _judged(spark: SparkSession, rows: DataFrame, pairs: Path, split: str, scale: GradeScale) -> Judged:
+    """How often each (human grade, teacher's grade, rounded p(relevant)) occurs."""
+    from pyspark.sql import functions as F
+
+    graded = spark.read.parquet(str(pairs / "pairs")).where((F.col("split") == split) & F.col("grade").isNotNull())
+    human = graded.select("pair_id", F.col("grade").alias("human"))
+    few = human.count()
+    if not few:
+        return []
+    if few <= _BROADCAST:  # then the whole table of annotations need not be shuffled for them
+        human = F.broadcast(human)
+    relevant = F.aggregate(
+        F.slice("grade_probs", scale.relevant_from + 1, scale.size), F.lit(0.0), lambda total, p: total + p
+    )
+    ok = rows.where(F.col("status") == "ok").select("pair_id", "grade", F.round(relevant * _STEPS).alias("p"))
+    counted = human.join(ok, "pair_id").groupBy("human", "grade", "p").count().collect()
+    return [(row["human"], row["grade"], row["p"] / _STEPS, row["count"]) for row in counted]
+
+
+def quality(judged: Judged, scale: GradeScale) -> dict[str, float]:
+    """Accuracy, macro-F1 and AUC of p(relevant) for (human grade, teacher's grade, p(relevant), number of such pairs)."""
     if not judged:
         return {}
-    from sklearn.metrics import f1_score, roc_auc_score
+    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-    human = [h for h, _, _ in judged]
-    grades = [g for _, g, _ in judged]
+    human, grades, p, counts = (np.array(column) for column in zip(*judged, strict=True))
     found = {
-        "n_graded": float(len(judged)),
-        "accuracy": sum(h == g for h, g, _ in judged) / len(judged),
-        "macro_f1": float(f1_score(human, grades, average="macro", labels=sorted(set(human)), zero_division=0)),
+        "n_graded": float(counts.sum()),
+        "accuracy": float(accuracy_score(human, grades, sample_weight=counts)),
+        "macro_f1": float(
+            f1_score(human, grades, average="macro", labels=np.unique(human), zero_division=0, sample_weight=counts)
+        ),
     }
-    relevant = [h >= scale.relevant_from for h in human]
-    if len(set(relevant)) == 2:  # undefined otherwise
-        found["auc"] = float(roc_auc_score(relevant, [sum(probs[scale.relevant_from :]) for _, _, probs in judged]))
+    relevant = human >= scale.relevant_from
+    if len(np.unique(relevant)) == 2:  # undefined otherwise
+        found["auc"] = float(roc_auc_score(relevant, p, sample_weight=counts))
     return found

@@ -48,6 +48,7 @@ def write_report(folder: Path) -> Path:
         _section("student", "Student", lambda: parts.student(folder / "student")),
         _section("figures", "Export", lambda: _figures(records, "export")),
         _section("examples", "Audited examples", lambda: _examples(folder, records)),
+        _section("audit", "For a second look", lambda: _audit(folder, records)),
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -87,3 +88,9 @@ def _examples(folder: Path, records: dict[str, StageRecord]) -> dict[str, Any]:
     if "annotate" not in records:
         return {}
     return parts.examples(folder / "annotations", folder / "pairs", str(records["annotate"].figures["annotation_key"]))
+
+
+def _audit(folder: Path, records: dict[str, StageRecord]) -> dict[str, Any]:
+    if "annotate" not in records:
+        return {}
+    return parts.audit(folder / "annotations", folder / "pairs", str(records["annotate"].figures["annotation_key"]))

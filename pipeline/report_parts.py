@@ -11,6 +11,7 @@ import pyarrow.dataset as pads
 from markupsafe import Markup
 
 from data.schema import ANNOTATIONS, PAIRS, GradeScale, read_table
+from pipeline.audit import audit_rows
 from pipeline.plots import Line, line_chart
 
 EXAMPLES = 20
@@ -188,6 +189,14 @@ def examples(annotations: Path, pairs: Path, key: str) -> dict[str, Any]:
         "agreeing": len(agreeing),
         "confusion": confusion if judged else [],
     }
+
+
+def audit(annotations: Path, pairs: Path, key: str) -> dict[str, Any]:
+    """The pairs that most deserve a second look: teacher against human, and samples against each other."""
+    rows = audit_rows(annotations, pairs, key, limit=EXAMPLES, scanned=SCANNED)
+    texts = ("query", "ad_title", "ad_text", "reasoning")
+    shown = [row | {name: _cut(row[name] or "") for name in texts} for row in rows]
+    return {"rows": shown, "grades": grade_names(GradeScale.load(pairs))} if shown else {}
 
 
 def _head(folder: Path, schema: pa.Schema, columns: list[str], where: pads.Expression) -> pa.Table:

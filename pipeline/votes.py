@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from teacher.engines.base import Completion
-from teacher.verifier import parse_grade
+from teacher.verifier import ANSWER, parse_grade
 
 FLOOR = 1e-6  # probability of a grade that is not among the reported tokens
 _TAIL = "</answer>"
 _ANSWER_END = re.compile(r"[0-9]</answer>\s*\Z")
-_ANSWER = re.compile(r"\s*<answer>[0-9]</answer>\s*\Z")
+_ANSWER_LENGTH = len(ANSWER.format(grade=0))
 _LONGEST_TAIL = 24  # tokens; the tail and white space are far fewer
+_USUAL_TAIL = 8
+_REMEMBERED = 100_000  # entries of a cache; answers are spelt in few ways
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One completion as read: its grade (None if unparsed or cut off), `probs` over the K grades, its reasoning."""
 
     grade: int | None
@@ -32,8 +31,7 @@ class Sample:
     reasoning: str
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """A pair's annotation; `grade`, `probs`, `agreement` and `reasoning` are None when no sample parsed."""
 
     grade: int | None
@@ -51,13 +49,17 @@ class AnswerReader:
         self._tokenizer = tokenizer
         self._num_grades = num_grades
         self._spelt: dict[int, str] = {}
+        # What a token means at the answer, and where the digit is from the end: the same few over and over.
+        self._grades: dict[tuple[int, int], dict[int, int]] = {}
+        self._places: dict[tuple[int, ...], int] = {}
 
     def read(self, completion: Completion) -> Sample:
         """A completion that was cut off has no grade, whatever it says."""
-        grade = None if completion.finish_reason == "length" else parse_grade(completion.text, self._num_grades)
+        text = completion.text
+        grade = None if completion.finish_reason == "length" else parse_grade(text, self._num_grades)
         if grade is None:
-            return Sample(None, None, completion.text.strip())
-        return Sample(grade, self._distribution(completion, grade), _ANSWER.sub("", completion.text).strip())
+            return Sample(None, None, text.strip())
+        return Sample(grade, self._distribution(completion, grade), text.rstrip()[:-_ANSWER_LENGTH].strip())
 
     def _distribution(self, completion: Completion, grade: int) -> list[float] | None:
         """The model's distribution over the K grades at the answer digit, renormalised; None without log probabilities."""
@@ -66,28 +68,48 @@ class AnswerReader:
         place = self._answer_place(completion.token_ids)
         if place is None or place >= len(completion.top_logprobs):
             return None
-        # The digit may share its token with its neighbours, as in ">3": the other grades are spelt the same way.
-        head, digit, _ = self._spell(completion.token_ids[place]).rpartition(str(grade))
-        if not digit:
-            return None
+        chosen = (completion.token_ids[place], grade)
+        grades = self._grades.get(chosen)
+        if grades is None:
+            if str(grade) not in self._spell(chosen[0]):
+                return None
+            grades = self._grades[chosen] = {}
         mass = [0.0] * self._num_grades
         for token, logprob in completion.top_logprobs[place].items():
-            spelt = self._spell(token)
-            if not spelt.startswith(head):
-                continue
-            other, rest = spelt[len(head) : len(head) + 1], spelt[len(head) + 1 :]
-            if other in "0123456789"[: self._num_grades] and other and _TAIL.startswith(rest):
-                mass[int(other)] += math.exp(logprob)
-        mass = [max(value, FLOOR) for value in mass]
-        return [value / sum(mass) for value in mass]
+            other = grades.get(token)
+            if other is None:
+                other = grades[token] = self._grade_of(token, chosen)
+            if other >= 0:
+                mass[other] += math.exp(logprob)
+        mass = [value if value > FLOOR else FLOOR for value in mass]
+        total = sum(mass)
+        return [value / total for value in mass]
+
+    def _grade_of(self, token: int, chosen: tuple[int, int]) -> int:
+        """The grade that `token` would have answered in the place of `chosen` (a token and its grade), or −1."""
+        # The digit may share its token with its neighbours, as in ">3": the other grades are spelt the same way.
+        head, _, _ = self._spell(chosen[0]).rpartition(str(chosen[1]))
+        spelt = self._spell(token)
+        if not spelt.startswith(head):
+            return -1
+        other, rest = spelt[len(head) : len(head) + 1], spelt[len(head) + 1 :]
+        known = other and other in "0123456789"[: self._num_grades] and _TAIL.startswith(rest)
+        return int(other) if known else -1
 
     def _answer_place(self, token_ids: Sequence[int]) -> int | None:
         """Index of the token that brings the answer's digit: the shortest tail that shows the digit starts with it."""
+        end = tuple(token_ids[-_USUAL_TAIL:])
+        usual = self._places.get(end)
+        if usual is not None:
+            return len(token_ids) + usual
         for place in range(len(token_ids) - 1, max(-1, len(token_ids) - 1 - _LONGEST_TAIL), -1):
-            tail = self._tokenizer.decode(
-                list(token_ids[place:]), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            if _ANSWER_END.search(tail):
+            tail = list(token_ids[place:])
+            text = self._tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if _ANSWER_END.search(text):
+                if len(tail) <= len(end):  # then it is these last tokens alone that decide
+                    if len(self._places) >= _REMEMBERED:
+                        self._places.clear()
+                    self._places[end] = -len(tail)
                 return place
         return None
 
@@ -106,15 +128,23 @@ def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
     probs: the mean over the parsed samples of their distribution, or of their vote where they have none.
     reasoning: of the sample that voted for the grade with the highest probability, the first among equals.
     """
-    parsed = [(sample.grade, sample) for sample in samples if sample.grade is not None]
+    parsed = [sample for sample in samples if sample.grade is not None]
     unparsed = len(samples) - len(parsed)
     if not parsed:
         return Outcome(None, None, None, None, [], unparsed)
-    shares = [sample.probs or [float(g == grade) for g in range(num_grades)] for grade, sample in parsed]
+    if len(parsed) == 1 and parsed[0].probs:  # what follows says the same, at some length
+        (only,) = parsed
+        return Outcome(only.grade, only.probs, 1.0, only.reasoning, [only.grade], unparsed)  # type: ignore[list-item]
+    votes: list[int] = [sample.grade for sample in parsed]  # type: ignore[misc]
+    shares = [
+        sample.probs or [float(g == grade) for g in range(num_grades)]
+        for sample, grade in zip(parsed, votes, strict=True)
+    ]
     probs = [sum(column) / len(parsed) for column in zip(*shares, strict=True)]
-    votes = [grade for grade, _ in parsed]
-    counts = Counter(votes)
-    grade = max(counts, key=lambda g: (counts[g], probs[g], -g))
-    mine = [(share[grade], -i) for i, share in enumerate(shares) if votes[i] == grade]
-    best = parsed[-max(mine)[1]][1]
-    return Outcome(grade, probs, counts[grade] / len(parsed), best.reasoning, votes, unparsed)
+    counts = [votes.count(grade) for grade in range(num_grades)]
+    most = max(counts)
+    grade = max((g for g in range(num_grades) if counts[g] == most), key=lambda g: (probs[g], -g))
+    best = max(
+        (place for place, vote in enumerate(votes) if vote == grade), key=lambda place: (shares[place][grade], -place)
+    )
+    return Outcome(grade, probs, most / len(parsed), parsed[best].reasoning, votes, unparsed)

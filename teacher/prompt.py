@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,7 @@ class Prompt:
         attributes: Mapping[str, str] | None = None,
     ) -> str:
         """The prompt as the tokenizer's chat template renders it, ready for a completion."""
-        messages = self.messages(query, ad_title, ad_text, attributes, special_tokens(tokenizer))
-        template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+        return render(tokenizer, self.messages(query, ad_title, ad_text, attributes, special_tokens(tokenizer)))
 
     def ids(
         self,
@@ -115,6 +111,67 @@ class Prompt:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+class PromptWriter:
+    """Writes the prompts of pairs for one tokenizer, and refuses what cannot be a prompt.
+
+    The last line of defence against injected control tokens is here, on the token ids themselves: whatever a tokenizer's
+    own normalisation makes of a text, a prompt holds the control tokens of the chat template and no other.
+    """
+
+    def __init__(self, prompt: Prompt, tokenizer: Any) -> None:
+        self._prompt = prompt
+        self._tokenizer = tokenizer
+        self._special = special_tokens(tokenizer)
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control = frozenset(added | set(tokenizer.all_special_ids))
+        self._expected = self._controls(prompt.ids(tokenizer, "query", "title", "text"))
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[int] | str]:
+        """For each pair its token ids, or the reason why it has none.
+
+        A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of entries with `key` and `value`; any of them
+        may be None.
+        """
+        written: list[str | None] = []
+        made: list[list[int] | str] = []
+        for pair in pairs:
+            try:
+                written.append(self._text(pair))
+                made.append("")
+            except Exception as error:  # whatever a hostile text sets off is that pair's failure
+                written.append(None)
+                made.append(f"{error}" if isinstance(error, _NoPromptError) else f"{type(error).__name__}: {error}")
+        texts = [text for text in written if text is not None]
+        ids = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        for place, text in enumerate(written):
+            if text is not None:
+                tokens = next(ids)
+                sound = self._controls(tokens) == self._expected
+                made[place] = tokens if sound else "the text would become a control token of the teacher"
+        return made
+
+    def _text(self, pair: Mapping[str, Any]) -> str:
+        for name, called in (("query", "query"), ("ad_title", "ad title")):
+            if not as_data(pair[name] or "", self._prompt.config.max_title_chars, ()):
+                raise _NoPromptError(f"the {called} is empty or has no visible character")
+        attributes = {entry["key"]: entry["value"] for entry in pair["attributes"] or ()}
+        messages = self._prompt.messages(pair["query"], pair["ad_title"], pair["ad_text"], attributes, self._special)
+        return render(self._tokenizer, messages)
+
+    def _controls(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token in self._control]
+
+
+class _NoPromptError(ValueError):
+    """A pair that cannot be asked about; its text is the reason."""
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Chat messages as the tokenizer's template writes them, ready for a completion."""
+    template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
+    return tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+
+
 def as_data(text: str, limit: int, special_tokens: tuple[str, ...]) -> str:
     """`text` as one harmless line of at most `limit` characters.
 
@@ -122,14 +179,20 @@ def as_data(text: str, limit: int, special_tokens: tuple[str, ...]) -> str:
     look-alikes and special tokens are broken up by a dot. Everything else, CJK and emoji too, stays.
     """
     # Cut first, with room for what is removed: a megabyte must not be walked through.
-    text = text[: 4 * limit]
+    text = text[: used_chars(limit)]
     text = _SPACE.sub(" ", text)
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Co", "Cn") and c not in _BIDI)
+    if not text.isprintable():  # printable text, which is nearly all there is, has none of these
+        text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Co", "Cn") and c not in _BIDI)
     text = text.translate(_BRACKETS)
     for token in special_tokens:
         while token in text:
             text = text.replace(token, f"{token[0]}·{token[1:]}")
     return text[:limit].strip()
+
+
+def used_chars(limit: int) -> int:
+    """How much of a text `as_data` looks at, at most, for a line of `limit` characters."""
+    return 4 * limit
 
 
 # Characters that reorder what a reader sees (Unicode bidirectional controls).

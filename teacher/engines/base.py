@@ -1,7 +1,9 @@
 """The one small interface behind which the engines stand, and the config that chooses one.
 
-What was left out: streaming, chat messages, stop strings. A prompt arrives as token ids, so that every engine sees the
-same tokens, and a completion ends at the model's own end token or at `max_tokens`.
+A stream of prompts goes through `submit` and `finished`: prompts are put in while others are being completed, so that
+the engine is never idle between batches. `generate` is the same for a list. What was left out: tokens as they come, chat
+messages, stop strings. A prompt arrives as token ids, so that every engine sees the same tokens, and a completion ends at
+the model's own end token or at `max_tokens`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -45,8 +47,12 @@ class Completion:
     top_logprobs: list[dict[int, float]] | None = None
 
 
+# What becomes of a prompt: its completions, or why there are none.
+Result = list[Completion] | Exception
+
+
 class Engine(Protocol):
-    """A loaded model. `max_model_len` is the longest prompt plus completion in tokens."""
+    """A loaded model. `max_model_len` is the longest prompt plus completion in tokens. Used by one thread."""
 
     @property
     def max_model_len(self) -> int: ...
@@ -59,9 +65,41 @@ class Engine(Protocol):
         """
         ...
 
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
+        """Take in a prompt (token ids) under a hashable name of the caller's, and return at once."""
+        ...
+
+    def finished(self) -> list[tuple[Any, Result]]:
+        """Work until at least one submitted prompt is done; all that are, by their names, in no order.
+
+        A prompt that cannot be completed comes back with its error and harms no other. Empty when nothing is
+        submitted. Raises `ContractError` when the engine as a whole cannot go on.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Drop everything that was submitted and has not come back."""
+        ...
+
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards."""
         ...
+
+
+def generate_all(engine: Engine, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
+    """`Engine.generate` by way of `submit` and `finished`; raises the first error of a prompt."""
+    results: list[list[Completion]] = [[] for _ in prompts]
+    for place, prompt in enumerate(prompts):
+        engine.submit(place, prompt, sampling)
+    try:
+        while done := engine.finished():
+            for place, result in done:
+                if isinstance(result, Exception):
+                    raise result
+                results[place] = result
+    finally:
+        engine.cancel()
+    return results
 
 
 class EngineConfig(Config):

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import random
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from data.schema import ContractError
-from teacher.engines.base import Completion, EngineConfig, Sampling, check_lengths, prompt_seed
+from teacher.engines.base import (
+    Completion,
+    EngineConfig,
+    Result,
+    Sampling,
+    check_lengths,
+    generate_all,
+    prompt_seed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,29 +81,49 @@ class OpenAIEngine:
             raise
         own = config.max_model_len or limit
         self.max_model_len: int = min(own, limit)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="engine")
+        self._running: dict[Future[list[Completion]], Any] = {}
+        self._done: queue.SimpleQueue[Future[list[Completion]]] = queue.SimpleQueue()
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine.generate`."""
-        if not prompts:
-            return []
         check_lengths(prompts, self.max_model_len)
-        workers = min(len(prompts), self._config.concurrency * len(self._servers))
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="engine")
-        try:
-            futures = [pool.submit(self._one, prompt, sampling) for prompt in prompts]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            failed = next((f.exception() for f in futures if f.done() and f.exception()), None)
-            if failed is not None:
-                raise failed
-            return [future.result() for future in futures]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        return generate_all(self, prompts, sampling)
+
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
+        """See `Engine.submit`; a prompt waits here until a server has room for it."""
+        future = self._pool.submit(self._one, prompt, sampling)
+        self._running[future] = tag
+        future.add_done_callback(self._done.put)
+
+    def finished(self) -> list[tuple[Any, Result]]:
+        """See `Engine.finished`."""
+        done: list[tuple[Any, Result]] = []
+        while self._running and not (done and self._done.empty()):
+            future = self._done.get()
+            if future not in self._running:
+                continue  # of a stream that was cancelled
+            error = future.exception()
+            if isinstance(error, ContractError) or (error is not None and not isinstance(error, Exception)):
+                raise error
+            tag = self._running.pop(future)
+            done.append((tag, future.result() if error is None else error))
+        return done
+
+    def cancel(self) -> None:
+        """See `Engine.cancel`; requests that are on their way end unheard."""
+        running, self._running = self._running, {}
+        for future in running:
+            future.cancel()
 
     def close(self) -> None:
         """Close the connections; the servers stay."""
+        self.cancel()
         self._client.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _one(self, prompt: list[int], sampling: Sampling) -> list[Completion]:
+        check_lengths([prompt], self.max_model_len)
         copies = 1 if sampling.temperature == 0 else sampling.n
         body: dict[str, Any] = {
             "model": self._name,

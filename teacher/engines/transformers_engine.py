@@ -6,6 +6,7 @@ the batch it happens to be in.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from data.schema import ContractError
-from teacher.engines.base import Completion, EngineConfig, Sampling, check_lengths, prompt_seed
+from teacher.engines.base import Completion, EngineConfig, Result, Sampling, check_lengths, prompt_seed
 
 MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all
 
@@ -33,6 +34,7 @@ class TransformersEngine:
         self.max_model_len: int = min(max_model_len or own, own)
         self._end = _end_tokens(model, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end[0]
+        self._queue: list[tuple[Any, list[int], Sampling]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine.generate`."""
@@ -56,6 +58,36 @@ class TransformersEngine:
             self._model.generation_config = kept
             self._model.train(training)
         return [row * (sampling.n // copies) for row in results]
+
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
+        """See `Engine.submit`."""
+        self._queue.append((tag, prompt, sampling))
+
+    def finished(self) -> list[tuple[Any, Result]]:
+        """See `Engine.finished`: the next full batch, as this engine cannot take in more meanwhile."""
+        if not self._queue:
+            return []
+        sampling = self._queue[0][2]
+        size = max(1, self._batch_size // (1 if sampling.temperature == 0 else sampling.n))
+        batch = list(itertools.takewhile(lambda request: request[2] == sampling, self._queue[:size]))
+        self._queue = self._queue[len(batch) :]
+        try:
+            results = self.generate([prompt for _, prompt, _ in batch], sampling)
+        except Exception as error:
+            if len(batch) == 1:
+                return [(batch[0][0], error)]
+            return [(tag, self._alone(prompt, sampling)) for tag, prompt, _ in batch]
+        return [(tag, result) for (tag, _, _), result in zip(batch, results, strict=True)]
+
+    def cancel(self) -> None:
+        """See `Engine.cancel`."""
+        self._queue = []
+
+    def _alone(self, prompt: list[int], sampling: Sampling) -> Result:
+        try:
+            return self.generate([prompt], sampling)[0]
+        except Exception as error:
+            return error
 
     def close(self) -> None:
         """Let the model go; one that the caller still holds stays loaded."""

@@ -8,6 +8,8 @@ its own engine, and this one only ever reads a finished folder.
 from __future__ import annotations
 
 import gc
+import itertools
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -15,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from data.schema import ContractError
-from teacher.engines.base import Completion, EngineConfig, Sampling, check_lengths, prompt_seed
+from teacher.engines.base import (
+    Completion,
+    EngineConfig,
+    Result,
+    Sampling,
+    check_lengths,
+    generate_all,
+    prompt_seed,
+)
+
+log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     # The engine lives in this process: no second copy of the interpreter, and it dies with its owner.
@@ -30,7 +42,11 @@ _ENVIRONMENT = {
 
 
 class VLLMEngine:
-    """See `Engine`. Prefixes that prompts share (the guideline) are computed once."""
+    """See `Engine`. Prefixes that prompts share (the guideline) are computed once.
+
+    `prompt_tokens` and `cached_tokens` count the tokens of all finished prompts (once for a prompt, not for each of its
+    samples) and those of them that came from the prefix cache, which keeps whole blocks of `block_size` tokens.
+    """
 
     def __init__(self, config: EngineConfig, model: Path) -> None:
         for name, value in _ENVIRONMENT.items():
@@ -75,30 +91,78 @@ class VLLMEngine:
         finally:
             torch.set_num_threads = set_num_threads  # the CPU worker replaces it for the whole process
         self.max_model_len: int = self._llm.model_config.max_model_len
+        self.block_size: int = self._llm.llm_engine.vllm_config.cache_config.block_size
+        self.prompt_tokens = self.cached_tokens = 0
+        self._numbers = itertools.count()
+        self._running: dict[str, tuple[Any, list[int], Sampling]] = {}
+        self._refused: list[tuple[Any, Result]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
         """See `Engine.generate`."""
-        if not prompts:
-            return []
         check_lengths(prompts, self.max_model_len)
-        from vllm import SamplingParams
+        return generate_all(self, prompts, sampling)
 
-        copies = 1 if sampling.temperature == 0 else sampling.n  # vLLM refuses n > 1 when greedy: all are the same
-        parameters = [
-            SamplingParams(
-                n=copies,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=prompt_seed(sampling.seed, prompt),
-                logprobs=sampling.logprobs or None,
-                flat_logprobs=True,
-            )
-            for prompt in prompts
-        ]
-        inputs: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        return [[_completion(sample) for sample in output.outputs] * (sampling.n // copies) for output in outputs]
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
+        """See `Engine.submit`."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            n=_copies(sampling),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=prompt_seed(sampling.seed, prompt),
+            logprobs=sampling.logprobs or None,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name = str(next(self._numbers))
+        try:
+            check_lengths([prompt], self.max_model_len)
+            self._llm.llm_engine.add_request(name, tokens_input(list(prompt)), parameters)
+        except (ValueError, TypeError) as error:
+            self._refused.append((tag, error))
+        else:
+            self._running[name] = (tag, prompt, sampling)
+
+    def finished(self) -> list[tuple[Any, Result]]:
+        """See `Engine.finished`."""
+        done, self._refused = self._refused, []
+        while self._running and not done:
+            try:
+                outputs = self._llm.llm_engine.step()
+            except Exception as error:
+                done += self._one_by_one(error)
+            else:
+                done += [self._take(output) for output in outputs if output.finished]
+        return done
+
+    def cancel(self) -> None:
+        """See `Engine.cancel`."""
+        self._llm.llm_engine.abort_request(list(self._running))
+        self._running, self._refused = {}, []
+
+    def _take(self, output: Any) -> tuple[Any, Result]:
+        tag, prompt, sampling = self._running.pop(output.request_id)
+        self.prompt_tokens += len(prompt)
+        self.cached_tokens += output.num_cached_tokens or 0
+        samples = [_completion(sample) for sample in output.outputs]
+        return tag, samples * (sampling.n // len(samples))
+
+    def _one_by_one(self, error: Exception) -> list[tuple[Any, Result]]:
+        """vLLM's step failed with everything in it: each prompt again, alone, so that only the culprit is lost."""
+        waiting = list(self._running.values())
+        self.cancel()
+        if len(waiting) == 1:
+            return [(waiting[0][0], error)]
+        log.warning("vLLM failed with %d prompts in flight, trying each alone: %s", len(waiting), error)
+        done: list[tuple[Any, Result]] = []
+        for request in waiting:
+            self.submit(*request)
+            done += self.finished()
+        return done
 
     def close(self) -> None:
         """Free the model and the cache."""
@@ -111,6 +175,10 @@ class VLLMEngine:
 
             cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _copies(sampling: Sampling) -> int:
+    return 1 if sampling.temperature == 0 else sampling.n  # vLLM refuses n > 1 when greedy: all are the same
 
 
 def _completion(sample: Any) -> Completion:

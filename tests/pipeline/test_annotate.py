@@ -1,11 +1,8 @@
 """The annotation job: windows, commits, reruns, bad rows, figures; and once for real, Spark over vLLM."""
 
-import errno
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +11,14 @@ import pytest
 from data.schema import ANNOTATIONS, PAIRS, ContractError, Grade, GradeScale, read_table
 from pipeline import annotate as job_module
 from pipeline import annotate_worker as worker
-from pipeline.annotate import annotation_key, clean, drop_failed, missing
+from pipeline.annotate import annotation_key, drop_failed
+from pipeline.annotate_commit import TEMPORARY, files_of, part_path, take_over
 from pipeline.annotate_config import AnnotateConfig
 from pipeline.annotate_figures import quality, table_figures
-from pipeline.annotate_worker import Job, Teacher, annotate_partition, annotate_rows, window_path, windows
+from pipeline.annotate_plan import missing
+from pipeline.annotate_worker import Job, Stream, Teacher, annotate_partition, parts
 from pipeline.votes import AnswerReader
+from teacher.config import PromptConfig
 from teacher.engines.base import Completion, EngineConfig, Sampling
 
 SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in range(4)), relevant_from=2)
@@ -36,37 +36,63 @@ class CharTokenizer:
 
 
 class FakeEngine:
-    """A made-up engine: answers with the grade that the prompt's last character spells."""
+    """A made-up engine: answers with the grade that the prompt's last character spells, `at_once` prompts at a time."""
 
     max_model_len = 60
 
-    def __init__(self, refuses=lambda text: False):
-        self.calls: list[int] = []
+    def __init__(self, refuses=lambda text: False, at_once=3):
+        self.seen: list[str] = []
         self.refuses = refuses
+        self.at_once = at_once
+        self.queue: list = []
+        self.most = 0
 
-    def generate(self, prompts, sampling):
-        self.calls.append(len(prompts))
-        texts = ["".join(map(chr, prompt)) for prompt in prompts]
-        if any(map(self.refuses, texts)):
-            raise ValueError("refused")
-        return [[self.answer(text[-1]) for _ in range(sampling.n)] for text in texts]
+    def submit(self, tag, prompt, sampling):
+        self.queue.append((tag, "".join(map(chr, prompt)), sampling))
+        self.most = max(self.most, len(self.queue))
+
+    def finished(self):
+        batch, self.queue = self.queue[: self.at_once], self.queue[self.at_once :]
+        self.seen += [text for _, text, _ in batch]
+        return [
+            (tag, ValueError("refused") if self.refuses(text) else [self.answer(text[-1])] * sampling.n)
+            for tag, text, sampling in reversed(batch)
+        ]
 
     def answer(self, letter):
         text = f"why <answer>{letter}</answer>"
         return Completion(text, [ord(c) for c in text], "stop", None)
 
+    def cancel(self):
+        self.queue = []
+
     def close(self): ...
 
 
-def made_up_teacher(**how) -> Teacher:
-    tokenizer = CharTokenizer()
-    prompt = SimpleNamespace(ids=lambda tok, query, title, text, attributes: [ord(c) for c in f"{query}|{title}"])
-    return Teacher(FakeEngine(**how), tokenizer, prompt, AnswerReader(tokenizer, 4), 4)
+def texts_of(rows):
+    return [[ord(c) for c in f"{row['query']}|{row['ad_title']}"] for row in rows]
 
 
-def job_for(out: Path, window: int = 4) -> Job:
+def made_up_teacher(prompts=texts_of, **how) -> Teacher:
+    return Teacher(FakeEngine(**how), prompts, AnswerReader(CharTokenizer(), 4), 4)
+
+
+def job_for(out: Path, window: int = 16) -> Job:
+    """A job in a folder that it owns; its parts are of a quarter of the window."""
     sampling = Sampling(n=2, max_tokens=20)
-    return Job(KEY, "teacher", str(out), EngineConfig(), sampling, window, engines=1)
+    return Job(KEY, "teacher", str(out), take_over(out), EngineConfig(), sampling, window, 1, worker.start_teacher)
+
+
+def annotated_rows(out: Path, teacher: Teacher, rows: list[dict]) -> list[dict]:
+    """The rows that come of one part."""
+    stream = Stream(job_for(out), teacher)
+    stream.put(out / "part.parquet", rows)
+    assert stream.advance() == [len(rows)]
+    return pq.read_table(out / "part.parquet", schema=ANNOTATIONS).to_pylist()
+
+
+def visible(out: Path) -> list[Path]:
+    return sorted(out.glob("[!_]*"))
 
 
 def pair(number: int, title: str = "ad 3", query: str | None = None, grade: int | None = None) -> dict:
@@ -101,16 +127,16 @@ def loaded(monkeypatch):
     return teacher
 
 
-def test_windows_cut_across_batches():
-    found = [[row["pair_id"] for row in window] for window in windows(batches([pair(i) for i in range(11)]), 4)]
-    assert [len(window) for window in found] == [4, 4, 3]
-    assert [name for window in found for name in window] == [f"p{i:04d}" for i in range(11)]
+def test_parts_cut_across_batches():
+    found = [[row["pair_id"] for row in part] for part in parts(batches([pair(i) for i in range(11)]), 4)]
+    assert [len(part) for part in found] == [4, 4, 3]
+    assert [name for part in found for name in part] == [f"p{i:04d}" for i in range(11)]
 
 
-def test_every_window_is_a_file_of_the_contract(tmp_path, loaded):
+def test_every_part_is_a_file_of_the_contract(tmp_path, loaded):
     summaries = list(annotate_partition(job_for(tmp_path), batches([pair(i) for i in range(10)])))
-    assert [batch["rows"][0].as_py() for batch in summaries] == [4, 4, 2]
-    assert len(list(tmp_path.glob(f"{KEY}-*.parquet"))) == len(list(tmp_path.iterdir())) == 3
+    assert sorted(batch["rows"][0].as_py() for batch in summaries) == [2, 4, 4]
+    assert len(files_of(tmp_path, KEY)) == len(visible(tmp_path)) == 3
     table = read_table(tmp_path, ANNOTATIONS)
     assert sorted(table["pair_id"].to_pylist()) == [f"p{i:04d}" for i in range(10)]
     row = table.to_pylist()[0]
@@ -119,125 +145,149 @@ def test_every_window_is_a_file_of_the_contract(tmp_path, loaded):
     assert row["reasoning"] == "why"
 
 
-def test_a_kill_loses_one_window_and_a_retry_repeats_none(tmp_path, loaded, monkeypatch):
-    rows = [pair(i) for i in range(12)]
+def test_the_engine_is_fed_across_parts_and_no_more_than_a_window_is_under_way(tmp_path, loaded):
+    rows = [pair(i) for i in range(50)]
+    job = job_for(tmp_path)
+    waiting, committed = [], 0
+    finished = loaded.engine.finished
+
+    def watched():
+        waiting.append(len(loaded.engine.queue))
+        assert len(loaded.engine.seen) + waiting[-1] - committed <= job.window
+        return finished()
+
+    loaded.engine.finished = watched
+    for summary in annotate_partition(job, batches(rows)):
+        committed += summary["rows"][0].as_py()
+    # Until the last prompts go in there is always more waiting than the engine takes: it never runs dry between parts.
+    assert min(waiting[:-4]) > loaded.engine.at_once
+    assert loaded.engine.most == job.window
+
+
+def test_a_kill_loses_at_most_a_window_and_a_retry_repeats_none(tmp_path, loaded, monkeypatch):
+    rows = [pair(i) for i in range(48)]
     real, committed = worker.commit, []
 
-    def dying_commit(path, made):
-        if len(committed) == 2:
-            (path.parent / f"{worker.TEMPORARY}half").write_bytes(b"PAR1 and then the power went")
+    def dying_commit(path, table, run):
+        if len(committed) == 7:
+            (path.parent / f"{TEMPORARY}half").write_bytes(b"PAR1 and then the power went")
             raise KeyboardInterrupt
         committed.append(path)
-        real(path, made)
+        real(path, table, run)
 
     monkeypatch.setattr(worker, "commit", dying_commit)
     with pytest.raises(KeyboardInterrupt):
         list(annotate_partition(job_for(tmp_path), batches(rows)))
-    assert read_table(tmp_path, ANNOTATIONS).num_rows == 8  # and the half file is not seen
-    clean(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(worker, "commit", real)
+    assert read_table(tmp_path, ANNOTATIONS).num_rows == 28  # and the half file is not seen
+    assert not loaded.engine.queue  # nothing of the dead task is left in the engine, which lives on
     before = {file: file.stat().st_mtime_ns for file in committed}
-    loaded.engine.calls.clear()
+    first = list(loaded.engine.seen)
+    assert len(first) - 28 <= 16
+    monkeypatch.setattr(worker, "commit", real)
     list(annotate_partition(job_for(tmp_path), batches(rows)))
-    assert loaded.engine.calls == [4]
+    assert len(loaded.engine.seen) == len(first) + 20
+    assert not list(tmp_path.glob(f"{TEMPORARY}*"))
     assert {file: file.stat().st_mtime_ns for file in committed} == before
-    assert Counter(read_table(tmp_path, ANNOTATIONS)["pair_id"].to_pylist()) == {f"p{i:04d}": 1 for i in range(12)}
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    rows = annotate_rows(job_for(tmp_path), made_up_teacher(), [pair(1)])
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ContractError, match=r"disk of .* is full"):
-        worker.commit(tmp_path / "x.parquet", rows)
-    assert not list(tmp_path.iterdir())
+    assert Counter(read_table(tmp_path, ANNOTATIONS)["pair_id"].to_pylist()) == {f"p{i:04d}": 1 for i in range(48)}
 
 
 def test_bad_rows_are_rows(tmp_path):
-    teacher = made_up_teacher(refuses=lambda text: "bad" in text)
-    rows = [pair(i, title="ad 2") for i in range(7)]
+    def prompts(rows):
+        made = texts_of(rows)
+        return ["no words" if row["ad_title"] == "none" else ids for row, ids in zip(rows, made, strict=True)]
+
+    teacher = made_up_teacher(prompts, refuses=lambda text: "bad" in text)
+    rows = [pair(i, title="ad 2") for i in range(8)]
     rows[3] = pair(3, title="bad 1")
     rows[4] = pair(4, title="long" * 20)
     rows[5] = pair(5, title="ad 9")
-    made = annotate_rows(job_for(tmp_path), teacher, rows)
+    rows[6] = pair(6, title="none")
+    made = annotated_rows(tmp_path, teacher, rows)
     assert [row["pair_id"] for row in made] == [row["pair_id"] for row in rows]
-    assert [row["status"] for row in made] == ["ok", "ok", "ok", "failed", "failed", "unparsed", "ok"]
+    assert [row["status"] for row in made] == ["ok", "ok", "ok", "failed", "failed", "unparsed", "failed", "ok"]
     assert made[3]["error"] == "engine: ValueError: refused"
     assert made[4]["error"].startswith("too long: ")
     assert (made[5]["n_unparsed"], made[5]["votes"], made[5]["grade"]) == (2, [], None)
     assert made[5]["error"] == "no grade in 2 samples, of which 0 were cut off at 20 tokens"
-    pa.Table.from_pylist(made, schema=ANNOTATIONS).validate(full=True)
+    assert made[6]["error"] == "prompt: no words"
 
 
-def test_a_prompt_that_cannot_be_made_is_a_failed_row(tmp_path):
-    teacher = replace(made_up_teacher(), prompt=SimpleNamespace(ids=lambda *_: 1 / 0))
-    (made,) = annotate_rows(job_for(tmp_path), teacher, [pair(0)])
-    assert (made["status"], made["error"]) == ("failed", "prompt: ZeroDivisionError: division by zero")
+def test_an_error_that_quotes_a_lone_surrogate_can_be_stored(tmp_path):
+    (made,) = annotated_rows(tmp_path, made_up_teacher(lambda rows: ["odd \ud800"]), [pair(0)])
+    assert made["error"] == "prompt: odd ?"
 
 
 def test_an_engine_that_always_fails_stops_the_job(tmp_path):
-    with pytest.raises(ContractError, match=r"the engine failed on all 9 prompts of a window: .*refused"):
-        annotate_rows(job_for(tmp_path), made_up_teacher(refuses=lambda text: True), [pair(i) for i in range(9)])
+    teacher = made_up_teacher(refuses=lambda text: True)
+    with pytest.raises(ContractError, match=r"the engine failed on 32 prompts in a row.*refused"):
+        annotated_rows(tmp_path, teacher, [pair(i) for i in range(40)])
+    # Single prompts that fail are no such thing, however many they are.
+    teacher = made_up_teacher(refuses=lambda text: int(text.split()[1][:-3]) % 3 > 0)
+    made = annotated_rows(tmp_path, teacher, [pair(i) for i in range(60)])
+    assert Counter(row["status"] for row in made) == {"failed": 40, "ok": 20}
 
 
-def test_equal_prompts_are_generated_once(tmp_path):
-    teacher = made_up_teacher()
-    made = annotate_rows(job_for(tmp_path), teacher, [pair(i, query="same") for i in range(5)])
-    assert teacher.engine.calls == [1]
-    assert {(row["pair_id"], row["grade"]) for row in made} == {(f"p{i:04d}", 3) for i in range(5)}
+def test_equal_prompts_are_generated_once(tmp_path, loaded):
+    rows = [pair(i, query="same" if i < 13 else None) for i in range(20)]
+    list(annotate_partition(job_for(tmp_path), batches(rows)))
+    assert Counter(loaded.engine.seen)["same|ad 3"] == 1
+    assert len(loaded.engine.seen) == 8
+    made = read_table(tmp_path, ANNOTATIONS).to_pylist()
+    assert sorted((row["pair_id"], row["grade"]) for row in made) == [(f"p{i:04d}", 3) for i in range(20)]
 
 
-def test_figures_and_fingerprint_do_not_depend_on_the_files(tmp_path, loaded):
+@pytest.mark.spark
+def test_figures_and_fingerprint_do_not_depend_on_the_files(tmp_path, spark, loaded):
     rows = [pair(i, title=f"ad {i % 4}", grade=(i % 4 if i < 6 else 0)) for i in range(8)]
     rows.append(pair(8, title="long" * 20))
     pairs = write_pairs(tmp_path / "data", rows)
     prints = []
-    for name, size, order in (("a", 2, 1), ("b", 5, -1)):
+    for name, size, order in (("a", 8, 1), ("b", 20, -1)):
         out = tmp_path / name
-        out.mkdir()
         list(annotate_partition(job_for(out, window=size), batches(rows[::order])))
-        fingerprint, figures, reasons = table_figures(out, KEY, pairs, "pool")
+        fingerprint, figures, reasons = table_figures(spark, out, KEY, pairs, "pool")
         prints.append(fingerprint)
         assert (figures["pairs"], figures["ok"], figures["failed"], figures["unparsed"]) == (9, 8, 1, 0)
         assert figures["accuracy"] == pytest.approx(6 / 8)
         assert figures["n_graded"] == 8
         assert figures["agreement"] == 1.0
-        assert list(reasons.values()) == [1]
+        assert reasons == {"too long: # prompt tokens and # for the answer exceed #": 1}
     assert prints[0] == prints[1]
-    changed = read_table(out, ANNOTATIONS).to_pylist()
+    file = files_of(out, KEY)[0]
+    changed = pq.read_table(file, schema=ANNOTATIONS).to_pylist()
     changed[0]["reasoning"] = "another"
-    worker.commit(next(out.glob("*.parquet")), changed[:5])
-    assert table_figures(out, KEY, pairs, "pool")[0] != prints[0]
+    pq.write_table(pa.Table.from_pylist(changed, schema=ANNOTATIONS), file)
+    assert table_figures(spark, out, KEY, pairs, "pool")[0] != prints[0]
+    pq.write_table(pa.Table.from_pylist([*changed, changed[0]], schema=ANNOTATIONS), file)
+    assert table_figures(spark, out, KEY, pairs, "pool")[0] not in prints
 
 
 def test_quality_by_hand():
-    judged = [(0, 0, [0.9, 0.1, 0, 0]), (2, 1, [0.1, 0.5, 0.4, 0]), (3, 3, [0, 0, 0.1, 0.9]), (1, 1, [0.2, 0.8, 0, 0])]
+    judged = [(0, 0, 0.0, 1), (2, 1, 0.4, 1), (3, 3, 1.0, 1), (1, 1, 0.0, 1)]
     found = quality(judged, SCALE)
     assert found["accuracy"] == 0.75
     assert found["auc"] == 1.0
     assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
     assert quality([], SCALE) == {}
     assert "auc" not in quality(judged[:1], SCALE)
+    many = quality([(*row[:3], 10) for row in judged], SCALE)
+    assert many == pytest.approx({**found, "n_graded": 40.0})
 
 
 def test_failed_rows_are_dropped_to_be_tried_again(tmp_path):
     teacher = made_up_teacher(refuses=lambda text: "bad" in text)
-    rows = [pair(0), pair(1, title="bad 1"), pair(2)]
-    job = job_for(tmp_path)
-    for window in (rows, [pair(3, title="bad 2")]):
-        path = window_path(job, [row["pair_id"] for row in window])
-        worker.commit(path, annotate_rows(job, teacher, window))
-    assert drop_failed(tmp_path, KEY) == 2
+    stream = Stream(job_for(tmp_path), teacher)
+    for rows in ([pair(0), pair(1, title="bad 1"), pair(2)], [pair(3, title="bad 2")]):
+        stream.put(part_path(tmp_path, KEY, [row["pair_id"] for row in rows]), rows)
+        stream.advance()
+    run = take_over(tmp_path)
+    assert drop_failed(tmp_path, KEY, run) == 2
     assert sorted(read_table(tmp_path, ANNOTATIONS)["pair_id"].to_pylist()) == ["p0000", "p0002"]
-    assert len(list(tmp_path.iterdir())) == 1
-    assert drop_failed(tmp_path, KEY) == 0
+    assert len(visible(tmp_path)) == 1
+    assert drop_failed(tmp_path, KEY, run) == 0
 
 
 def make_teacher(pairs: Path, folder: Path) -> Path:
-    from teacher.config import PromptConfig
     from teacher.prompt import Prompt, save_prompt
     from teacher.scratch import make_decoder
 
@@ -268,20 +318,20 @@ def test_missing_pairs(tmp_path, spark, loaded):
     pairs, out = write_pairs(tmp_path / "data", rows), tmp_path / "out"
     out.mkdir()
     (out / "_stage.json").write_text("{}")
-    config = AnnotateConfig()
+    config, prompt = AnnotateConfig(), PromptConfig()
 
     def ids(todo):
         return sorted(row["pair_id"] for row in todo.collect())
 
-    assert ids(missing(spark, config, pairs, out, KEY)[0]) == [f"p{i:04d}" for i in range(8)]
+    assert ids(missing(spark, config, prompt, pairs, out, KEY)[0]) == [f"p{i:04d}" for i in range(8)]
     list(annotate_partition(job_for(out), batches(rows[:4])))
-    todo, wanted = missing(spark, config, pairs, out, KEY)
-    assert (ids(todo), wanted) == ([f"p{i:04d}" for i in range(4, 8)], 8)
-    todo, wanted = missing(spark, AnnotateConfig(limit=5), pairs, out, KEY)
-    assert (ids(todo), wanted) == (["p0004"], 5)
-    assert missing(spark, config, pairs, out, "f" * 16)[0].count() == 8  # another key: all again
+    todo, wanted, count = missing(spark, config, prompt, pairs, out, KEY)
+    assert (ids(todo), wanted, count) == ([f"p{i:04d}" for i in range(4, 8)], 8, 4)
+    todo, wanted, count = missing(spark, AnnotateConfig(limit=5), prompt, pairs, out, KEY)
+    assert (ids(todo), wanted, count) == (["p0004"], 5, 1)
+    assert missing(spark, config, prompt, pairs, out, "f" * 16)[2] == 8  # another key: all again
     with pytest.raises(ContractError, match=r"split 'valid' .* has no pairs"):
-        missing(spark, AnnotateConfig(split="valid"), pairs, out, KEY)
+        missing(spark, AnnotateConfig(split="valid"), prompt, pairs, out, KEY)
 
 
 @pytest.mark.spark
@@ -291,7 +341,7 @@ def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypat
     pairs = write_pairs(tmp_path / "data", rows)
     teacher = make_teacher(pairs, tmp_path / "teacher")
     out = tmp_path / "annotations"
-    config = AnnotateConfig(n=2, window=3, engine=EngineConfig(max_model_len=512, max_num_seqs=8))
+    config = AnnotateConfig(n=2, window=12, engine=EngineConfig(max_model_len=512, max_num_seqs=8))
     made = job_module.annotate(config, teacher, pairs, out, spark)
     table = read_table(out, ANNOTATIONS)
     assert sorted(table["pair_id"].to_pylist()) == [row["pair_id"] for row in rows]
@@ -302,7 +352,7 @@ def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypat
     assert made.figures["unparsed"] >= 5
     assert made.figures["completion_tokens"] > 0
     assert json.loads((out / "_annotations.json").read_text())["annotation_key"] == made.figures["annotation_key"]
-    files = sorted(out.iterdir())
+    files = visible(out)
 
     def no_engine(*_):
         raise AssertionError("an engine was started for nothing")
@@ -311,7 +361,7 @@ def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypat
     again = job_module.annotate(config, teacher, pairs, out, spark)
     assert again.fingerprint == made.fingerprint
     assert (again.figures["n_new"], again.figures["n_reused"]) == (0, 7)
-    assert sorted(out.iterdir()) == files
+    assert visible(out) == files
 
 
 @pytest.mark.spark

@@ -168,8 +168,8 @@ def test_a_whole_run(settings: PipelineConfig) -> None:
     assert "current because" in page.text
     assert "old because" not in page.text
     assert names.count("svg") >= 9
-    assert page.text.count("teacher: ") == 20
-    assert page.text.count("human: 0 bad<b>") == 10  # half of the examples are disagreements
+    assert page.text.count("teacher: ") == 20 + 20  # examples, and those for a second look
+    assert page.text.count("human: 0 bad<b>") == 10 + 20  # half of the examples are disagreements, and all of the others
     assert "--set teacher.seed=3" in page.text
     assert "0.900" in page.text
     assert "0.850 – 0.950" in page.text
@@ -193,7 +193,7 @@ def test_missing_parts_are_said(settings: PipelineConfig) -> None:
     (settings.folder / "pairs" / "card.json").write_text("{")
     summary = finish_run(settings, "data-prepare", records, [1.0])
     text = Page(Path(summary["report"]).read_text(encoding="utf-8")).text
-    assert text.count("Left out") == 6
+    assert text.count("Left out") == 7
     assert "metrics.jsonl is not there yet" in text
     assert "cannot be read" in text
 

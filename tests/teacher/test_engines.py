@@ -136,5 +136,40 @@ def test_vllm_agrees_with_transformers(engine, tiny_model: Path):
         many = [[2 + (i + j) % 200 for j in range(60)] for i in range(120)]
         sampled = other.generate(many, Sampling(n=2, temperature=1.0, max_tokens=4, seed=3))
         assert [len(row) for row in sampled] == [2] * 120
+        *good, bad = drained(other, [*PROMPTS, [5] * 96], sampling)
+        assert texts(good) == together
+        assert isinstance(bad, ValueError)
+        # A step that fails takes all prompts in flight with it; each is tried again alone.
+        inner = other._llm.llm_engine
+        step = inner.step
+        inner.step = lambda: step() if len(other._running) == 1 else 1 / 0
+        assert texts(drained(other, PROMPTS, sampling)) == together
+        inner.step = lambda: 1 / 0
+        assert [type(result) for result in drained(other, PROMPTS, sampling)] == [ZeroDivisionError] * 4
+        inner.step = step
+        assert texts(other.generate(PROMPTS, sampling)) == together
     finally:
         other.close()
+
+
+def drained(engine, prompts, sampling):
+    """What a stream brings: prompts are put in while others are being completed."""
+    waiting, results = list(enumerate(prompts)), {}
+    for tag, prompt in waiting[:2]:
+        engine.submit(tag, prompt, sampling)
+    waiting = waiting[2:]
+    while done := engine.finished():
+        results.update(done)
+        if waiting:
+            engine.submit(*waiting.pop(0), sampling)
+    return [results[place] for place in range(len(prompts))]
+
+
+def test_a_stream_gives_what_a_list_gives_and_a_bad_prompt_harms_no_other(engine):
+    sampling = Sampling(n=2, max_tokens=6, seed=3)
+    *good, bad = drained(engine, [*PROMPTS, [5] * 96], sampling)
+    assert texts(good) == texts(engine.generate(PROMPTS, sampling))
+    assert isinstance(bad, ValueError)
+    engine.submit("dropped", PROMPTS[0], sampling)
+    engine.cancel()
+    assert engine.finished() == []

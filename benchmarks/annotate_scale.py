@@ -1,0 +1,148 @@
+"""The annotation job without its engine: pairs per second, driver memory and the cost of a rerun, by the number of pairs.
+
+    python -m benchmarks.annotate_scale TEACHER RECORDING [--sizes 10000 100000 1000000 10000000] [--samples 1] [--prompts]
+
+The engine replays recorded completions (`python -m benchmarks.replay` makes them); the rest is the product's own code:
+anti-join, shuffle, sort, windows, votes, Parquet parts, figures. Every size runs twice, each time in a process and a Spark
+session of its own: once from nothing, once with nothing to do. `pairs_per_s` is over the whole of `annotate()`, from its
+first line to its last, session start apart. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.replay import load_replay, make_teacher
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--samples", type=int, default=1, help="completions of a pair")
+    parser.add_argument("--prompts", action="store_true", help="render and tokenise every pair too")
+    parser.add_argument("--window", type=int, default=32_768)
+    parser.add_argument("--engines", type=int, default=2)
+    parser.add_argument("--memory", default="1g", help="heap of Spark's JVM, driver and executor in one")
+    parser.add_argument("--work", type=Path, help="folder for the tables; a temporary one unless given")
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print("FOUND " + json.dumps(measure(options, Path(options.side[0]), options.side[1])))
+        return
+    found = []
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        work = Path(folder)
+        make_teacher(options.teacher, options.recording, work / "teacher", prompts=options.prompts)
+        for size in options.sizes:
+            _child(work, f"make-{size}")
+            first = _child(work, f"run-{size}")
+            again = _child(work, f"rerun-{size}")
+            row = {"pairs": size, **first, **{f"rerun_{name}": value for name, value in again.items()}}
+            print(f"# {json.dumps(row)}", file=sys.stderr, flush=True)
+            found.append(row)
+    one, other = found[0], found[-1]
+    line: dict[str, Any] = {
+        "benchmark": "annotate_scale",
+        "samples": options.samples,
+        "prompts": options.prompts,
+        "window": options.window,
+        "engines": options.engines,
+        "sizes": found,
+    }
+    if len(found) > 1:
+        # Seconds of the whole job as a power of the number of pairs: 1 is linear.
+        line["slope"] = round(math.log(other["seconds"] / one["seconds"]) / math.log(other["pairs"] / one["pairs"]), 3)
+    print(json.dumps(line))
+
+
+def measure(options: argparse.Namespace, work: Path, what: str) -> dict[str, Any]:
+    """One step in this process: make the table of a size, annotate it, or annotate it again."""
+    from pipeline.annotate import annotate
+    from pipeline.annotate_config import AnnotateConfig
+    from pipeline.spark import SparkConfig, start_spark
+    from teacher.prompt import load_prompt
+
+    begin = time.monotonic()
+    step, size = what.rsplit("-", 1)
+    # Not the settings of short jobs, which `start_spark` chooses on a local master.
+    java = {"spark.driver.extraJavaOptions": "-XX:+UseParallelGC"}
+    spark = start_spark(SparkConfig(master="local[2]", driver_memory=options.memory, extra=java))
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
+    started = time.monotonic()
+    pairs, out = work / f"pairs-{size}", work / f"annotations-{size}"
+    if step == "make":
+        make_pairs(spark, int(size), pairs)
+        load_prompt(work / "teacher").scale.save(pairs)
+        return {}
+    config = AnnotateConfig(n=options.samples, window=options.window, engines=options.engines)
+    figures = annotate(config, work / "teacher", pairs, out, spark, load_replay).figures
+    done = time.monotonic()
+    if figures["pairs"] != int(size) or figures["n_new"] != (int(size) if step == "run" else 0):
+        raise SystemExit(f"the job made the wrong number of rows: {figures}")
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    assert spark.sparkContext._gateway is not None
+    jvm.java.lang.System.gc()
+    heap = jvm.java.lang.Runtime.getRuntime()
+    live = heap.totalMemory() - heap.freeMemory()
+    peak = Path(f"/proc/{spark.sparkContext._gateway.proc.pid}/status").read_text(encoding="utf-8")  # type: ignore[attr-defined]
+    jvm_kib = next(int(line.split()[1]) for line in peak.splitlines() if line.startswith("VmHWM"))
+    return {
+        "seconds": round(done - started, 2),
+        "pairs_per_s": round(int(size) / (done - started)),
+        "with_start_s": round(done - begin, 2),
+        "driver_python_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "jvm_live_heap_mib": round(live / 2**20, 1),
+        "jvm_peak_mib": round(jvm_kib / 1024, 1),
+        "files": len(list(out.glob("[!_]*.parquet"))),
+    }
+
+
+def make_pairs(spark: Any, size: int, out: Path) -> None:
+    """A pool of `size` different pairs of about the length of a search ad's texts."""
+    from pyspark.sql import functions as F
+
+    known = ("red", "blue", "green", "running", "hiking", "shoes", "boots", "tent", "sofa", "lamp", "kettle")
+    words = F.array(*[F.lit(word) for word in known])
+
+    def word(salt: int) -> Any:
+        return F.element_at(words, (F.abs(F.hash("id", F.lit(salt))) % F.lit(11)).cast("int") + 1)
+
+    table = spark.range(size).select(
+        F.substring(F.sha2(F.col("id").cast("string"), 256), 1, 20).alias("pair_id"),
+        F.concat_ws(" ", word(1), word(2), (F.col("id") % 100_000).cast("string")).alias("query"),
+        F.concat_ws(" ", word(3), word(4), word(5), F.lit("best price"), F.col("id").cast("string")).alias("ad_title"),
+        F.lit("Order today and get it within two days.").alias("ad_text"),
+        F.lit(None).cast("map<string,string>").alias("attributes"),
+        F.lit(None).cast("int").alias("grade"),
+        F.lit(None).cast("double").alias("grade_raw"),
+        F.lit("pool").alias("split"),
+        F.lit("made-up").alias("source"),
+    )
+    table.write.parquet(str(out / "pairs"))
+
+
+def _child(work: Path, what: str) -> dict[str, Any]:
+    arguments = [argument for argument in sys.argv[1:] if argument]
+    command = [sys.executable, "-m", "benchmarks.annotate_scale", *arguments, "--side", str(work), what]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the step {what} failed: see above")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    return json.loads(line.removeprefix("FOUND "))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A teacher that replays recorded completions, so that the annotation job can be measured without its engine.
+
+    python -m benchmarks.replay TEACHER PAIRS RECORDING [--prompts 512]
+
+records completions of a real teacher under vLLM. `make_teacher` puts a recording into a teacher's folder, and
+`load_replay` is what the job then loads in its workers: everything else is the product's own code. A prompt gets the
+recorded completions that its hash points at, so equal prompts get equal answers in every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.annotate_worker import Job, Row, Teacher
+from teacher.engines.base import Completion, EngineConfig, Result, Sampling, generate_all, open_engine
+
+RECORDING = "recording.jsonl"
+_OPTIONS = "replay.json"
+
+
+class ReplayEngine:
+    """See `Engine`. `pairs_per_s` 0 answers at once; `log` is a folder where every process notes what it completed."""
+
+    max_model_len = 1_000_000
+
+    def __init__(self, recorded: list[list[Completion]], pairs_per_s: float, log: str) -> None:
+        self._recorded = recorded
+        self._pairs_per_s = pairs_per_s
+        self._log = Path(log) / f"{os.getpid()}-{time.time_ns()}.log" if log else None
+        self._queue: list[tuple[Any, list[int]]] = []
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
+        """See `Engine.generate`."""
+        return generate_all(self, prompts, sampling)
+
+    def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
+        """See `Engine.submit`."""
+        self._queue.append((tag, prompt))
+
+    def finished(self) -> list[tuple[Any, Result]]:
+        """See `Engine.finished`: all that is queued, or a twentieth of a second's worth of it."""
+        batch = self._queue
+        if self._pairs_per_s:
+            batch = batch[: max(1, round(self._pairs_per_s / 20))]
+            time.sleep(len(batch) / self._pairs_per_s)
+        self._queue = self._queue[len(batch) :]
+        if self._log is not None:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps(prompt)}\n" for _, prompt in batch))
+        recorded, count = self._recorded, len(self._recorded)
+        return [(tag, recorded[hash(tag) % count]) for tag, _ in batch]
+
+    def cancel(self) -> None:
+        """See `Engine.cancel`."""
+        self._queue = []
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def make_teacher(
+    teacher: Path, recording: Path, out: Path, *, prompts: bool = False, pairs_per_s: float = 0.0, log: str = ""
+) -> Path:
+    """A copy of a teacher's folder, without its weights, that `load_replay` can load.
+
+    prompts: render and tokenise every pair as a real engine needs it; without, a pair's id stands for its prompt.
+    """
+    shutil.copytree(teacher, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copyfile(recording, out / RECORDING)
+    options = {"prompts": prompts, "pairs_per_s": pairs_per_s, "log": log}
+    (out / _OPTIONS).write_text(json.dumps(options), encoding="utf-8")
+    return out
+
+
+def load_replay(job: Job) -> Teacher:
+    """The teacher of a folder that `make_teacher` made."""
+    from transformers import AutoTokenizer
+
+    from pipeline.votes import AnswerReader
+    from teacher.prompt import PromptWriter, load_prompt
+
+    folder = Path(job.teacher)
+    options = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
+    recorded = [
+        [_completion(sample) for sample in json.loads(line)[: job.sampling.n]]
+        for line in (folder / RECORDING).read_text(encoding="utf-8").splitlines()
+    ]
+    prompt = load_prompt(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    engine = ReplayEngine(recorded, options["pairs_per_s"], options["log"])
+    writer = PromptWriter(prompt, tokenizer) if options["prompts"] else ids_as_prompts
+    return Teacher(engine, writer, AnswerReader(tokenizer, prompt.scale.size), prompt.scale.size)
+
+
+def ids_as_prompts(rows: Sequence[Row]) -> list[list[int] | str]:
+    """A pair's id, a hash, as its prompt."""
+    return [[int(row["pair_id"], 16)] for row in rows]
+
+
+def record(teacher: Path, pairs: Path, out: Path, count: int, sampling: Sampling) -> None:
+    """Write the completions of the first `count` pairs of the pool, one JSON line for each pair."""
+    import pyarrow.dataset as pads
+    from transformers import AutoTokenizer
+
+    from data.schema import PAIRS, read_table
+    from teacher.prompt import PromptWriter, load_prompt
+
+    table = read_table(pairs / "pairs", PAIRS, where=pads.field("split") == "pool").slice(0, count)
+    rows: list[Row] = [
+        row | {"attributes": [{"key": k, "value": v} for k, v in row["attributes"] or ()]} for row in table.to_pylist()
+    ]
+    writer = PromptWriter(load_prompt(teacher), AutoTokenizer.from_pretrained(teacher))
+    prompts = [ids for ids in writer(rows) if not isinstance(ids, str)]
+    engine = open_engine(EngineConfig(max_model_len=512), teacher)
+    made = engine.generate(prompts, sampling)
+    engine.close()
+    lines = [json.dumps([asdict(sample) for sample in samples], ensure_ascii=False) for samples in made]
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _completion(recorded: dict[str, Any]) -> Completion:
+    top = recorded["top_logprobs"]
+    steps = None if top is None else [{int(token): value for token, value in step.items()} for step in top]
+    return Completion(recorded["text"], recorded["token_ids"], recorded["finish_reason"], steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("--prompts", type=int, default=512)
+    options = parser.parse_args()
+    sampling = Sampling(n=4, temperature=1.0, max_tokens=64, logprobs=8)
+    record(options.teacher, options.pairs, options.recording, options.prompts, sampling)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What the annotation benchmarks prove at length, once and small: a killed engine, a killed Spark worker."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.annotate_kills import compare, python_workers, rows_in
+from benchmarks.annotate_scale import make_pairs
+from benchmarks.replay import load_replay, make_teacher
+from data.schema import PAIRS, ContractError, Grade, GradeScale
+from pipeline.annotate import annotate
+from pipeline.annotate_config import AnnotateConfig
+from teacher.config import PromptConfig
+from teacher.prompt import Prompt, save_prompt
+from teacher.scratch import make_decoder
+
+pytestmark = pytest.mark.spark
+
+SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in range(4)), relevant_from=2)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    row = {"pair_id": "1", "query": "red shoes", "ad_title": "Red shoes", "split": "train", "source": "test"}
+    (folder / "pairs").mkdir()
+    pq.write_table(pa.Table.from_pylist([row], schema=PAIRS), folder / "pairs" / "part.parquet")
+    make_decoder(folder, folder / "model", "tiny", 0)
+    save_prompt(Prompt(PromptConfig(), SCALE, max_completion_tokens=32), folder / "model", fingerprint="f1")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("recording") / "recording.jsonl"
+    lines = []
+    for grade in (0, 1, 2, 3, 9):  # 9 is no grade of this scale
+        text = f"reason {grade} <answer>{grade}</answer>"
+        lines.append([{"text": text, "token_ids": [5, grade], "finish_reason": "stop", "top_logprobs": None}])
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_an_engine_killed_in_the_middle_loses_at_most_a_window(tmp_path: Path, spark, teacher: Path, recording: Path):
+    pairs, log, window = 3000, tmp_path / "log", 400
+    log.mkdir()
+    make_pairs(spark, pairs, tmp_path / "pairs")
+    SCALE.save(tmp_path / "pairs")
+    fast = make_teacher(teacher, recording, tmp_path / "fast")
+    slow = make_teacher(teacher, recording, tmp_path / "slow", pairs_per_s=1000, log=str(log))
+    config = AnnotateConfig(n=1, window=window, max_failed_share=1.0)
+    figures = annotate(config, fast, tmp_path / "pairs", tmp_path / "calm", spark, load_replay).figures
+    assert 0 < figures["unparsed"] < figures["ok"]
+
+    def kill() -> None:
+        while rows_in(tmp_path / "rough") < pairs // 3:
+            time.sleep(0.02)
+        for worker in python_workers(psutil.Process(spark.sparkContext._gateway.proc.pid)):
+            worker.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ContractError, match=r"^a worker of the annotation job died[^\n]*run this again"):
+        annotate(config, slow, tmp_path / "pairs", tmp_path / "rough", spark, load_replay)
+    killer.join()
+    kept = rows_in(tmp_path / "rough")
+    assert pairs // 3 <= kept < pairs
+    again = annotate(config, slow, tmp_path / "pairs", tmp_path / "rough", spark, load_replay)
+    assert (again.figures["n_new"], again.figures["n_reused"]) == (pairs - kept, kept)
+    assert compare(tmp_path / "calm", tmp_path / "rough") == {"missing": 0, "duplicates": 0, "different": 0}
+    completed = Counter(line for file in log.iterdir() for line in file.read_text().splitlines())
+    assert len(completed) == pairs
+    assert completed.total() - pairs <= window
+
+
+def test_a_standalone_cluster_survives_one_of_its_two_workers(teacher: Path, recording: Path):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "benchmarks.annotate_cluster", "workers", str(teacher), str(recording)]
+    done = subprocess.run(
+        [*command, "--pairs", "6000"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["killed"], found["missing"], found["duplicates"], found["different"]) == (True, 0, 0, 0)
