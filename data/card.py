@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,36 +38,37 @@ class CardTable:
     rows: list[tuple[Any, ...]]
 
 
-def lengths(pairs: DataFrame) -> dict[str, dict[str, float]]:
-    """Characters of each text: number of rows that have it, mean, median, 95th percentile and longest."""
+def texts_and_labels(pairs: DataFrame) -> dict[str, dict[str, Any]]:
+    """`lengths` in characters of each text (rows that have it, mean, median, 95th percentile, longest), and `labels`: pairs
+    with several ones, with conflicting ones, and with ones more than a grade apart."""
     from pyspark.sql import functions as F
 
-    columns = []
+    apart = F.col("grade_max") - F.col("grade_min")
+    columns = [
+        F.count_if(F.col("n_labels") > 1).alias("several"),
+        F.count_if(apart > 0).alias("conflicting"),
+        F.count_if(apart > 1).alias("far_apart"),
+    ]
     for name in _TEXTS:
         length = F.length(name)
         columns += [
             F.count(name).alias(f"{name} n"),
             F.sum(length).alias(f"{name} sum"),
-            F.percentile(length, F.lit(0.5)).alias(f"{name} median"),
-            F.percentile(length, F.lit(0.95)).alias(f"{name} p95"),
+            F.percentile(length, F.array(F.lit(0.5), F.lit(0.95))).alias(f"{name} percentiles"),
             F.max(length).alias(f"{name} max"),
         ]
     row = pairs.agg(*columns).collect()[0]
-    return {
-        name: {
-            "n": row[f"{name} n"],
-            "mean": round(row[f"{name} sum"] / row[f"{name} n"], 2),
-            **{key: row[f"{name} {key}"] for key in ("median", "p95", "max")},
-        }
-        for name in _TEXTS
-        if row[f"{name} n"]
-    }
+    lengths = {}
+    for name in _TEXTS:
+        if n := row[f"{name} n"]:
+            median, p95 = row[f"{name} percentiles"]
+            mean = round(row[f"{name} sum"] / n, 2)
+            lengths[name] = {"n": n, "mean": mean, "median": median, "p95": p95, "max": row[f"{name} max"]}
+    return {"lengths": lengths, "labels": {name: row[name] for name in ("several", "conflicting", "far_apart")}}
 
 
 def languages(folder: Path) -> dict[str, int]:
     """Languages of a sample of the ads, by py3langid over title and text; short titles are often taken for a neighbour's."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
     columns = ["pair_id", "ad_title", "ad_text"]
     # Every file is sorted by id, so its head is enough.
     heads = [
@@ -74,11 +76,19 @@ def languages(folder: Path) -> dict[str, int]:
     ]
     if not heads:
         return {}
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    identifier.set_languages(_LANGUAGES)
+    identifier = _identifier()
     sample = pa.concat_tables(heads).sort_by("pair_id").slice(0, LANGUAGE_SAMPLE).to_pylist()
     texts = (f"{row['ad_title']} {row['ad_text'] or ''}"[:_LANGUAGE_CHARS] for row in sample)
     return dict(Counter(str(identifier.classify(text)[0]) for text in texts).most_common())
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
+    identifier.set_languages(_LANGUAGES)
+    return identifier
 
 
 def write_card(out: Path, card: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ _BLOCKS = frozenset({
     "address", "article", "aside", "blockquote", "body", "br", "button", "caption", "col", "colgroup", "dd", "details",
     "div", "dl", "dt", "embed", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6",
     "header", "hr", "html", "iframe", "img", "input", "ins", "del", "legend", "li", "link", "main", "map", "meta", "nav",
-    "object", "ol", "option", "p", "param", "picture", "pre", "section", "select", "source", "summary", "svg", "table", "tbody", "td",
-    "textarea", "tfoot", "th", "thead", "tr", "ul", "video",
+    "object", "ol", "option", "p", "param", "picture", "pre", "section", "select", "source", "summary", "svg", "table",
+    "tbody", "td", "textarea", "tfoot", "th", "thead", "tr", "ul", "video",
 })  # fmt: skip
 _LONGEST = 1_000_000
 

@@ -8,13 +8,16 @@ one pair) and any change to the text itself.
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from data.balance import grade_balance
-from data.card import languages, lengths, write_card
+from data.balance import grade_balance, split_counts
+from data.card import languages, texts_and_labels, write_card
 from data.check import check_rows, refuse_too_many, rejected_rows
 from data.config import DataConfig
 from data.leaks import leakage
@@ -23,7 +26,7 @@ from data.schema import PAIRS, SPLITS, ContractError, GradeScale
 from data.sources import describe_source, read_source
 from data.split import split_column, within_limits
 from data.strata import sampled_log, strata_counts, with_stratum
-from data.tables import COMPANIONS, rows_of, tables_fingerprint, write_table, write_tables
+from data.tables import companion_rows, on_disk, rows_of, tables_fingerprint, write_table, write_tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -39,7 +42,7 @@ class DataResult(BaseModel):
 
 
 def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
-    """Write `pairs/`, its companions (`rationales/`, `disagreement/`, `frequencies/`), `rejected/`, `scale.json`,
+    """Write `pairs/`, its companions (`rationales/`, `disagreement/`, with a log `frequencies/`), `rejected/`, `scale.json`,
     `card.json` and `card.md` into `out`; the tables are Parquet folders.
 
     Every row of train, valid and test has a grade. Its query alone decides about a pair's split, so an unlabelled row is
@@ -48,17 +51,20 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     Raises `ContractError` for a source that cannot be read, has no rows, or has more faulty rows than
     `max_rejected_share`, and `RuntimeError` if rows were lost or invented on the way or a query is in two splits.
     """
-    from pyspark import StorageLevel
     from pyspark.sql import functions as F
 
     log.info("reading source '%s'", config.source)
     frame, scale = read_source(spark, config)
     scale = _with_relevant_from(scale, config.relevant_from)
-    checked = check_rows(frame, config, scale).persist(StorageLevel.MEMORY_AND_DISK)
-    cached = [checked]
+    scratch = out / "_scratch"
     try:
-        reasons, accepted = _count_reasons(checked, config)
+        with _damage_named(config):
+            checked = on_disk(check_rows(frame, config, scale), scratch / "checked")
+            reasons = {row["reason"]: row["count"] for row in checked.groupBy("reason").count().collect()}
+        accepted = reasons.pop(None, 0)
         rows_in = accepted + sum(reasons.values())
+        if not rows_in:
+            raise ContractError(f"source '{config.source}' has no rows; check {config.path or 'its settings'}")
         write_table(rejected_rows(checked), out / "rejected", rows_in - accepted)
         refuse_too_many(checked, reasons, rows_in, config, out / "rejected")
 
@@ -68,13 +74,11 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
         )
         if config.log is not None:
             placed = with_stratum(placed, config.log)
-        placed = placed.persist(StorageLevel.MEMORY_AND_DISK)
-        cached.append(placed)
+        placed = on_disk(placed, scratch / "placed")
         usable = (F.col("split") == "pool") | F.col("grade").isNotNull()
         found = placed.agg(
             F.count("*").alias("pairs"), F.sum("rows").alias("rows"), F.count_if(usable).alias("usable")
         ).first()
-        checked.unpersist()
 
         sampled = placed.where(usable)
         if config.log is not None:
@@ -86,8 +90,7 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
         write_tables(kept, config.source, out, n_kept)
         described = _described(kept, placed.where(usable), config, scale)
     finally:
-        for one in cached:
-            one.unpersist()
+        shutil.rmtree(scratch, ignore_errors=True)
 
     account = {
         "rows_in": rows_in,
@@ -106,7 +109,7 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     scale.save(out)
     figures: dict[str, Any] = {
         **account,
-        **{name: rows_of(out / name, schema) for name, schema in COMPANIONS.items()},
+        **companion_rows(out),
         **described.pop("shares"),
         "rejected_share": account["rejected"] / rows_in,
         "conflicting_pairs": described["labels"]["conflicting"],
@@ -133,60 +136,54 @@ def _with_relevant_from(scale: GradeScale, wanted: int | None) -> GradeScale:
         ) from None
 
 
-def _count_reasons(checked: DataFrame, config: DataConfig) -> tuple[dict[str, int], int]:
-    """Faulty rows by reason, and the number of sound ones. The first action, so here a damaged file shows itself."""
+@contextmanager
+def _damage_named(config: DataConfig) -> Iterator[None]:
+    """The first jobs read the source to its end, so here a damaged file shows itself; make a sentence of it."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
     try:
-        found = {row["reason"]: row["count"] for row in checked.groupBy("reason").count().collect()}
+        yield
     except (PySparkException, Py4JError) as error:
         raise ContractError(
             f"source '{config.source}' cannot be read to its end ({_root_cause(error)}); check {config.path or 'it'}"
         ) from error
-    accepted = found.pop(None, 0)
-    if not found and not accepted:
-        raise ContractError(f"source '{config.source}' has no rows; check {config.path or 'its settings'}")
-    return found, accepted
 
 
 def _described(kept: DataFrame, usable: DataFrame, config: DataConfig, scale: GradeScale) -> dict[str, Any]:
     """What the card says of the pairs that were `kept`, and of the log's among the `usable` ones."""
-    from pyspark.sql import functions as F
-
-    counts = kept.groupBy("split", "grade").agg(F.count("*").alias("rows")).orderBy("split", "grade").collect()
-    rows = kept.groupBy("split").agg(F.countDistinct("query_id").alias("queries")).collect()
-    queries = {row["split"]: row["queries"] for row in rows}
-    labels = kept.agg(
-        F.count_if(F.col("n_labels") > 1).alias("several"),
-        F.count_if(F.col("grade_max") > F.col("grade_min")).alias("conflicting"),
-        F.count_if(F.col("grade_max") > F.col("grade_min") + 1).alias("far_apart"),
-    ).first()
-    names = {None: "none"} | {k: f"{k} {grade.name}" for k, grade in enumerate(scale.grades)}
+    counts = split_counts(kept, scale.size)
+    leaks = leakage(kept)
     return {
-        "shares": _shares(counts, queries, scale),
-        "grades_by_split": {
-            split: {names[row["grade"]]: row["rows"] for row in counts if row["split"] == split} for split in SPLITS
-        },
-        "balance": grade_balance(kept, scale.size),
-        "labels": labels.asDict() if labels else {},
-        "leakage": leakage(kept),
-        "lengths": lengths(kept),
+        "shares": _shares(counts, leaks["queries"]["by_split"], scale),
+        "grades_by_split": {split: _by_grade(counts.get(split, {}), scale) for split in SPLITS},
+        "balance": grade_balance(counts, scale.size),
+        "leakage": leaks,
+        **texts_and_labels(kept),
         "strata": {} if config.log is None else strata_counts(usable, kept),
     }
 
 
-def _shares(counts: list[Any], queries: dict[str, int], scale: GradeScale) -> dict[str, Any]:
+def _by_grade(found: dict[str, int], scale: GradeScale) -> dict[str, int]:
+    """Rows by grade and its name, those without one as `none`; what there is none of is left out."""
+    rows = {f"{k} {grade.name}": found.get(f"n{k}", 0) for k, grade in enumerate(scale.grades)}
+    rows["none"] = found.get("rows", 0) - found.get("n", 0)
+    return {name: count for name, count in rows.items() if count}
+
+
+def _shares(counts: dict[str, dict[str, int]], queries: dict[str, int], scale: GradeScale) -> dict[str, Any]:
     """Rows and queries by split, and the share of each grade among the graded rows of all splits."""
-    by_split = {split: sum(row["rows"] for row in counts if row["split"] == split) for split in SPLITS}
-    by_grade = [sum(row["rows"] for row in counts if row["grade"] == k) for k in range(scale.size)]
-    graded, total = sum(by_grade), sum(by_split.values())
+
+    def total(name: str) -> int:
+        return sum(found[name] for found in counts.values())
+
+    rows, graded = total("rows"), total("n")
     return {
-        **{f"rows_{split}": rows for split, rows in by_split.items()},
+        **{f"rows_{split}": counts.get(split, {}).get("rows", 0) for split in SPLITS},
         "queries": sum(queries.values()),
-        **{f"queries_{split}": queries.get(split, 0) for split in SPLITS},
-        "graded_share": graded / total if total else 0.0,
-        **{f"grade_{k}_share": n / graded if graded else 0.0 for k, n in enumerate(by_grade)},
+        **{f"queries_{split}": queries[split] for split in SPLITS},
+        "graded_share": graded / rows if rows else 0.0,
+        **{f"grade_{k}_share": total(f"n{k}") / graded if graded else 0.0 for k in range(scale.size)},
     }
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-COMPANIONS = {"rationales": RATIONALES, "disagreement": DISAGREEMENT, "frequencies": FREQUENCIES}
+_COMPANIONS = {"rationales": RATIONALES, "disagreement": DISAGREEMENT, "frequencies": FREQUENCIES}
 _ROWS_PER_FILE = 250_000
 
 
@@ -26,12 +26,11 @@ def write_tables(pairs: DataFrame, source: str, out: Path, rows: int) -> None:
     write_table(pairs.withColumn("source", F.lit(source)).select(*PAIRS.names), out / "pairs", rows)
     reasoned = pairs.where((F.col("split") == "train") & F.col("rationale").isNotNull())
     spread = pairs.where((F.col("n_labels") > 1) | F.col("rating_variance").isNotNull())
-    seen = pairs.where(F.col("frequency").isNotNull())
-    if "stratum" not in pairs.columns:
-        seen = seen.withColumn("stratum", F.lit(None).cast("string"))
     write_table(reasoned.select("pair_id", F.col("rationale").alias("reasoning")), out / "rationales", rows)
     write_table(spread.select(*DISAGREEMENT.names), out / "disagreement", rows)
-    write_table(seen.select(*FREQUENCIES.names), out / "frequencies", rows)
+    if "stratum" in pairs.columns:
+        seen = pairs.where(F.col("frequency").isNotNull())
+        write_table(seen.select(*FREQUENCIES.names), out / "frequencies", rows)
 
 
 def write_table(frame: DataFrame, folder: Path, rows: int) -> None:
@@ -47,12 +46,26 @@ def write_table(frame: DataFrame, folder: Path, rows: int) -> None:
     frame.write.mode("overwrite").parquet(f"file://{folder.resolve()}")
 
 
+def on_disk(frame: DataFrame, folder: Path) -> DataFrame:
+    """`frame` as a table in `folder`, for what is read several times.
+
+    Spark's own cache would fill the memory of a small machine, and keep a plan behind it that every job analyses anew.
+    """
+    frame.write.mode("overwrite").parquet(f"file://{folder.resolve()}")
+    return frame.sparkSession.read.schema(frame.schema).parquet(*spark_paths([folder]))
+
+
 def rows_of(folder: Path, schema: pa.Schema | None = None) -> int:
     """Rows in the files as they lie there, from their footers; raises `ContractError` when they do not match `schema`."""
     dataset = pads.dataset(folder, format="parquet")
     if schema is not None:
         check_schema(dataset.schema, schema, str(folder))
     return dataset.count_rows()
+
+
+def companion_rows(out: Path) -> dict[str, int]:
+    """Rows of each companion of `pairs`, 0 for one that is not there."""
+    return {name: rows_of(out / name, schema) if (out / name).exists() else 0 for name, schema in _COMPANIONS.items()}
 
 
 def tables_fingerprint(spark: SparkSession, out: Path, scale: GradeScale) -> str:
