@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,7 @@ _LANGUAGES = [
     *("ar", "bg", "cs", "da", "de", "el", "en", "es", "et", "fa", "fi", "fr", "he", "hi", "hr", "hu", "id", "it", "ja"),
     *("ko", "lt", "lv", "ms", "nl", "no", "pl", "pt", "ro", "ru", "sk", "sl", "sv", "th", "tr", "uk", "vi", "zh"),
 ]
+_ESCAPES = {"<": "&lt;", "&": "&amp;"}
 _TEXTS = ("query", "ad_title", "ad_text")
 
 
@@ -113,21 +115,22 @@ def card_markdown(card: dict[str, Any]) -> str:
 
 
 def card_tables(card: dict[str, Any]) -> list[CardTable]:
-    """The tables of a card; those without rows are left out."""
-    tables = [_counts(card), _reasons(card), _grades(card), _balance(card), _labels(card), _leakage(card), _lengths(card),
-              _languages(card), _strata(card)]  # fmt: skip
+    """The tables of a card; those without rows, or of which an older card holds nothing, are left out."""
+    tables = [make(card) for make, needs in _TABLES if all(name in card for name in needs)]
     return [table for table in tables if table.rows]
 
 
 def _counts(card: dict[str, Any]) -> CardTable:
     steps = ("rows_in", "rejected", "duplicates", "unlabelled_left_out", "not_sampled", "beyond_limits", "rows")
     rows = [(name.replace("_", " "), card[name], f"{100 * card[name] / card['rows_in']:.2f} %") for name in steps]
-    return CardTable("Rows", "Every row that came in is in one of the lines below it.", ("", "rows", "share"), rows)
+    return CardTable(
+        "Rows", "Every row that came in is in one of the lines below the first.", ("", "rows", "share"), rows
+    )
 
 
 def _reasons(card: dict[str, Any]) -> CardTable:
     counted = sorted(card["rejected_by_reason"].items(), key=lambda item: (-item[1], item[0]))
-    return CardTable("Kept aside", "Faulty rows, in `rejected/`.", ("reason", "rows"), counted)
+    return CardTable("Kept aside", "Faulty rows, in rejected/.", ("reason", "rows"), counted)
 
 
 def _grades(card: dict[str, Any]) -> CardTable:
@@ -162,7 +165,7 @@ def _labels(card: dict[str, Any]) -> CardTable:
         ("… of which their grades differ", labels["conflicting"]),
         ("… by more than one grade", labels["far_apart"]),
     ]
-    note = "A pair gets the lower median of its labels; their variance is kept in `disagreement/`."
+    note = "A pair gets the lower median of its labels; their variance is kept in disagreement/."
     return CardTable("Duplicates and conflicts", note, ("", "count"), rows)
 
 
@@ -205,11 +208,22 @@ def _with_share(count: int, counts: dict[str, int]) -> str:
 
 
 def _share_of(count: int, total: int) -> str:
-    return f"{count} ({100 * count / total:.1f} %)" if total else "0"
+    return f"{count:,} ({100 * count / total:.1f} %)" if total else "0"
 
 
 def _plain(value: Any) -> str:
     text = f"{value:,}" if isinstance(value, int) else str(value)
-    for character in "\\|<&`*_[":
-        text = text.replace(character, {"<": "&lt;", "&": "&amp;"}.get(character, "\\" + character))
-    return " ".join(text.split())
+    return " ".join(re.sub(r"[\\|*_\[<&]", lambda found: _ESCAPES.get(found[0], "\\" + found[0]), text).split())
+
+
+_TABLES = (
+    (_counts, ("not_sampled",)),
+    (_reasons, ("rejected_by_reason",)),
+    (_grades, ("grades_by_split",)),
+    (_balance, ("balance",)),
+    (_labels, ("labels", "duplicates")),
+    (_leakage, ("leakage",)),
+    (_lengths, ("lengths",)),
+    (_languages, ("languages",)),
+    (_strata, ("strata",)),
+)

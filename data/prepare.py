@@ -24,6 +24,7 @@ from data.leaks import leakage
 from data.merge import merged_pairs
 from data.schema import PAIRS, SPLITS, ContractError, GradeScale
 from data.sources import describe_source, read_source
+from data.sources.delimited import LONGEST_FIELD
 from data.split import split_column, within_limits
 from data.strata import sampled_log, strata_counts, with_stratum
 from data.tables import companion_rows, on_disk, rows_of, tables_fingerprint, write_table, write_tables
@@ -189,6 +190,9 @@ def _shares(counts: dict[str, dict[str, int]], queries: dict[str, int], scale: G
 
 def _root_cause(error: Exception) -> str:
     """The innermost "Caused by" of a Spark error, in one line; the outer ones only say that a task failed."""
-    lines = str(error).splitlines() or [repr(error)]
+    text = str(error)
+    if "exceeds the maximum number of characters" in text:
+        return f"a field of more than {LONGEST_FIELD} characters: a quote left open?"
+    lines = text.splitlines() or [repr(error)]
     lines = [line for line in lines if "Caused by:" in line] or lines[:1]
     return lines[-1].replace("Caused by:", "").strip()[:200]

@@ -55,7 +55,7 @@ def read(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale
 
     frame = read_columns(spark, input_files(config)[0], "csv", _COLUMNS, encoding=config.encoding)
     rating, variance = number(F.trim("grade")), number(F.trim("variance"))
-    faulty = rating.isNull() | (rating != F.floor(rating)) | ~rating.between(1, SCALE.size)
+    faulty = rating.isNull() | (rating != F.rint(rating)) | ~rating.between(1, SCALE.size)
     return frame.select(
         "query",
         visible_text_column(F.col("ad_title")).alias("ad_title"),

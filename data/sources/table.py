@@ -73,7 +73,7 @@ def _grade(config: DataConfig) -> tuple[Column, Column, Column]:
     if config.grade_thresholds:
         grade = threshold_grade(raw, config.grade_thresholds)
         return raw, grade, F.when(given & raw.isNull(), "the label is not a number")
-    fits = (raw == F.floor(raw)) & (raw >= 0) & (raw < len(config.grades))
+    fits = (raw == F.rint(raw)) & (raw >= 0) & (raw < len(config.grades))
     grade = F.when(fits, raw.try_cast("int"))
     return raw, grade, F.when(given & grade.isNull(), f"the grade is not on the scale 0 … {len(config.grades) - 1}")
 
