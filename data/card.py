@@ -134,18 +134,15 @@ def _reasons(card: dict[str, Any]) -> CardTable:
 
 
 def _grades(card: dict[str, Any]) -> CardTable:
-    by_split = card["grades_by_split"]
+    by_split = {split: counts for split, counts in card["grades_by_split"].items() if counts}
     names = sorted({name for counts in by_split.values() for name in counts}, key=lambda name: (name == "none", name))
-    rows = [
-        (
-            split,
-            card[f"queries_{split}"],
-            card[f"rows_{split}"],
-            *[_with_share(counts.get(n, 0), counts) for n in names],
-        )
-        for split, counts in by_split.items()
-    ]
-    return CardTable("Grades by split", card["grading"] + ".", ("split", "queries", "pairs", *names), rows)
+    rows = []
+    for split, counts in by_split.items():
+        total = sum(counts.values())
+        shares = [_share_of(counts.get(name, 0), total) for name in names]
+        rows.append((split, card.get(f"queries_{split}", ""), total, *shares))
+    note = f"From ratings to grades: {card['grading']}." if "grading" in card else ""
+    return CardTable("Grades by split", note, ("split", "queries", "pairs", *names), rows)
 
 
 def _balance(card: dict[str, Any]) -> CardTable:
@@ -201,10 +198,6 @@ def _strata(card: dict[str, Any]) -> CardTable:
     rows = [(name, *[found[k] for k in ("queries", "pairs", "taken")]) for name, found in card["strata"].items()]
     note = "Pairs of the log whose queries fall to the pool, by how often their query was seen."
     return CardTable("Log", note, ("stratum", "queries", "pairs", "taken"), rows)
-
-
-def _with_share(count: int, counts: dict[str, int]) -> str:
-    return _share_of(count, sum(counts.values()))
 
 
 def _share_of(count: int, total: int) -> str:
