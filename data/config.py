@@ -13,7 +13,7 @@ from data.schema import SPLITS, STRATA, Config, Grade
 Column = Literal["query", "ad_title", "ad_text", "attributes", "grade", "rationale"]
 LogColumn = Literal["query", "ad_title", "ad_text", "attributes", "frequency"]
 Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
-Encoding = Literal["utf-8", "latin-1", "windows-1252", "utf-16", "gb18030", "shift_jis", "euc-kr"]
+Encoding = Literal["utf-8", "latin-1", "utf-16"]  # Spark 4 reads no other charsets
 Limit = int | None
 
 

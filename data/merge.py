@@ -38,7 +38,7 @@ def merged_pairs(rows: DataFrame, grades: int) -> DataFrame:
         *reasons,
     )
     # Of its own, so that it is not computed again for each rating.
-    grouped = grouped.withColumn("mean", _sum("all_grade_raw") / F.size("all_grade_raw"))
+    grouped = grouped.withColumn("mean", F.try_divide(_sum("all_grade_raw"), F.size("all_grade_raw")))
     grade = _lower_median("all_grade")
     reason = F.get(F.array(*[f"reason_{k}" for k in range(grades)]), grade)
     return grouped.select(
