@@ -29,6 +29,9 @@ import pyarrow.parquet as pq
 ROWS_PER_FILE = 500_000
 ADS_PER_QUERY = 5
 SAMPLE_SECONDS = 2.0
+PAUSE_SECONDS = 12.0
+JAVA_OPTIONS = "-XX:+UseParallelGC"
+"""What `SparkConfig.extra` advises for big tables: the full compiler, which the default leaves out for short jobs."""
 
 # Shuffle partitions, and bytes of input that one task reads.
 _LAYOUTS = {"usual": (16, 64 << 20), "other": (37, 9 << 20)}
@@ -100,7 +103,12 @@ def prepare_once(out: Path, rows: int, layout: str, driver_memory: str) -> dict[
     from pipeline.spark import SparkConfig, start_spark
 
     partitions, split_bytes = _LAYOUTS[layout]
-    extra = {"spark.sql.files.maxPartitionBytes": str(split_bytes), "spark.local.dir": str(out / "spark")}
+    extra = {
+        "spark.sql.files.maxPartitionBytes": str(split_bytes),
+        "spark.local.dir": str(out / "spark"),
+        "spark.driver.extraJavaOptions": JAVA_OPTIONS,
+        "spark.network.timeout": "10h",  # a process that was stopped for a while is no lost executor
+    }
     spark = start_spark(SparkConfig(driver_memory=driver_memory, shuffle_partitions=partitions, extra=extra))
     config = DataConfig.model_validate({
         "source": "table",
@@ -113,19 +121,21 @@ def prepare_once(out: Path, rows: int, layout: str, driver_memory: str) -> dict[
     with _PeakMemory() as memory:
         began = time.perf_counter()
         result = prepare(config, target, spark)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - memory.paused
     spark.stop()
-    kept = ("rows_in", "rejected", "duplicates", "rows", "queries", "conflicting_pairs")
+    kept = ("rejected", "duplicates", "queries", "conflicting_pairs")
     return {
         "rows": rows,
         "layout": layout,
         "shuffle_partitions": partitions,
         "seconds": round(seconds, 1),
+        "paused_s": round(memory.paused),
         "rows_per_s": round(rows / seconds),
         "peak_mib": round(memory.peak / 2**20),
         "fingerprint": result.fingerprint,
         "ids_and_splits": ids_and_splits(target / "pairs"),
         "files": _files_digest(target / "pairs"),
+        "pairs": result.figures["rows"],
         **{name: result.figures[name] for name in kept},
     }
 
@@ -177,10 +187,14 @@ def _text(words: pa.Array, numbers: Any, count: int, salt: int = 0) -> pa.Array:
 
 
 class _PeakMemory:
-    """The largest memory of this process and its children while the block runs, sampled."""
+    """The largest memory of this process and its children while the block runs, sampled, and for how long it was `paused`.
+
+    A pause is a gap between two samples that only SIGSTOP explains: on a shared machine all processes of a run can be stopped
+    to let others measure, and continued.
+    """
 
     def __enter__(self) -> _PeakMemory:
-        self.peak = 0
+        self.peak, self.paused = 0, 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -192,7 +206,10 @@ class _PeakMemory:
 
     def _watch(self) -> None:
         me = psutil.Process()
+        last = time.perf_counter()
         while not self._stop.wait(SAMPLE_SECONDS):
+            gap = time.perf_counter() - last
+            self.paused += gap if gap > PAUSE_SECONDS else 0.0
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
@@ -200,6 +217,7 @@ class _PeakMemory:
                 except psutil.Error:
                     continue  # it ended meanwhile
             self.peak = max(self.peak, total)
+            last = time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -29,13 +29,18 @@ def merged_pairs(rows: DataFrame, grades: int) -> DataFrame:
         # Sums of floats depend on their order, and so would the variance on the partitions.
         return F.array_sort(F.collect_list(name)).alias(f"all_{name}")
 
-    grouped = rows.groupBy("pair_id").agg(
-        # They follow from the normalised texts, which all rows of a pair share.
-        *[F.first(name).alias(name) for name in _KEYS],
-        F.min_by(shown, order).alias("shown"),
-        F.count("*").alias("rows"),
-        *[in_order(name) for name in ("grade", "grade_raw", "rating_variance", "frequency")],
-        *reasons,
+    # Few pairs are there twice, so merging before the shuffle would sort every row once more for nothing.
+    grouped = (
+        rows.repartition("pair_id")
+        .groupBy("pair_id")
+        .agg(
+            # They follow from the normalised texts, which all rows of a pair share.
+            *[F.first(name).alias(name) for name in _KEYS],
+            F.min_by(shown, order).alias("shown"),
+            F.count("*").alias("rows"),
+            *[in_order(name) for name in ("grade", "grade_raw", "rating_variance", "frequency")],
+            *reasons,
+        )
     )
     # Of its own, so that it is not computed again for each rating.
     grouped = grouped.withColumn("mean", F.try_divide(_sum("all_grade_raw"), F.size("all_grade_raw")))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from functools import lru_cache
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -86,6 +87,7 @@ def pair_id(query: str, ad_title: str, ad_text: str | None = None) -> str:
     return key_id(normalise_key(query), normalise_key(ad_title), normalise_key(ad_text))
 
 
+@lru_cache(200_000)
 def _singular(word: str) -> str:
     """An English plural's singular, roughly; any other word as it is."""
     if len(word) < 4 or not word.endswith("s") or not (word.isascii() and word.isalpha()):
