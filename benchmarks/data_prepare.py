@@ -189,8 +189,8 @@ def _text(words: pa.Array, numbers: Any, count: int, salt: int = 0) -> pa.Array:
 class _PeakMemory:
     """The largest memory of this process and its children while the block runs, sampled, and for how long it was `paused`.
 
-    A pause is a gap between two samples that only SIGSTOP explains: on a shared machine all processes of a run can be stopped
-    to let others measure, and continued.
+    A pause is a gap between two samples that only SIGSTOP explains: on a shared machine all processes of a run can be
+    stopped to let others measure, and continued.
     """
 
     def __enter__(self) -> _PeakMemory:
