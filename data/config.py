@@ -8,10 +8,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from data.schema import SPLITS, Config, Grade
+from data.schema import SPLITS, STRATA, Config, Grade
 
 Column = Literal["query", "ad_title", "ad_text", "attributes", "grade", "rationale"]
+LogColumn = Literal["query", "ad_title", "ad_text", "attributes", "frequency"]
 Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
+Encoding = Literal["utf-8", "latin-1", "utf-16"]  # Spark 4 reads no other charsets
 Limit = int | None
 
 
@@ -38,18 +40,86 @@ class Shares(Config):
         return self
 
 
+class LogConfig(Config):
+    """Pairs without labels, such as a search log, of which a sample joins the pool.
+
+    A query's frequency is the sum over its rows. The most frequent queries that together carry `head_traffic` of it are the
+    head, the next ones up to `torso_traffic` the torso, all others the tail. Of each stratum the first pairs in hash order
+    are taken, queries kept whole.
+    """
+
+    path: Path
+    """File to read, or a folder of such files."""
+
+    format: Format = "auto"
+    """As for a `table`."""
+
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """As for a `table`."""
+
+    columns: dict[LogColumn, str]
+    """Our column → the file's column. `query` and `ad_title` are required; without `frequency` each row counts once."""
+
+    head_traffic: float = Field(default=1 / 3, gt=0, lt=1)
+    """Share of the traffic that the head carries."""
+
+    torso_traffic: float = Field(default=2 / 3, gt=0, lt=1)
+    """Share of the traffic that head and torso carry together."""
+
+    head: Limit = Field(default=None, ge=0)
+    """At most so many pairs of the head; empty takes all. The same for the two below."""
+
+    torso: Limit = Field(default=None, ge=0)
+    """At most so many pairs of the torso."""
+
+    tail: Limit = Field(default=None, ge=0)
+    """At most so many pairs of the tail."""
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The limits that are set, by stratum."""
+        found = {name: getattr(self, name) for name in STRATA}
+        return {name: limit for name, limit in found.items() if limit is not None}
+
+    @model_validator(mode="after")
+    def _is_described(self) -> Self:
+        missing = [name for name in ("query", "ad_title") if name not in self.columns]
+        if missing:
+            raise ValueError(f"the log needs `columns` with the file's column for {' and '.join(missing)}")
+        if self.head_traffic >= self.torso_traffic:
+            raise ValueError("`head_traffic` must be below `torso_traffic`")
+        return self
+
+
 class DataConfig(Config):
     """From a source to one checked table of query–ad pairs with leak-free splits."""
 
-    source: Literal["synthetic", "home_depot", "table"] = "synthetic"
-    """Where pairs come from: made up (`synthetic`), the Home Depot CSV, or any `table` with a column mapping."""
+    source: Literal["synthetic", "home_depot", "wands", "esci", "crowdflower", "qbqtc", "table"] = "synthetic"
+    """Where pairs come from: made up (`synthetic`), a public set in the layout of its publisher, or any `table` with a
+    column mapping."""
 
     path: Path | None = None
-    """File to read (`table`: a folder of such files too). `home_depot` alone finds its file without it, in
-    `$ADS_RELEVANCE_DATA/home_depot` or `../shared/data/home_depot`."""
+    """File to read (`table`: a folder of such files too; `wands`, `esci`: the folder with the published files). `home_depot`
+    and `qbqtc` find theirs without it, in `$ADS_RELEVANCE_DATA` or `../shared/data`."""
 
     format: Format = "auto"
     """Format of a `table`; `auto` goes by the file's name: .csv, .tsv, .jsonl (each with .gz too), .parquet."""
+
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Character between the columns of a CSV `table`, such as `;` or `|`; empty means a comma, or a tab for TSV."""
+
+    encoding: Encoding = "utf-8"
+    """Encoding of CSV and TSV files. A row with bytes that it does not know is kept aside."""
+
+    html: bool = False
+    """For `table`: ad titles and texts are HTML; tags go and entities become characters. The public sets that hold HTML are
+    treated so in any case."""
+
+    locale: Literal["us", "es", "jp"] | None = "us"
+    """For `esci`: the shop whose queries and products are taken; empty takes all."""
+
+    log: LogConfig | None = None
+    """Unlabelled pairs that join the pool, beside any source."""
 
     columns: dict[Column, str] = Field(default_factory=dict)
     """For `table`: our column → the file's column. `query` and `ad_title` are required. `attributes` may be a map, an
@@ -72,6 +142,10 @@ class DataConfig(Config):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the splits and of the synthetic source."""
+
+    split_by: Literal["near_query", "query"] = "near_query"
+    """What stays together in one split: queries that differ only in case, spacing, punctuation, word order or plural
+    (`near_query`), or only equal ones, as in tables that were split so before (`query`)."""
 
     shares: Shares = Shares()
     """Share of the queries in each split."""
@@ -99,6 +173,14 @@ class DataConfig(Config):
         """The limits that are set, by split."""
         found = {name: getattr(self, f"max_{name}") for name in SPLITS}
         return {name: limit for name, limit in found.items() if limit is not None}
+
+    @model_validator(mode="after")
+    def _files_are_named(self) -> Self:
+        if self.source in ("wands", "esci", "crowdflower") and self.path is None:
+            raise ValueError(f"source '{self.source}' needs `path`: where its published files lie")
+        if self.log is not None and not self.shares.pool:
+            raise ValueError("a `log` joins the pool, so `shares.pool` must be above 0")
+        return self
 
     @model_validator(mode="after")
     def _table_is_described(self) -> Self:

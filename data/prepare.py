@@ -1,35 +1,38 @@
 """The data stage: any source becomes the checked `pairs` table with leak-free splits.
 
 Rows are checked, keyed, merged by `pair_id`, split by query and cut to the limits; every row that came in is accounted
-for, or the stage fails. What was left out: near-duplicates (only equal normalised text is merged) and any change to
-the text itself.
+for, or the stage fails. What was left out: merging near-duplicates (they share a split, but only equal normalised text is
+one pair) and any change to the text itself.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.dataset as pads
 from pydantic import BaseModel, ValidationError
 
+from data.balance import grade_balance, split_counts
+from data.card import languages, texts_and_labels, write_card
 from data.check import check_rows, refuse_too_many, rejected_rows
 from data.config import DataConfig
-from data.schema import PAIRS, RATIONALES, SPLITS, ContractError, GradeScale, check_schema
-from data.sources import read_source
-from data.sources.files import spark_paths
+from data.leaks import leakage
+from data.merge import merged_pairs
+from data.schema import PAIRS, SPLITS, ContractError, GradeScale
+from data.sources import describe_source, read_source
+from data.sources.delimited import LONGEST_FIELD
 from data.split import split_column, within_limits
+from data.strata import sampled_log, strata_counts, with_stratum
+from data.tables import companion_rows, on_disk, rows_of, tables_fingerprint, write_table, write_tables
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
 log = logging.getLogger(__name__)
-
-_ROWS_PER_FILE = 250_000
 
 
 class DataResult(BaseModel):
@@ -40,65 +43,83 @@ class DataResult(BaseModel):
 
 
 def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
-    """Write `pairs/`, `rationales/`, `rejected/` (Parquet folders), `scale.json` and `card.json` into `out`.
+    """Write `pairs/`, its companions (`rationales/`, `disagreement/`, with a log `frequencies/`), `rejected/`, `scale.json`,
+    `card.json` and `card.md` into `out`; the tables are Parquet folders.
 
-    Every row of train, valid and test has a grade: a query without any label goes to the pool, and an unlabelled row of
-    a query that lies elsewhere is left out (and counted), since a query must not be in two splits.
+    Every row of train, valid and test has a grade. Its query alone decides about a pair's split, so an unlabelled row is
+    used where its query falls to the pool, and is left out (and counted) elsewhere.
 
     Raises `ContractError` for a source that cannot be read, has no rows, or has more faulty rows than
-    `max_rejected_share`, and `RuntimeError` if rows were lost or invented on the way.
+    `max_rejected_share`, and `RuntimeError` if rows were lost or invented on the way or a query is in two splits.
     """
-    from pyspark import StorageLevel
     from pyspark.sql import functions as F
 
     log.info("reading source '%s'", config.source)
     frame, scale = read_source(spark, config)
     scale = _with_relevant_from(scale, config.relevant_from)
-    cached = [check_rows(frame, config, scale).persist(StorageLevel.MEMORY_AND_DISK)]
+    scratch = out / "_scratch"
     try:
-        checked = cached[0]
-        reasons, accepted = _count_reasons(checked, config)
-        rejected = sum(reasons.values())
-        rows_in = accepted + rejected
-        _write(rejected_rows(checked), out / "rejected", rejected)
+        with _damage_named(config):
+            checked = on_disk(check_rows(frame, config, scale), scratch / "checked")
+            reasons = {row["reason"]: row["count"] for row in checked.groupBy("reason").count().collect()}
+        accepted = reasons.pop(None, 0)
+        rows_in = accepted + sum(reasons.values())
+        if not rows_in:
+            raise ContractError(f"source '{config.source}' has no rows; check {config.path or 'its settings'}")
+        write_table(rejected_rows(checked), out / "rejected", rows_in - accepted)
         refuse_too_many(checked, reasons, rows_in, config, out / "rejected")
 
-        placed = _placed(_merged(checked.where(F.col("reason").isNull()), scale), config)
-        cached.append(placed.persist(StorageLevel.MEMORY_AND_DISK))
-        counts = _counts(placed)
-        pairs = sum(row["rows"] for row in counts)
-        unlabelled = sum(row["rows"] for row in counts if row["split"] != "pool" and row["grade"] is None)
-        kept = placed.where((F.col("split") == "pool") | F.col("grade").isNotNull())
-        if unlabelled or config.limits:
-            kept = within_limits(kept, config.limits)
-            counts = _counts(kept)
-        total = sum(row["rows"] for row in counts)
-        distinct = kept.groupBy("split").agg(F.countDistinct("query_id").alias("queries")).collect()
+        log.info("merging %d rows", accepted)
+        placed = merged_pairs(checked.where(F.col("reason").isNull()), scale.size).withColumn(
+            "split", split_column(F.col("point"), config.shares)
+        )
+        if config.log is not None:
+            placed = with_stratum(placed, config.log)
+        placed = on_disk(placed, scratch / "placed")
+        usable = (F.col("split") == "pool") | F.col("grade").isNotNull()
+        found = placed.agg(
+            F.count("*").alias("pairs"), F.sum("rows").alias("rows"), F.count_if(usable).alias("usable")
+        ).first()
 
-        log.info("writing %d pairs from %d rows", total, rows_in)
-        _write(kept.withColumn("source", F.lit(config.source)).select(*PAIRS.names), out / "pairs", total)
-        reasoned = kept.where((F.col("split") == "train") & F.col("rationale").isNotNull())
-        _write(reasoned.select("pair_id", F.col("rationale").alias("reasoning")), out / "rationales", total)
+        sampled = placed.where(usable)
+        if config.log is not None:
+            sampled = sampled_log(sampled, config.log)
+        kept = within_limits(sampled, config.limits)
+        n_sampled = sampled.count() if config.log is not None and config.log.limits else found["usable"]
+        n_kept = kept.count() if config.limits else n_sampled
+        log.info("writing %d pairs from %d rows", n_kept, rows_in)
+        write_tables(kept, config.source, out, n_kept)
+        described = _described(kept, placed.where(usable), config, scale)
     finally:
-        for one in cached:
-            one.unpersist()
+        shutil.rmtree(scratch, ignore_errors=True)
 
     account = {
         "rows_in": rows_in,
-        "rejected": rejected,
-        "duplicates": accepted - pairs,
-        "unlabelled_left_out": unlabelled,
-        "beyond_limits": pairs - unlabelled - total,
-        "rows": _rows(out / "pairs", PAIRS),
+        "rejected": rows_of(out / "rejected"),
+        "duplicates": (found["rows"] or 0) - found["pairs"],
+        "unlabelled_left_out": found["pairs"] - found["usable"],
+        "not_sampled": found["usable"] - n_sampled,
+        "beyond_limits": n_sampled - n_kept,
+        "rows": rows_of(out / "pairs", PAIRS),
     }
     if rows_in != sum(value for name, value in account.items() if name != "rows_in"):
         raise RuntimeError(f"rows were lost or invented while preparing {out}: {account}")
-    figures: dict[str, Any] = {**account, "rationales": _rows(out / "rationales", RATIONALES)}
-    queries = {row["split"]: row["queries"] for row in distinct}
-    figures |= _shares(counts, queries, scale) | {"rejected_share": rejected / rows_in}
+    leaks = described["leakage"]
+    if leaks["queries"]["in_several_splits"]:
+        raise RuntimeError(f"queries are in more than one split of {out}: {leaks['queries']}")
     scale.save(out)
-    fingerprint = _fingerprint(spark, out, scale)
-    _write_card(out, config.source, fingerprint, figures, reasons, counts, scale)
+    figures: dict[str, Any] = {
+        **account,
+        **companion_rows(out),
+        **described.pop("shares"),
+        "rejected_share": account["rejected"] / rows_in,
+        "conflicting_pairs": described["labels"]["conflicting"],
+        "ads_in_several_splits": leaks["ads"]["in_several_splits"],
+    }
+    fingerprint = tables_fingerprint(spark, out, scale)
+    settings = {"source": config.source, **describe_source(config), "seed": config.seed, "split_by": config.split_by}
+    made = {"fingerprint": fingerprint, **figures, "rejected_by_reason": reasons, **described}
+    write_card(out, {**settings, **made, "languages": languages(out / "pairs")})
     empty = [split for split in SPLITS if not figures[f"rows_{split}"] and getattr(config.shares, split)]
     if empty:
         log.warning("no pairs in %s: the source has too few labelled queries for the shares", " and ".join(empty))
@@ -116,135 +137,62 @@ def _with_relevant_from(scale: GradeScale, wanted: int | None) -> GradeScale:
         ) from None
 
 
-def _count_reasons(checked: DataFrame, config: DataConfig) -> tuple[dict[str, int], int]:
-    """Faulty rows by reason, and the number of sound ones. The first action, so here a damaged file shows itself."""
+@contextmanager
+def _damage_named(config: DataConfig) -> Iterator[None]:
+    """The first jobs read the source to its end, so here a damaged file shows itself; make a sentence of it."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
     try:
-        found = {row["reason"]: row["count"] for row in checked.groupBy("reason").count().collect()}
+        yield
     except (PySparkException, Py4JError) as error:
         raise ContractError(
             f"source '{config.source}' cannot be read to its end ({_root_cause(error)}); check {config.path or 'it'}"
         ) from error
-    accepted = found.pop(None, 0)
-    if not found and not accepted:
-        raise ContractError(f"source '{config.source}' has no rows; check {config.path or 'its settings'}")
-    return found, accepted
 
 
-def _merged(rows: DataFrame, scale: GradeScale) -> DataFrame:
-    """One row for each pair_id. Labels become their lower median, text that of the first row in text order.
-
-    The lower median is always a label that somebody gave, and thresholds commute with it, so grade and rating agree.
-    """
-    from pyspark.sql import functions as F
-
-    shown = F.struct("query", "ad_title", "ad_text", "attributes")
-    # A map has no order of its own.
-    order = F.struct("query", "ad_title", "ad_text", "attributes_json")
-    # A reason must be one for the grade that stays, so the first reason of each grade is kept until that is known.
-    reasons = [F.min(F.when(F.col("grade") == k, F.col("rationale"))).alias(f"reason_{k}") for k in range(scale.size)]
-    grouped = rows.groupBy("pair_id").agg(
-        # Both follow from the normalised query, which all rows of a pair share.
-        F.first("query_id").alias("query_id"),
-        F.first("point").alias("point"),
-        F.min_by(shown, order).alias("shown"),
-        F.expr("percentile_disc(0.5) WITHIN GROUP (ORDER BY grade)").cast("int").alias("grade"),
-        F.expr("percentile_disc(0.5) WITHIN GROUP (ORDER BY grade_raw)").alias("grade_raw"),
-        *reasons,
-    )
-    chosen = F.get(F.array(*[f"reason_{k}" for k in range(scale.size)]), F.col("grade"))
-    return grouped.select("pair_id", "query_id", "point", "shown.*", "grade", "grade_raw", chosen.alias("rationale"))
-
-
-def _placed(pairs: DataFrame, config: DataConfig) -> DataFrame:
-    """Add `split`: by the query's hash, or the pool where no row of the query has a grade."""
-    from pyspark.sql import Window
-    from pyspark.sql import functions as F
-
-    labelled = F.max(F.col("grade").isNotNull()).over(Window.partitionBy("query_id"))
-    split = F.when(F.col("labelled"), split_column(F.col("point"), config.shares)).otherwise("pool")
-    return pairs.withColumn("labelled", labelled).withColumn("split", split).drop("labelled")
-
-
-def _counts(pairs: DataFrame) -> list[Any]:
-    from pyspark.sql import functions as F
-
-    return pairs.groupBy("split", "grade").agg(F.count("*").alias("rows")).orderBy("split", "grade").collect()
-
-
-def _write(frame: DataFrame, folder: Path, rows: int) -> None:
-    """Few files, each sorted by pair_id where there is one; which rows share a file depends on their ids alone."""
-    files = max(1, -(-rows // _ROWS_PER_FILE))
-    if "pair_id" in frame.columns:
-        frame = frame.repartition(files, "pair_id").sortWithinPartitions("pair_id")
-    else:
-        frame = frame.coalesce(files)
-    frame.write.mode("overwrite").parquet(f"file://{folder.resolve()}")
-
-
-def _rows(folder: Path, schema: pa.Schema) -> int:
-    """Rows in the files as they lie there, from their footers; checks the contract on the way."""
-    dataset = pads.dataset(folder, format="parquet")
-    check_schema(dataset.schema, schema, str(folder))
-    return dataset.count_rows()
-
-
-def _fingerprint(spark: SparkSession, out: Path, scale: GradeScale) -> str:
-    """Hash of the scale and of both tables as written, each as a sum of its rows' hashes: no order plays a part."""
-    from pyspark.sql import functions as F
-
-    parts = [scale.model_dump_json()]
-    for name, schema in (("pairs", PAIRS), ("rationales", RATIONALES)):
-        frame = spark.read.parquet(*spark_paths([out / name]))
-        row = F.sha2(F.to_json(F.struct(*schema.names)), 256)
-        # 2 × 60 bits of each row's hash; the sum of 10¹⁰ rows fits a decimal of 30 digits.
-        words = [F.conv(F.substring(row, at, 15), 16, 10).cast("decimal(20,0)") for at in (1, 16)]
-        (sums,) = frame.agg(F.count("*"), *[F.sum(word) for word in words]).collect()
-        parts.append(" ".join(map(str, sums)))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _shares(counts: list[Any], queries: dict[str, int], scale: GradeScale) -> dict[str, Any]:
-    """Rows and queries by split, and the share of each grade among the graded rows of all splits."""
-    by_split = {split: sum(row["rows"] for row in counts if row["split"] == split) for split in SPLITS}
-    by_grade = [sum(row["rows"] for row in counts if row["grade"] == k) for k in range(scale.size)]
-    graded, total = sum(by_grade), sum(by_split.values())
+def _described(kept: DataFrame, usable: DataFrame, config: DataConfig, scale: GradeScale) -> dict[str, Any]:
+    """What the card says of the pairs that were `kept`, and of the log's among the `usable` ones."""
+    counts = split_counts(kept, scale.size)
+    leaks = leakage(kept)
     return {
-        **{f"rows_{split}": rows for split, rows in by_split.items()},
+        "shares": _shares(counts, leaks["queries"]["by_split"], scale),
+        "grades_by_split": {split: _by_grade(counts.get(split, {}), scale) for split in SPLITS},
+        "balance": grade_balance(counts, scale.size),
+        "leakage": leaks,
+        **texts_and_labels(kept),
+        "strata": {} if config.log is None else strata_counts(usable, kept),
+    }
+
+
+def _by_grade(found: dict[str, int], scale: GradeScale) -> dict[str, int]:
+    """Rows by grade and its name, those without one as `none`; what there is none of is left out."""
+    rows = {f"{k} {grade.name}": found.get(f"n{k}", 0) for k, grade in enumerate(scale.grades)}
+    rows["none"] = found.get("rows", 0) - found.get("n", 0)
+    return {name: count for name, count in rows.items() if count}
+
+
+def _shares(counts: dict[str, dict[str, int]], queries: dict[str, int], scale: GradeScale) -> dict[str, Any]:
+    """Rows and queries by split, and the share of each grade among the graded rows of all splits."""
+
+    def total(name: str) -> int:
+        return sum(found[name] for found in counts.values())
+
+    rows, graded = total("rows"), total("n")
+    return {
+        **{f"rows_{split}": counts.get(split, {}).get("rows", 0) for split in SPLITS},
         "queries": sum(queries.values()),
-        **{f"queries_{split}": queries.get(split, 0) for split in SPLITS},
-        "graded_share": graded / total if total else 0.0,
-        **{f"grade_{k}_share": n / graded if graded else 0.0 for k, n in enumerate(by_grade)},
+        **{f"queries_{split}": queries[split] for split in SPLITS},
+        "graded_share": graded / rows if rows else 0.0,
+        **{f"grade_{k}_share": total(f"n{k}") / graded if graded else 0.0 for k in range(scale.size)},
     }
-
-
-def _write_card(
-    out: Path,
-    source: str,
-    fingerprint: str,
-    figures: dict[str, Any],
-    reasons: dict[str, int],
-    counts: list[Any],
-    scale: GradeScale,
-) -> None:
-    def name(grade: int | None) -> str:
-        return "none" if grade is None else f"{grade} {scale.grades[grade].name}"
-
-    by_split = {split: {name(row["grade"]): row["rows"] for row in counts if row["split"] == split} for split in SPLITS}
-    card = {
-        "source": source,
-        "fingerprint": fingerprint,
-        **figures,
-        "rejected_by_reason": reasons,
-        "grades_by_split": by_split,
-    }
-    (out / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _root_cause(error: Exception) -> str:
     """The innermost "Caused by" of a Spark error, in one line; the outer ones only say that a task failed."""
-    lines = str(error).splitlines() or [repr(error)]
+    text = str(error)
+    if "exceeds the maximum number of characters" in text:
+        return f"a field of more than {LONGEST_FIELD} characters: a quote left open?"
+    lines = text.splitlines() or [repr(error)]
     lines = [line for line in lines if "Caused by:" in line] or lines[:1]
     return lines[-1].replace("Caused by:", "").strip()[:200]

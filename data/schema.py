@@ -14,6 +14,7 @@ import pyarrow.dataset as pads
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SPLITS = ("train", "valid", "test", "pool")
+STRATA = ("head", "torso", "tail")
 
 PAIRS = pa.schema(
     [
@@ -34,6 +35,26 @@ RATIONALES = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
         pa.field("reasoning", pa.string(), nullable=False),
+    ]
+)
+
+# Optional companion of `pairs`: what is left of several labels of one pair, or of a source that publishes their variance.
+DISAGREEMENT = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("n_labels", pa.int32(), nullable=False),
+        pa.field("grade_min", pa.int32()),
+        pa.field("grade_max", pa.int32()),
+        pa.field("rating_variance", pa.float64()),
+    ]
+)
+
+# Optional companion of `pairs`: how often a pair from a log was seen, and the stratum of its query.
+FREQUENCIES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("frequency", pa.float64(), nullable=False),
+        pa.field("stratum", pa.string(), nullable=False),
     ]
 )
 

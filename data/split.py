@@ -1,6 +1,8 @@
 """Which split a query belongs to: a matter of its own hash, so that adding rows moves no query.
 
-All rows of a normalised query are in one split, so that no model is tested on a query it has seen.
+All rows of a query and of its near-duplicates are in one split, so that no model is tested on a query it has seen. That a
+split has its share of each grade is left to the hash: whoever balances grades exactly must look at the other rows, and
+moves old pairs when rows are added. The data card says how far each split is from the whole, in standard deviations.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _BUCKETS = 1 << 12
 
 
 def split_point(query_key: str, seed: int) -> int:
-    """Place of a normalised query in hash order: an integer in [0, 2⁶³), uniform over queries."""
+    """Place of a query (its key, or near key) in hash order: an integer in [0, 2⁶³), uniform over queries."""
     return int.from_bytes(stable_hash(str(seed), query_key)[:8], "big") >> 1
 
 
@@ -53,11 +55,11 @@ def split_column(point: Column, shares: Shares) -> Column:
     return column
 
 
-def within_limits(frame: DataFrame, limits: dict[str, int]) -> DataFrame:
+def within_limits(frame: DataFrame, limits: dict[str, int], by: str = "split") -> DataFrame:
     """Keep of each split in `limits` its first rows in hash order (by query, then by pair), at most that many.
 
-    `frame` has the columns split, point and pair_id. Queries are kept whole, except the last one of a split. The order
-    of the rows plays no part, and a row that is added pushes out only rows that come after it.
+    `frame` has the columns point, pair_id and `by`, whose values are the keys of `limits`. Queries are kept whole, except
+    the last one of a split. The order of the rows plays no part, and an added row pushes out only rows that come after it.
     """
     if not limits:
         return frame
@@ -67,21 +69,21 @@ def within_limits(frame: DataFrame, limits: dict[str, int]) -> DataFrame:
     bucket = F.shiftright("point", (_POINTS // _BUCKETS).bit_length() - 1)
     framed = frame.withColumn("bucket", bucket)
     # Only the bucket in which a limit falls has to be sorted; the counts of all buckets fit on the driver.
-    counts = framed.where(F.col("split").isin(*limits)).groupBy("split", "bucket").count().collect()
-    sizes = {(row["split"], row["bucket"]): row["count"] for row in counts}
-    keep, edge = ~F.col("split").isin(*limits), F.lit(False)
+    counts = framed.where(F.col(by).isin(*limits)).groupBy(by, "bucket").count().collect()
+    sizes = {(row[by], row["bucket"]): row["count"] for row in counts}
+    keep, edge = ~F.col(by).isin(*limits), F.lit(False)
     remaining = F.lit(0)
     for name, limit in limits.items():
         taken, cut = 0, _BUCKETS
-        for key in sorted(b for split, b in sizes if split == name):
+        for key in sorted(b for group, b in sizes if group == name):
             if taken + sizes[name, key] > limit:
                 cut = key
                 break
             taken += sizes[name, key]
-        here = F.col("split") == name
+        here = F.col(by) == name
         keep = keep | (here & (F.col("bucket") < cut))
         edge = edge | (here & (F.col("bucket") == cut))
         remaining = F.when(here, limit - taken).otherwise(remaining)
-    rank = F.row_number().over(Window.partitionBy("split").orderBy("point", "pair_id"))
+    rank = F.row_number().over(Window.partitionBy(by).orderBy("point", "pair_id"))
     first = framed.where(edge).withColumn("rank", rank).where(F.col("rank") <= remaining).drop("rank")
     return framed.where(keep).unionByName(first).drop("bucket")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from markupsafe import Markup
 
+from data.card import card_tables
 from data.schema import ANNOTATIONS, PAIRS, GradeScale, read_table
 from pipeline.audit import audit_rows
 from pipeline.plots import Line, line_chart
@@ -37,20 +38,18 @@ def read_json(path: Path) -> Any:
 
 
 def funnel(folder: Path) -> dict[str, Any]:
-    """From rows to pairs: each step with its share of the first, the splits by grade, and the reasons of rejection."""
+    """From rows to pairs: each step with its share of the first, and the tables of the data card."""
     card = read_json(folder / "card.json")
     first = card.get("rows_in") or card.get("rows") or 1
     steps = [("rows in the source", card.get("rows_in"))]
     steps += [(name.replace("_", " "), card.get(name)) for name in
-              ("rejected", "duplicates", "unlabelled_left_out", "beyond_limits")]  # fmt: skip
+              ("rejected", "duplicates", "unlabelled_left_out", "not_sampled", "beyond_limits")]  # fmt: skip
     steps += [("pairs kept", card.get("rows"))]
     steps += [(f"… in {split}", card.get(f"rows_{split}")) for split in ("train", "valid", "test", "pool")]
-    by_split = card.get("grades_by_split", {})
     return {
         "steps": [(name, count, 100 * count / first) for name, count in steps if count is not None],
-        "grades": sorted({grade for counts in by_split.values() for grade in counts}),
-        "splits": {split: counts for split, counts in by_split.items() if counts},
-        "rejected": card.get("rejected_by_reason", {}),
+        # The steps above are its first table.
+        "tables": card_tables(card)[1:],
     }
 
 

@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 # From the first line on: `setLogLevel` comes after the start-up warnings. The gateway's own level must equal the
-# root's, or it announces that it changes it.
+# root's, or it announces that it changes it. The others print, with stack traces, what the failing action raises anyway.
 _LOG4J = """\
 rootLogger.level = error
 logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer
 logger.gateway.level = error
+logger.executor.name = org.apache.spark.executor.Executor
+logger.executor.level = off
+logger.tasks.name = org.apache.spark.scheduler.TaskSetManager
+logger.tasks.level = off
+logger.writer.name = org.apache.spark.sql.execution.datasources.FileFormatWriter
+logger.writer.level = off
+logger.utils.name = org.apache.spark.util.Utils
+logger.utils.level = off
 rootLogger.appenderRef.stderr.ref = stderr
 appender.stderr.type = Console
 appender.stderr.name = stderr

@@ -113,6 +113,7 @@ def run_data(settings: PipelineConfig) -> StageRecord:
         with spark_session(settings.spark) as spark:
             result = prepare(settings.data, out, spark)
         tracker.artifact(out / "card.json")
+        tracker.artifact(out / "card.md")
         tracker.artifact(out / "scale.json")
         return result
 

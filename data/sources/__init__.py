@@ -1,8 +1,9 @@
 """Sources of query–ad pairs: a registry by name, and the way in.
 
-A source module exposes `read(spark, config) -> (frame, scale)`; `frame` has the columns of `COLUMNS`, and may have
-`problem` and `detail` (strings: why the source could not read the row, and what it found). The synthetic source
-instead exposes `SCALE` and `generate(rows, seed)`, and needs no Spark.
+A source module exposes `LICENCE`, `GRADING` (how raw ratings become grades, in a sentence), `input_files(config)` and
+`read(spark, config) -> (frame, scale)`; `frame` has the columns of `COLUMNS`, and may have `rating_variance` (of the
+raters of one row) and `problem` and `detail` (strings: why the source could not read the row, and what it found). The
+synthetic source instead exposes `SCALE` and `generate(rows, seed)`, and needs no Spark.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from data.schema import GradeScale
+from data.sources.log import read_log
+from data.sources.paths import list_files
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 SOURCES = {
     "synthetic": "data.sources.synthetic",
     "home_depot": "data.sources.home_depot",
+    "wands": "data.sources.wands",
+    "esci": "data.sources.esci",
+    "crowdflower": "data.sources.crowdflower",
+    "qbqtc": "data.sources.qbqtc",
     "table": "data.sources.table",
 }
 
@@ -45,11 +52,24 @@ _CHUNK = 20_000
 
 
 def read_source(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale]:
-    """The rows of the configured source and its grade scale; raises `ContractError` for a file that cannot be read."""
+    """The rows of the configured source and its grade scale; raises `ContractError` for a file that cannot be read.
+
+    With a log its rows come too; `frequency` is null in all others.
+    """
     module = import_module(SOURCES[config.source])
     if config.source == "synthetic":
-        return read_generated(spark, module.generate(config.rows, config.seed)), module.SCALE
-    return module.read(spark, config)
+        frame, scale = read_generated(spark, module.generate(config.rows, config.seed)), module.SCALE
+    else:
+        frame, scale = module.read(spark, config)
+    if config.log is not None:
+        frame = frame.unionByName(read_log(spark, config.log, config.encoding), allowMissingColumns=True)
+    return frame, scale
+
+
+def describe_source(config: DataConfig) -> dict[str, str]:
+    """Licence and grading of the configured source, a sentence each."""
+    module = import_module(SOURCES[config.source])
+    return {"licence": module.LICENCE, "grading": module.GRADING}
 
 
 def read_generated(spark: SparkSession, rows: Iterator[dict[str, Any]]) -> DataFrame:
@@ -63,14 +83,17 @@ def read_generated(spark: SparkSession, rows: Iterator[dict[str, Any]]) -> DataF
 
 
 def input_fingerprint(config: DataConfig) -> str:
-    """Hash of the files that the source reads, so that a changed file is noticed; empty for a source without files.
+    """Hash of the files that source and log read, so that a changed file is noticed; empty when there are none.
 
-    Raises `ContractError` when the file is not there.
+    Raises `ContractError` when a file is not there.
     """
-    if config.source == "synthetic":
+    files = [] if config.source == "synthetic" else import_module(SOURCES[config.source]).input_files(config)
+    if config.log is not None:
+        files = [*files, *list_files(config.log.path)]
+    if not files:
         return ""
     hashed = hashlib.sha256()
-    for path in import_module(SOURCES[config.source]).input_files(config):
+    for path in files:
         hashed.update(path.name.encode("utf-8", "surrogateescape"))
         hashed.update(_file_hash(path))
     return hashed.hexdigest()[:16]

@@ -1,24 +1,25 @@
 """CSV, TSV, JSONL and Parquet files as Spark tables of the wanted columns, under our names, as text.
 
-What was left out: other encodings than UTF-8 (a byte that is none becomes U+FFFD) and Excel's own files.
+What was left out: JSON in other encodings than UTF-8, and Excel's own files.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
-import gzip
 import json
-import re
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.schema import ContractError
+from data.sources.delimited import read_delimited
+from data.sources.paths import list_files, open_text, require_columns, spark_paths
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -37,18 +38,6 @@ _CORRUPT = "_corrupt_record"
 _SAMPLED_LINES = 1000
 
 
-def list_files(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder (hidden ones and markers left out), sorted; never empty."""
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise ContractError(f"there is no file {path}{_nearest_file(path)}; check `data.path`")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
-    if not files:
-        raise ContractError(f"the folder {path} holds no file to read; check `data.path`")
-    return files
-
-
 def file_format(path: Path, wanted: str) -> str:
     """`csv`, `tsv`, `jsonl` or `parquet`: what is wanted, or by the name when that is `auto`."""
     if wanted != "auto":
@@ -62,8 +51,16 @@ def file_format(path: Path, wanted: str) -> str:
     return found
 
 
-def read_columns(spark: SparkSession, path: Path, wanted: str, columns: Mapping[Any, str]) -> DataFrame:
-    """Read a file or a folder of alike files.
+def read_columns(
+    spark: SparkSession,
+    path: Path,
+    wanted: str,
+    columns: Mapping[Any, str],
+    *,
+    delimiter: str | None = None,
+    encoding: str = "utf-8",
+) -> DataFrame:
+    """Read a file or a folder of alike files; `delimiter` and `encoding` are those of CSV and TSV files.
 
     `columns` maps our names to the file's. The result has our names as strings (a nested `attributes` as it is), plus
     `problem` and `detail`: the reason why a line could not be split into columns (else null), and the line.
@@ -76,67 +73,20 @@ def read_columns(spark: SparkSession, path: Path, wanted: str, columns: Mapping[
             f"{path} mixes files of the formats {', '.join(sorted(formats))}; keep one format in a folder"
         )
     kind = formats.pop()
-    try:
+    with _readable(path, kind):
         if kind == "parquet":
             return _read_parquet(spark, files, columns)
         if kind == "jsonl":
             return _read_jsonl(spark, files, columns)
-        return _read_csv(spark, files, columns, "," if kind == "csv" else "\t")
-    except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
+        return read_delimited(spark, files, columns, delimiter or ("," if kind == "csv" else "\t"), encoding)
+
+
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, UnicodeError, zlib.error, csv.Error, pa.ArrowException) as error:
         raise ContractError(f"{path} cannot be read as {kind}: {error}; check the file or `data.format`") from error
-
-
-def spark_paths(files: Iterable[Path]) -> list[str]:
-    """Local files as Spark wants them: on the local file system whatever the default is, and no character a pattern."""
-    return ["file://" + re.sub(r"([\\{}\[\]*?,])", r"\\\1", str(file.resolve())) for file in files]
-
-
-def require_columns(columns: Mapping[Any, str], found: list[str], where: Path) -> None:
-    """Raise `ContractError` for the first mapped column that is not in `found`, naming the nearest ones that are."""
-    for ours, theirs in columns.items():
-        if theirs in found:
-            continue
-        folded = {name.casefold(): name for name in found}
-        near = [folded[n] for n in difflib.get_close_matches(theirs.casefold(), list(folded), n=3, cutoff=0.4)]
-        hint = f"{'the nearest are' if near else 'it has'} {', '.join(map(repr, near or found[:10]))}"
-        raise ContractError(f"{where} has no column '{theirs}' for our '{ours}': {hint}; mend `data.columns`")
-
-
-def _read_csv(spark: SparkSession, files: list[Path], columns: Mapping[Any, str], separator: str) -> DataFrame:
-    from pyspark.sql import functions as F
-    from pyspark.sql.types import StringType, StructField, StructType
-
-    header = _csv_header(files[0], separator)
-    for other in files[1:]:
-        if _csv_header(other, separator) != header:
-            raise ContractError(f"{other} has another header than {files[0]}; files of one folder must be alike")
-    require_columns(columns, header, files[0])
-    for theirs in columns.values():
-        if header.count(theirs) > 1:
-            raise ContractError(f"{files[0]} has more than one column '{theirs}'; rename all but one in its header")
-    # By position: names that differ only in case, or hold dots and backticks, would be trouble to Spark.
-    names = [f"c{i}" for i in range(len(header))]
-    schema = StructType([StructField(name, StringType()) for name in [*names, _CORRUPT]])
-    frame = (
-        spark.read.schema(schema)
-        .options(header=True, sep=separator, quote='"', escape='"', multiLine=True, mode="PERMISSIVE", encoding="UTF-8")
-        # Without the columns that nobody wants, Spark does not see that a line has too few or too many.
-        .options(columnNameOfCorruptRecord=_CORRUPT, columnPruning=False)
-        .csv(spark_paths(files))
-    )
-    chosen = [F.col(names[header.index(theirs)]).alias(ours) for ours, theirs in columns.items()]
-    # A file with quoted line breaks cannot be read in pieces: spread its rows for what comes next.
-    return _with_problem(frame, chosen, "the line has too few or too many columns").repartition(
-        spark.sparkContext.defaultParallelism
-    )
-
-
-def _csv_header(path: Path, separator: str) -> list[str]:
-    with _open_text(path) as file:
-        header = next(csv.reader(file, delimiter=separator), None)
-    if not header:
-        raise ContractError(f"{path} is empty or its first line is; a header with the column names is needed")
-    return header
 
 
 def _read_jsonl(spark: SparkSession, files: list[Path], columns: Mapping[Any, str]) -> DataFrame:
@@ -145,7 +95,7 @@ def _read_jsonl(spark: SparkSession, files: list[Path], columns: Mapping[Any, st
 
     require_columns(columns, _json_names(files[0]), files[0])
     names = list(dict.fromkeys(columns.values()))
-    # As a string Spark keeps numbers and objects in their JSON form.
+    # As a string Spark keeps numbers, lists and objects in their JSON form.
     schema = StructType([StructField(name, StringType()) for name in [*names, _CORRUPT]])
     frame = (
         spark.read.schema(schema)
@@ -153,13 +103,26 @@ def _read_jsonl(spark: SparkSession, files: list[Path], columns: Mapping[Any, st
         .json(spark_paths(files))
     )
     chosen = [F.col(_quoted(theirs)).alias(ours) for ours, theirs in columns.items()]
-    frame = _with_problem(frame, chosen, "the line is not a JSON object")
+    line = F.col(_CORRUPT)
+    problem = F.when(line.isNotNull(), "the line is not a JSON object")
+    for ours, theirs in columns.items():
+        if ours != "attributes":
+            value = F.col(_quoted(theirs))
+            nested = value.rlike(r"^[\[{]") & F.try_parse_json(value).isNotNull()
+            problem = problem.when(nested, f"the {str(ours).replace('_', ' ')} is a list or an object, not text")
+    frame = frame.select(*chosen, problem.alias("problem"), F.substring(line, 1, 1000).alias("detail"))
     return frame.repartition(spark.sparkContext.defaultParallelism) if files[0].suffix == ".gz" else frame
+
+
+def json_names(path: Path) -> list[str]:
+    """The keys of the first lines' objects, in the order in which they appear; raises `ContractError` for none."""
+    with _readable(path, "jsonl"):
+        return _json_names(path)
 
 
 def _json_names(path: Path) -> list[str]:
     names: dict[str, None] = {}
-    with _open_text(path) as file:
+    with open_text(path) as file:
         for line in islice(file, _SAMPLED_LINES):
             try:
                 record = json.loads(line)
@@ -195,27 +158,5 @@ def _read_parquet(spark: SparkSession, files: list[Path], columns: Mapping[Any, 
         raise ContractError(f"Spark cannot read {files[0]}: {str(error).splitlines()[0]}") from error
 
 
-def _with_problem(frame: DataFrame, chosen: list, reason: str) -> DataFrame:
-    from pyspark.sql import functions as F
-
-    line = F.col(_CORRUPT)
-    return frame.select(
-        *chosen, F.when(line.isNotNull(), reason).alias("problem"), F.substring(line, 1, 1000).alias("detail")
-    )
-
-
-def _open_text(path: Path) -> IO[str]:
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    # utf-8-sig: the mark that Excel puts first is no part of a column's name.
-    return opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="")  # type: ignore[operator]
-
-
 def _quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
-
-
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" (nor a folder {path.parent})"
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.4)
-    return f" (that folder has {', '.join(near)})" if near else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING
@@ -26,3 +26,11 @@ def threshold_grade(rating: Column, thresholds: Sequence[float]) -> Column:
     from pyspark.sql import functions as F
 
     return reduce(add, ((rating >= F.lit(t)).cast("int") for t in thresholds))
+
+
+def named_label(text: Column, values: Mapping[str, object], kind: str) -> Column:
+    """What `values` gives for a label in words, cast to the Spark type `kind`; null for any other label."""
+    from pyspark.sql import functions as F
+
+    known = F.create_map(*[F.lit(part) for pair in values.items() for part in pair])
+    return F.try_element_at(known, text).cast(kind)

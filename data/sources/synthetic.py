@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from data.schema import Grade, GradeScale
 
+LICENCE = "the project's own, Apache-2.0"
+GRADING = "a grade follows from what the query asks and what the ad offers"
 SCALE = GradeScale(
     grades=(
         Grade(name="irrelevant", definition="the ad offers something else than the query asks for."),

@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.html import visible_text_column
 from data.schema import ContractError, GradeScale
-from data.sources.files import list_files, read_columns
-from data.sources.labels import number, threshold_grade
+from data.sources.files import read_columns
+from data.sources.labels import named_label, number, threshold_grade
+from data.sources.paths import list_files
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
     from data.config import DataConfig
+
+
+LICENCE = "the owner's"
+GRADING = "as the settings `grade_thresholds` or `grade_labels` say; without them the label is the grade"
 
 
 def input_files(config: DataConfig) -> list[Path]:
@@ -30,11 +36,15 @@ def read(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale
 
     assert config.path is not None
     scale = GradeScale(grades=config.grades, relevant_from=config.relevant_from or len(config.grades) - 1)
-    frame = read_columns(spark, config.path, config.format, config.columns)
+    frame = read_columns(
+        spark, config.path, config.format, config.columns, delimiter=config.delimiter, encoding=config.encoding
+    )
     for name in ("ad_text", "attributes", "grade", "rationale"):
         if name not in frame.columns:
             frame = frame.withColumn(name, F.lit(None).cast("string"))
-    attributes, not_attributes = _attributes(frame)
+    if config.html:
+        frame = frame.withColumns({name: visible_text_column(F.col(name)) for name in ("ad_title", "ad_text")})
+    attributes, not_attributes = attributes_column(frame)
     raw, grade, not_grade = _grade(config)
     return frame.select(
         "query",
@@ -56,20 +66,19 @@ def _grade(config: DataConfig) -> tuple[Column, Column, Column]:
     text = F.trim("grade")
     given = F.col("grade").isNotNull() & (text != "") & (F.lower(text) != "nan")
     if config.grade_labels:
-        labels = F.create_map(*[F.lit(v) for pair in config.grade_labels.items() for v in pair])
-        grade = F.when(given, F.try_element_at(labels, text)).cast("int")
+        grade = F.when(given, named_label(text, config.grade_labels, "int"))
         problem = F.when(given & grade.isNull(), "the label is not one of grade_labels")
         return F.lit(None).cast("double"), grade, problem
     raw = F.when(given, number(text))
     if config.grade_thresholds:
         grade = threshold_grade(raw, config.grade_thresholds)
         return raw, grade, F.when(given & raw.isNull(), "the label is not a number")
-    fits = (raw == F.floor(raw)) & (raw >= 0) & (raw < len(config.grades))
+    fits = (raw == F.rint(raw)) & (raw >= 0) & (raw < len(config.grades))
     grade = F.when(fits, raw.try_cast("int"))
     return raw, grade, F.when(given & grade.isNull(), f"the grade is not on the scale 0 … {len(config.grades) - 1}")
 
 
-def _attributes(frame: DataFrame) -> tuple[Column, Column]:
+def attributes_column(frame: DataFrame) -> tuple[Column, Column]:
     """Columns of attributes (map of strings) and problem, from JSON text, a map or a struct."""
     from pyspark.sql import functions as F
     from pyspark.sql.types import MapType, StringType, StructType

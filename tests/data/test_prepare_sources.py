@@ -1,7 +1,8 @@
-"""The data stage on the synthetic source and on the real Home Depot file."""
+"""The data stage on the synthetic source and on the real files of public sets."""
 
+import json
 import os
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from data.config import DataConfig
 from data.prepare import prepare
-from data.schema import PAIRS, RATIONALES, ContractError, GradeScale, read_table
+from data.schema import PAIRS, RATIONALES, SPLITS, ContractError, GradeScale, read_table
 from data.sources import home_depot
-from data.text import normalise_key
+from data.sources.paths import public_file
+from data.text import near_key, normalise_key
 
 pytestmark = pytest.mark.spark
 
@@ -61,23 +63,49 @@ def test_home_depot_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_
         home_depot.input_files(DataConfig(source="home_depot"))
 
 
-@pytest.mark.skipif(
-    not any((folder / "home_depot" / "train.csv.gz").exists() for folder in home_depot.data_folders()),
-    reason=f"the Home Depot file is not in {os.environ.get('ADS_RELEVANCE_DATA', '../shared/data')}",
-)
+def is_there(name: str) -> bool:
+    try:
+        return public_file(name).is_file()
+    except ContractError:
+        return False
+
+
+def real(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not is_there(name), reason=f"no {name} in {os.environ.get('ADS_RELEVANCE_DATA', '../shared/data')}"
+    )
+
+
+def splits_of_queries(rows: list[dict[str, Any]], key: Callable[[str], str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(key(normalise_key(row["query"])), set()).add(row["split"])
+    return found
+
+
+@real("home_depot/train.csv.gz")
 def test_home_depot_as_published(spark: Any, tmp_path: Path) -> None:
     config = DataConfig(source="home_depot", max_train=2000, max_valid=500, max_test=1000, max_pool=3000)
     figures = prepare(config, tmp_path, spark).figures
     assert figures["rows_in"] == 74_067
     assert figures["rejected"] == 0
-    assert (figures["rows_train"], figures["rows_valid"], figures["rows_test"], figures["rows_pool"]) == (
-        2000,
-        500,
-        1000,
-        3000,
-    )
+    rows_of_splits = tuple(figures[f"rows_{split}"] for split in SPLITS)
+    assert rows_of_splits == (2000, 500, 1000, 3000)
     rows = read_table(tmp_path / "pairs", PAIRS).to_pylist()
     assert all((row["grade_raw"] >= 2.33) == (row["grade"] == 2) for row in rows)
     assert all((row["grade_raw"] < 1.6) == (row["grade"] == 0) for row in rows)
-    splits = {(normalise_key(row["query"]), row["split"]) for row in rows}
-    assert max(Counter(query for query, _ in splits).values()) == 1
+    assert not any("&amp;" in row["ad_title"] for row in rows)
+    for key in (str, near_key):
+        assert all(len(splits) == 1 for splits in splits_of_queries(rows, key).values())
+
+
+@real("qbqtc/train.jsonl.gz")
+def test_qbqtc_as_published(spark: Any, tmp_path: Path) -> None:
+    figures = prepare(DataConfig(source="qbqtc"), tmp_path, spark).figures
+    assert (figures["rows_in"], figures["rejected"]) == (20_000, 0)
+    rows = read_table(tmp_path / "pairs", PAIRS).to_pylist()
+    for key in (str, near_key):
+        assert all(len(splits) == 1 for splits in splits_of_queries(rows, key).values())
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert max(card["languages"], key=card["languages"].get) == "zh"
+    assert all(row["deviations"] < 5 for row in card["balance"].values())

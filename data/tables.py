@@ -1,0 +1,83 @@
+"""The tables of a prepared folder on disk: writing them, counting them, their fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.dataset as pads
+
+from data.schema import DISAGREEMENT, FREQUENCIES, PAIRS, RATIONALES, GradeScale, check_schema
+from data.sources.paths import spark_paths
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import DataFrame, SparkSession
+
+_COMPANIONS = {"rationales": RATIONALES, "disagreement": DISAGREEMENT, "frequencies": FREQUENCIES}
+_ROWS_PER_FILE = 250_000
+
+
+def write_tables(pairs: DataFrame, source: str, out: Path, rows: int) -> None:
+    """Write `pairs/` and its companions into `out`; `rows` is how many `pairs` are."""
+    from pyspark.sql import functions as F
+
+    write_table(pairs.withColumn("source", F.lit(source)).select(*PAIRS.names), out / "pairs", rows)
+    reasoned = pairs.where((F.col("split") == "train") & F.col("rationale").isNotNull())
+    spread = pairs.where((F.col("n_labels") > 1) | F.col("rating_variance").isNotNull())
+    write_table(reasoned.select("pair_id", F.col("rationale").alias("reasoning")), out / "rationales", rows)
+    write_table(spread.select(*DISAGREEMENT.names), out / "disagreement", rows)
+    if "stratum" in pairs.columns:
+        seen = pairs.where(F.col("frequency").isNotNull())
+        write_table(seen.select(*FREQUENCIES.names), out / "frequencies", rows)
+
+
+def write_table(frame: DataFrame, folder: Path, rows: int) -> None:
+    """Few files, each sorted by pair_id where there is one; which rows share a file depends on their ids alone.
+
+    `rows` is an upper bound of their number.
+    """
+    files = max(1, -(-rows // _ROWS_PER_FILE))
+    if "pair_id" in frame.columns:
+        frame = frame.repartition(files, "pair_id").sortWithinPartitions("pair_id")
+    else:
+        frame = frame.coalesce(files)
+    frame.write.mode("overwrite").parquet(f"file://{folder.resolve()}")
+
+
+def on_disk(frame: DataFrame, folder: Path) -> DataFrame:
+    """`frame` as a table in `folder`, for what is read several times.
+
+    Spark's own cache would fill the memory of a small machine, and keep a plan behind it that every job analyses anew.
+    """
+    frame.write.mode("overwrite").parquet(f"file://{folder.resolve()}")
+    return frame.sparkSession.read.schema(frame.schema).parquet(*spark_paths([folder]))
+
+
+def rows_of(folder: Path, schema: pa.Schema | None = None) -> int:
+    """Rows in the files as they lie there, from their footers; raises `ContractError` when they do not match `schema`."""
+    dataset = pads.dataset(folder, format="parquet")
+    if schema is not None:
+        check_schema(dataset.schema, schema, str(folder))
+    return dataset.count_rows()
+
+
+def companion_rows(out: Path) -> dict[str, int]:
+    """Rows of each companion of `pairs`, 0 for one that is not there."""
+    return {name: rows_of(out / name, schema) if (out / name).exists() else 0 for name, schema in _COMPANIONS.items()}
+
+
+def tables_fingerprint(spark: SparkSession, out: Path, scale: GradeScale) -> str:
+    """Hash of the scale and of both tables that training reads, each as a sum of its rows' hashes: order plays no part."""
+    from pyspark.sql import functions as F
+
+    parts = [scale.model_dump_json()]
+    for name, schema in (("pairs", PAIRS), ("rationales", RATIONALES)):
+        frame = spark.read.parquet(*spark_paths([out / name]))
+        row = F.sha2(F.to_json(F.struct(*schema.names)), 256)
+        # 2 × 60 bits of each row's hash; the sum of 10¹⁰ rows fits a decimal of 30 digits.
+        words = [F.conv(F.substring(row, at, 15), 16, 10).cast("decimal(20,0)") for at in (1, 16)]
+        (sums,) = frame.agg(F.count("*"), *[F.sum(word) for word in words]).collect()
+        parts.append(" ".join(map(str, sums)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
