@@ -169,7 +169,9 @@ def test_a_whole_run(settings: PipelineConfig) -> None:
     assert "old because" not in page.text
     assert names.count("svg") >= 9
     assert page.text.count("teacher: ") == 20 + 20  # examples, and those for a second look
-    assert page.text.count("human: 0 bad<b>") == 10 + 20  # half of the examples are disagreements, and all of the others
+    assert (
+        page.text.count("human: 0 bad<b>") == 10 + 20
+    )  # half of the examples are disagreements, and all of the others
     assert "--set teacher.seed=3" in page.text
     assert "0.900" in page.text
     assert "0.850 – 0.950" in page.text
