@@ -135,6 +135,14 @@ def test_one_sentence(spark: Any, tmp_path: Path, name: str, content: bytes, mes
     assert not (tmp_path / "_scratch").exists()
 
 
+def test_a_file_without_a_sound_row_is_all_rejects(spark: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(csv_of("1,,title,1\n", '2,"query,title,1\n', "3,query,title,0\n"))
+    figures = prepare(config(tmp_path / "a.csv"), tmp_path, spark).figures
+    assert (figures["rows_in"], figures["rejected"], figures["rows"], figures["queries"]) == (3, 3, 0, 0)
+    lines = {row["detail"] for row in pq.read_table(tmp_path / "rejected").to_pylist()}
+    assert {'2,"query,title,1', "3,query,title,0"} <= lines
+
+
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz"])
 def test_truncated_gzip(spark: Any, tmp_path: Path, name: str) -> None:
     records = [{"q": f"query {i}", "t": f"title {hash(str(i))}", "g": i % 2} for i in range(3000)]
