@@ -64,4 +64,6 @@ class MetricsLog:
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
+        # A kill can cut the last line short: what has no line end is not there.
+        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines() if line]
