@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import TORCH, answer, ask
 from pipeline.annotate_worker import Job, Row, Teacher, start_teacher
 from teacher.engines.base import EngineConfig, Sampling
 
@@ -43,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     sides = {"job": job, "bare": bare, "transformers": transformers, "prefix": prefix}
     if options.side:
-        print("FOUND " + json.dumps(sides[options.side](options)))
+        answer(sides[options.side](options))
         return
     found: dict[str, list[dict[str, Any]]] = {}
     for round_ in range(options.rounds):
@@ -212,13 +211,7 @@ def _prompts(options: argparse.Namespace, count: int) -> list[list[int]]:
 
 
 def _child(side: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.annotate_overhead", *sys.argv[1:], "--side", side]
-    environment = dict(os.environ, OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
-    done = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the process of side {side} failed: see above")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    return json.loads(line.removeprefix("FOUND "))
+    return ask("benchmarks.annotate_overhead", *sys.argv[1:], "--side", side, environment=TORCH)
 
 
 if __name__ == "__main__":

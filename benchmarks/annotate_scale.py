@@ -15,13 +15,13 @@ import json
 import logging
 import math
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import answer, ask
 from benchmarks.replay import load_replay, make_teacher
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print("FOUND " + json.dumps(measure(options, Path(options.side[0]), options.side[1])))
+        answer(measure(options, Path(options.side[0]), options.side[1]))
         return
     found = []
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
@@ -136,12 +136,7 @@ def make_pairs(spark: Any, size: int, out: Path) -> None:
 
 def _child(work: Path, what: str) -> dict[str, Any]:
     arguments = [argument for argument in sys.argv[1:] if argument]
-    command = [sys.executable, "-m", "benchmarks.annotate_scale", *arguments, "--side", str(work), what]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the step {what} failed: see above")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    return json.loads(line.removeprefix("FOUND "))
+    return ask("benchmarks.annotate_scale", *arguments, "--side", str(work), what, environment={})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.children import run
 from benchmarks.estimator_run import result_file, run_method
 from teacher.passk import pass_at_k
 
@@ -202,13 +201,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def _child(method: str, seed: int, jobs: int) -> None:
-    environment = dict(os.environ, OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
-    if jobs > 1:
-        environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "benchmarks.estimators", *sys.argv[1:], "--child", method, str(seed)]
-    done = subprocess.run(command, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{method}, seed {seed}, failed: see above")
+    run("benchmarks.estimators", *sys.argv[1:], "--child", method, str(seed), one_thread=jobs > 1)
 
 
 if __name__ == "__main__":

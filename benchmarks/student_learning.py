@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+
+from benchmarks import children
 
 GOLD = 2000
 POOL = 10_000
@@ -253,12 +253,7 @@ def _stem(name: str) -> str:
 
 
 def _child(options: argparse.Namespace, name: str) -> None:
-    environment = dict(os.environ, OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
-    if options.jobs > 1:
-        environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "benchmarks.student_learning", *sys.argv[1:], "--child", name]
-    if subprocess.run(command, check=False, env=environment).returncode:
-        raise SystemExit(f"'{name}' failed: see above")
+    children.run("benchmarks.student_learning", *sys.argv[1:], "--child", name, one_thread=options.jobs > 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.children import TORCH, answer, ask
 
 LEARNING_RATE = 5e-5
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print("FOUND " + json.dumps({"ours": ours, "peer": peer}[options.side](options)))
+        answer({"ours": ours, "peer": peer}[options.side](options))
         return
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for round_ in range(options.rounds):
@@ -150,13 +151,9 @@ def _examples(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _child(side: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.student_training", *sys.argv[1:], "--side", side]
-    environment = dict(os.environ, OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    done = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the process of side {side} failed: see above")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    return json.loads(line.removeprefix("FOUND "))
+    return ask(
+        "benchmarks.student_training", *sys.argv[1:], "--side", side, environment=TORCH | {"HF_HUB_OFFLINE": "1"}
+    )
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.children import TORCH, answer, ask
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "stock"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print("FOUND " + json.dumps(measure(options.side, options.steps)))
+        answer(measure(options.side, options.steps))
         return
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "stock": []}
     for round_ in range(options.rounds):
@@ -117,13 +116,7 @@ def measure(side: str, steps: int) -> dict[str, Any]:
 
 
 def _child(side: str, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.trainer_overhead", "--side", side, "--steps", str(steps)]
-    environment = dict(os.environ, OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
-    done = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"the process of side {side} failed: see above")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    return json.loads(line.removeprefix("FOUND "))
+    return ask("benchmarks.trainer_overhead", "--side", side, "--steps", str(steps), environment=TORCH)
 
 
 if __name__ == "__main__":

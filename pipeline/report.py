@@ -47,8 +47,8 @@ def write_report(folder: Path) -> Path:
         _section("figures", "Annotation", lambda: _figures(records, "annotate")),
         _section("student", "Student", lambda: parts.student(folder / "student")),
         _section("figures", "Export", lambda: _figures(records, "export")),
-        _section("examples", "Audited examples", lambda: _examples(folder, records)),
-        _section("audit", "For a second look", lambda: _audit(folder, records)),
+        _section("examples", "Audited examples", lambda: _of_annotations(parts.examples, folder, records)),
+        _section("audit", "For a second look", lambda: _of_annotations(parts.audit, folder, records)),
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -84,13 +84,9 @@ def _figures(records: dict[str, StageRecord], name: str) -> dict[str, Any]:
     return records[name].figures if name in records else {}
 
 
-def _examples(folder: Path, records: dict[str, StageRecord]) -> dict[str, Any]:
+def _of_annotations(
+    make: Callable[[Path, Path, str], dict[str, Any]], folder: Path, records: dict[str, StageRecord]
+) -> dict[str, Any]:
     if "annotate" not in records:
         return {}
-    return parts.examples(folder / "annotations", folder / "pairs", str(records["annotate"].figures["annotation_key"]))
-
-
-def _audit(folder: Path, records: dict[str, StageRecord]) -> dict[str, Any]:
-    if "annotate" not in records:
-        return {}
-    return parts.audit(folder / "annotations", folder / "pairs", str(records["annotate"].figures["annotation_key"]))
+    return make(folder / "annotations", folder / "pairs", str(records["annotate"].figures["annotation_key"]))

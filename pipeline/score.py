@@ -55,7 +55,8 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
     table = pairs / "pairs" if (pairs / "pairs").is_dir() else pairs
     if not table.exists():
         raise ContractError(f"{table} does not exist; run data-prepare first, or name a table of pairs")
-    check_schema(pads.dataset(table, format="parquet").schema, PAIRS, str(table))
+    dataset = pads.dataset(table, format="parquet")
+    check_schema(dataset.schema, PAIRS, str(table))
 
     begin = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
     if before:
         done = spark.read.parquet(str(out)).where(F.col("model_version") == version).select("pair_id")
         wanted = wanted.join(done, "pair_id", "left_anti")
-    rows = pads.dataset(table, format="parquet").count_rows(filter=pads.field("split").isin(list(config.splits)))
+    rows = dataset.count_rows(filter=pads.field("split").isin(list(config.splits)))
     tasks = config.partitions or max(spark.sparkContext.defaultParallelism, math.ceil((rows - before) / TASK_ROWS))
     run = _Job(str(export.resolve()), config.precision, config.threads, config.window, config.batch_tokens)
     # By pair_id, so that dropping duplicates needs no second shuffle.

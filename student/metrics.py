@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from data.schema import ContractError
-from student.resampling import Measures, absolute_sum_limits, bootstrap, limits, ranked, summed, sums_by_query
+from student.resampling import Measures, bootstrap, limits, limits_of, ranked, summed, sums_by_query
 
 Array = np.ndarray
 
@@ -274,12 +274,7 @@ def _evaluation(
     metrics = {}
     for part, draws in zip(measured, bootstrap(measured, n_queries, n_boot, seed), strict=True):
         for name, value in part.values.items():
-            if name == "ece":
-                gaps = part.resampled(np.ones((1, n_queries)))[name][0]
-                low, high = absolute_sum_limits(gaps, draws[name], n_queries)
-                high = None if high is None else max(high, value)  # the noise in the value can leave the truth below it
-            else:
-                low, high = limits(draws[name], n_queries)
+            low, high = limits_of(part, name, draws[name], n_queries)
             metrics[name] = Interval(value=None) if np.isnan(value) else Interval(value=value, low=low, high=high)
     return Evaluation(
         n=len(grade),

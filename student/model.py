@@ -101,16 +101,14 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def forward(model: PreTrainedModel, batch: dict[str, Array], device: str) -> torch.Tensor:
     """Logits (B, K) of a padded batch."""
-    inputs = {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}
-    return model(**inputs).logits
+    return model(**_inputs(model, batch, device)).logits
 
 
 def forward_with_vector(
     model: PreTrainedModel, batch: dict[str, Array], device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, K) of a padded batch, and the last hidden state of the first token (B, D)."""
-    inputs = {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}
-    found = model(**inputs, output_hidden_states=True)
+    found = model(**_inputs(model, batch, device), output_hidden_states=True)
     return found.logits, found.hidden_states[-1][:, 0]
 
 
@@ -146,6 +144,10 @@ def model_folder(path: Path) -> Path:
 def pad_token_id(config: Any) -> int:
     """The padding token, 0 where the model names none."""
     return int(getattr(config, "pad_token_id", None) or 0)
+
+
+def _inputs(model: PreTrainedModel, batch: dict[str, Array], device: str) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}
 
 
 def _first_line(error: Exception) -> str:

@@ -86,6 +86,16 @@ def bootstrap(measures: Sequence[Measures], n_queries: int, n_boot: int, seed: i
     return [{name: np.concatenate(parts) for name, parts in found.items()} for found in draws]
 
 
+def limits_of(measure: Measures, name: str, draws: Array, n_queries: int) -> tuple[float | None, float | None]:
+    """The 95 % interval of one of `measure` from what `bootstrap` gives for it; the value of a sum always lies inside."""
+    if draws.ndim == 1:
+        return limits(draws, n_queries)
+    terms = measure.resampled(np.ones((1, n_queries)))[name][0]
+    low, high = absolute_sum_limits(terms, draws, n_queries)
+    # The noise in the value can leave the truth below it.
+    return low, None if high is None else max(high, measure.values[name])
+
+
 def limits(draws: Array, n_queries: int) -> tuple[float | None, float | None]:
     """The 95 % interval from draws (B,): expanded percentiles (Hesterberg 2015, arXiv 1411.5279, section 5.3).
 

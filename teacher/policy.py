@@ -211,10 +211,8 @@ class _Watch(TrainerCallback):
         if self.collapsed:
             logger.error("AGPO is stopped at step %d: %s", state.global_step, self.collapsed)
             control.should_training_stop = True
-        if (
-            self.max_tokens
-            and (sampled := sum(step.get("sampled_tokens", 0.0) for step in self.history)) >= self.max_tokens
-        ):
+        sampled = sum(step.get("sampled_tokens", 0.0) for step in self.history) if self.max_tokens else 0.0
+        if self.max_tokens and sampled >= self.max_tokens:
             logger.info("AGPO ends at step %d: %d tokens were sampled", state.global_step, sampled)
             control.should_training_stop = True
 

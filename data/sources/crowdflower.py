@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from data.html import visible_text_column
 from data.schema import Grade, GradeScale
 from data.sources.files import read_columns
-from data.sources.labels import number
+from data.sources.labels import graded_rows, number
 from data.sources.paths import one_file
 
 if TYPE_CHECKING:
@@ -56,15 +56,13 @@ def read(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale
     frame = read_columns(spark, input_files(config)[0], "csv", _COLUMNS, encoding=config.encoding)
     rating, variance = number(F.trim("grade")), number(F.trim("variance"))
     faulty = rating.isNull() | (rating != F.rint(rating)) | ~rating.between(1, SCALE.size)
-    return frame.select(
-        "query",
-        visible_text_column(F.col("ad_title")).alias("ad_title"),
-        visible_text_column(F.col("ad_text")).alias("ad_text"),
-        F.lit(None).cast("map<string,string>").alias("attributes"),
-        rating.alias("grade_raw"),
-        F.when(~faulty, rating - 1).cast("int").alias("grade"),
-        F.when(variance >= 0, variance).alias("rating_variance"),
-        F.lit(None).cast("string").alias("rationale"),
-        F.coalesce("problem", F.when(faulty, "the median relevance is not 1, 2, 3 or 4")).alias("problem"),
-        F.coalesce("detail", F.when(faulty, F.col("grade"))).alias("detail"),
-    ), SCALE
+    rows = graded_rows(
+        frame,
+        ad_title=visible_text_column(F.col("ad_title")),
+        ad_text=visible_text_column(F.col("ad_text")),
+        grade_raw=rating,
+        grade=F.when(~faulty, rating - 1).cast("int"),
+        fault=F.when(faulty, "the median relevance is not 1, 2, 3 or 4"),
+        rating_variance=F.when(variance >= 0, variance),
+    )
+    return rows, SCALE

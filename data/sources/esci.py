@@ -16,7 +16,7 @@ from data.maps import map_of
 from data.schema import ContractError, Grade, GradeScale
 from data.sources.files import read_columns
 from data.sources.joins import one_for_each, with_match
-from data.sources.labels import named_label
+from data.sources.labels import graded_rows, named_label
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -69,18 +69,16 @@ def read(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale
     products = one_for_each(products, _KEYS, list(_PRODUCT))
     frame = with_match(examples, products, _KEYS, f"its product is not in {products_file.name}")
     grade = named_label(F.trim("grade"), _GRADES, "int")
-    unknown = F.when(grade.isNull(), "the label is not E, S, C or I")
     text = F.concat_ws("\n", "product_bullet_point", "product_description")
     named = {"brand": "product_brand", "colour": "product_color"}
     entries = [F.struct(F.lit(ours).alias("key"), F.trim(theirs).alias("value")) for ours, theirs in named.items()]
-    return frame.select(
-        "query",
-        visible_text_column(F.col("product_title")).alias("ad_title"),
-        visible_text_column(text).alias("ad_text"),
-        map_of(F.filter(F.array(*entries), lambda e: e["value"] != "")).alias("attributes"),
-        named_label(F.trim("grade"), _GAINS, "double").alias("grade_raw"),
-        grade.alias("grade"),
-        F.lit(None).cast("string").alias("rationale"),
-        F.coalesce("problem", unknown).alias("problem"),
-        F.coalesce("detail", F.when(unknown.isNotNull(), F.col("grade"))).alias("detail"),
-    ), SCALE
+    rows = graded_rows(
+        frame,
+        ad_title=visible_text_column(F.col("product_title")),
+        ad_text=visible_text_column(text),
+        attributes=map_of(F.filter(F.array(*entries), lambda e: e["value"] != "")),
+        grade_raw=named_label(F.trim("grade"), _GAINS, "double"),
+        grade=grade,
+        fault=F.when(grade.isNull(), "the label is not E, S, C or I"),
+    )
+    return rows, SCALE

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from data.html import visible_text_column
 from data.schema import Grade, GradeScale
 from data.sources.files import read_columns
-from data.sources.labels import number, threshold_grade
+from data.sources.labels import graded_rows, number, threshold_grade
 from data.sources.paths import one_file, public_file
 
 if TYPE_CHECKING:
@@ -60,14 +60,11 @@ def read(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale
     frame = read_columns(spark, path, "csv", _COLUMNS, encoding=config.encoding)
     rating = number(F.trim("grade"))
     faulty = rating.isNull() | (rating < 1) | (rating > 3)
-    return frame.select(
-        "query",
-        visible_text_column(F.col("ad_title")).alias("ad_title"),
-        F.lit(None).cast("string").alias("ad_text"),
-        F.lit(None).cast("map<string,string>").alias("attributes"),
-        rating.alias("grade_raw"),
-        threshold_grade(rating, THRESHOLDS).alias("grade"),
-        F.lit(None).cast("string").alias("rationale"),
-        F.coalesce("problem", F.when(faulty, "the rating is not a number from 1 to 3")).alias("problem"),
-        F.coalesce("detail", F.when(faulty, F.col("grade"))).alias("detail"),
-    ), SCALE
+    rows = graded_rows(
+        frame,
+        ad_title=visible_text_column(F.col("ad_title")),
+        grade_raw=rating,
+        grade=threshold_grade(rating, THRESHOLDS),
+        fault=F.when(faulty, "the rating is not a number from 1 to 3"),
+    )
+    return rows, SCALE

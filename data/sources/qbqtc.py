@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from data.schema import Grade, GradeScale
 from data.sources.files import json_names, read_columns
-from data.sources.labels import number
+from data.sources.labels import graded_rows, number
 from data.sources.paths import one_file, public_file
 
 if TYPE_CHECKING:
@@ -45,14 +45,11 @@ def read(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale
     frame = read_columns(spark, path, "jsonl", {"query": "query", "ad_title": "title", "grade": label})
     grade = number(F.trim("grade"))
     faulty = grade.isNull() | ~grade.isin(0.0, 1.0, 2.0)
-    return frame.select(
-        "query",
-        "ad_title",
-        F.lit(None).cast("string").alias("ad_text"),
-        F.lit(None).cast("map<string,string>").alias("attributes"),
-        grade.alias("grade_raw"),
-        F.when(~faulty, grade).cast("int").alias("grade"),
-        F.lit(None).cast("string").alias("rationale"),
-        F.coalesce("problem", F.when(faulty, "the label is not 0, 1 or 2")).alias("problem"),
-        F.coalesce("detail", F.when(faulty, F.col("grade"))).alias("detail"),
-    ), SCALE
+    rows = graded_rows(
+        frame,
+        ad_title=F.col("ad_title"),
+        grade_raw=grade,
+        grade=F.when(~faulty, grade).cast("int"),
+        fault=F.when(faulty, "the label is not 0, 1 or 2"),
+    )
+    return rows, SCALE

@@ -15,7 +15,7 @@ from data.maps import map_of
 from data.schema import ContractError, Grade, GradeScale
 from data.sources.files import read_columns
 from data.sources.joins import one_for_each, with_match
-from data.sources.labels import named_label
+from data.sources.labels import graded_rows, named_label
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -67,18 +67,16 @@ def read(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale
     frame = with_match(labels, queries, ["query_id"], f"its query is not in {query_file.name}")
     frame = with_match(frame, products, ["product_id"], f"its product is not in {product_file.name}")
     grade = named_label(F.trim("grade"), _GRADES, "int")
-    unknown = F.when(grade.isNull(), "the label is not Exact, Partial or Irrelevant")
-    return frame.select(
-        "query",
-        visible_text_column(F.col("ad_title")).alias("ad_title"),
-        visible_text_column(F.col("ad_text")).alias("ad_text"),
-        _attributes(F.col("features")).alias("attributes"),
-        named_label(F.trim("grade"), _GAINS, "double").alias("grade_raw"),
-        grade.alias("grade"),
-        F.lit(None).cast("string").alias("rationale"),
-        F.coalesce("problem", unknown).alias("problem"),
-        F.coalesce("detail", F.when(unknown.isNotNull(), F.col("grade"))).alias("detail"),
-    ), SCALE
+    rows = graded_rows(
+        frame,
+        ad_title=visible_text_column(F.col("ad_title")),
+        ad_text=visible_text_column(F.col("ad_text")),
+        attributes=_attributes(F.col("features")),
+        grade_raw=named_label(F.trim("grade"), _GAINS, "double"),
+        grade=grade,
+        fault=F.when(grade.isNull(), "the label is not Exact, Partial or Irrelevant"),
+    )
+    return rows, SCALE
 
 
 def _attributes(features: Column) -> Column:
