@@ -27,7 +27,7 @@ from data.sources import describe_source, read_source
 from data.sources.delimited import LONGEST_FIELD
 from data.split import split_column, within_limits
 from data.strata import sampled_log, strata_counts, with_stratum
-from data.tables import companion_rows, on_disk, rows_of, tables_fingerprint, write_table, write_tables
+from data.tables import companion_rows, on_disk, rows_of, tables_fingerprints, write_table, write_tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -116,7 +116,8 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
         "conflicting_pairs": described["labels"]["conflicting"],
         "ads_in_several_splits": leaks["ads"]["in_several_splits"],
     }
-    fingerprint = tables_fingerprint(spark, out, scale)
+    fingerprints = tables_fingerprints(spark, out, scale)
+    fingerprint, figures["fingerprint_labelled"] = fingerprints["all"], fingerprints["labelled"]
     settings = {"source": config.source, **describe_source(config), "seed": config.seed, "split_by": config.split_by}
     made = {"fingerprint": fingerprint, **figures, "rejected_by_reason": reasons, **described}
     write_card(out, {**settings, **made, "languages": languages(out / "pairs")})

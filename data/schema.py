@@ -91,6 +91,10 @@ class ContractError(ValueError):
     """Input that a person must mend: one sentence with the cause and the remedy, shown without a traceback."""
 
 
+class Unavailable(ContractError):
+    """An outside service does not answer: the same work may succeed later, and what was done so far is kept."""
+
+
 class Config(BaseModel):
     """Base of every typed config: unknown keys are refused, values are fixed once built."""
 

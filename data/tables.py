@@ -68,16 +68,31 @@ def companion_rows(out: Path) -> dict[str, int]:
     return {name: rows_of(out / name, schema) if (out / name).exists() else 0 for name, schema in _COMPANIONS.items()}
 
 
-def tables_fingerprint(spark: SparkSession, out: Path, scale: GradeScale) -> str:
-    """Hash of the scale and of both tables that training reads, each as a sum of its rows' hashes: order plays no part."""
+def tables_fingerprints(spark: SparkSession, out: Path, scale: GradeScale) -> dict[str, str]:
+    """Hashes of the scale and of both tables that training reads, each as a sum of its rows' hashes: order plays no part.
+
+    `all` is of everything, `labelled` leaves the rows of split pool out: what a teacher learns from and is measured on.
+    """
     from pyspark.sql import functions as F
 
-    parts = [scale.model_dump_json()]
-    for name, schema in (("pairs", PAIRS), ("rationales", RATIONALES)):
-        frame = spark.read.parquet(*spark_paths([out / name]))
-        row = F.sha2(F.to_json(F.struct(*schema.names)), 256)
+    def sums(frame: DataFrame) -> dict[bool, list[int]]:
+        row = F.sha2(F.to_json(F.struct(*frame.columns)), 256)
         # 2 × 60 bits of each row's hash; the sum of 10¹⁰ rows fits a decimal of 30 digits.
         words = [F.conv(F.substring(row, at, 15), 16, 10).cast("decimal(20,0)") for at in (1, 16)]
-        (sums,) = frame.agg(F.count("*"), *[F.sum(word) for word in words]).collect()
-        parts.append(" ".join(map(str, sums)))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        pool = F.col("split") == "pool" if "split" in frame.columns else F.lit(False)
+        found = frame.groupBy(pool.alias("pool")).agg(F.count("*").alias("n"), *[F.sum(word) for word in words])
+        return {each[0]: [int(number) for number in each[1:]] for each in found.collect()}
+
+    tables = [
+        sums(spark.read.parquet(*spark_paths([out / name])).select(*schema.names))
+        for name, schema in (("pairs", PAIRS), ("rationales", RATIONALES))
+    ]
+
+    def digest(parts: tuple[bool, ...]) -> str:
+        lines = [scale.model_dump_json()]
+        for found in tables:
+            kept = [found[part] for part in parts if part in found]
+            lines.append(" ".join(str(sum(column)) for column in zip(*kept, strict=True)) or "0 None None")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    return {"all": digest((False, True)), "labelled": digest((False,))}

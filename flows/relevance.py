@@ -1,32 +1,53 @@
 """The seven flows: the stages as Prefect tasks, in order, with a summary and a report at the end.
 
-Reuse is by content (`pipeline.artifacts`), so Prefect's own cache is off; a stage is not retried, since a retry would
-only hide a defect and an interrupted stage resumes by itself when the flow is run again. What passes between tasks are
-small records; everything big stays in the run's folder.
+Reuse is by content (`pipeline.artifacts`), so Prefect's own cache is off. A stage is tried again only when an outside
+service did not answer: anything else a retry would only hide, and an interrupted stage resumes by itself when the flow is
+run again. What passes between tasks are small records; everything big stays in the run's folder.
 """
 
 from __future__ import annotations
 
+import logging
+import shlex
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
 
+from data.schema import Unavailable
 from flows.catalog import FLOWS
-from flows.runtime import connect_logging, exclusive, share_cores
+from flows.runtime import connect_logging, exclusive, own_gpus, share_cores
 from pipeline.artifacts import StageRecord
 from pipeline.settings import PipelineConfig
+
+logger = logging.getLogger(__name__)
 
 _RUN_NAME = "{settings.run}"
 
 
-def _stage_task(name: str) -> Any:
-    @task(name=name, task_run_name=f"{name} of {_RUN_NAME}", cache_policy=NO_CACHE, persist_result=False)
-    def stage(settings: PipelineConfig) -> StageRecord:
-        from pipeline.stages import RUNNERS
+def _service_was_away(task: Any, task_run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), Unavailable)
 
-        return RUNNERS[name](settings)
+
+def _stage_task(name: str) -> Any:
+    @task(
+        name=name,
+        task_run_name=f"{name} of {_RUN_NAME}",
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=4,
+        retry_delay_seconds=exponential_backoff(30),  # 30, 60, 120, 240 seconds
+        retry_jitter_factor=0.2,
+        retry_condition_fn=_service_was_away,
+    )
+    def stage(settings: PipelineConfig) -> StageRecord:
+        from pipeline.stages import RUNNERS, on_this_gpu
+
+        with own_gpus(60 * settings.wait_minutes) if on_this_gpu(settings, name) else nullcontext():
+            return RUNNERS[name](settings)
 
     return stage
 
@@ -44,13 +65,15 @@ def _finish(settings: PipelineConfig, flow_name: str, records: list[StageRecord]
 def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     """Run a flow's stages and those they need, reusing what is unchanged; returns the content of `summary.json`."""
     from flows.artifacts import publish
+    from pipeline.resume import remember
     from pipeline.stages import with_upstream
 
     share_cores()
     connect_logging()
     records: list[StageRecord] = []
     spent: list[float] = []
-    with exclusive(settings.folder):
+    with exclusive(settings.folder, 60 * settings.wait_minutes):
+        remember(settings, name)
         for stage in with_upstream(FLOWS[name].stages):
             begin = time.monotonic()
             records.append(_TASKS[stage](settings))
@@ -60,43 +83,59 @@ def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     return summary
 
 
-@flow(name="data-prepare", description=FLOWS["data-prepare"].help, flow_run_name=_RUN_NAME)
+def _say_what_to_do(flow: Any, flow_run: Any, state: Any) -> None:
+    """After a failure: where it stopped, what is kept, and how to go on; in the run's log, where people look first."""
+    settings = flow_run.parameters.get("settings") or {}
+    values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
+    run, runs = values.get("run") or values.get("preset", ""), shlex.quote(str(values.get("runs") or "runs"))
+    logger.error(
+        "%s of run '%s' did not end well (%s). Finished stages and annotations are kept. Once the cause is mended, "
+        "`prefect run %s --resume %s --runs %s` goes on from there, and so does the deployment's next run; causes and "
+        "remedies: docs/operations.md",
+        *(flow.name, run, state.name, flow.name, run, runs),
+    )  # fmt: skip
+
+
+_HOOKS: dict[str, Any] = {"on_failure": [_say_what_to_do], "on_crashed": [_say_what_to_do]}
+
+
+@flow(name="data-prepare", description=FLOWS["data-prepare"].help, flow_run_name=_RUN_NAME, **_HOOKS)
 def data_prepare(settings: PipelineConfig) -> dict[str, Any]:
     """`prefect run data-prepare`."""
     return _run("data-prepare", settings)
 
 
-@flow(name="teacher-train", description=FLOWS["teacher-train"].help, flow_run_name=_RUN_NAME)
+@flow(name="teacher-train", description=FLOWS["teacher-train"].help, flow_run_name=_RUN_NAME, **_HOOKS)
 def teacher_train(settings: PipelineConfig) -> dict[str, Any]:
     """`prefect run teacher-train`."""
     return _run("teacher-train", settings)
 
 
-@flow(name="annotate", description=FLOWS["annotate"].help, flow_run_name=_RUN_NAME)
+@flow(name="annotate", description=FLOWS["annotate"].help, flow_run_name=_RUN_NAME, **_HOOKS)
 def annotate(settings: PipelineConfig) -> dict[str, Any]:
     """`prefect run annotate`."""
     return _run("annotate", settings)
 
 
-@flow(name="student-distill", description=FLOWS["student-distill"].help, flow_run_name=_RUN_NAME)
+@flow(name="student-distill", description=FLOWS["student-distill"].help, flow_run_name=_RUN_NAME, **_HOOKS)
 def student_distill(settings: PipelineConfig) -> dict[str, Any]:
     """`prefect run student-distill`."""
     return _run("student-distill", settings)
 
 
-@flow(name="student-export", description=FLOWS["student-export"].help, flow_run_name=_RUN_NAME)
+@flow(name="student-export", description=FLOWS["student-export"].help, flow_run_name=_RUN_NAME, **_HOOKS)
 def student_export(settings: PipelineConfig) -> dict[str, Any]:
     """`prefect run student-export`."""
     return _run("student-export", settings)
 
 
-@flow(name="student-score", description=FLOWS["student-score"].help, flow_run_name=_RUN_NAME)
+@flow(name="student-score", description=FLOWS["student-score"].help, flow_run_name=_RUN_NAME, **_HOOKS)
 def student_score(settings: PipelineConfig) -> dict[str, Any]:
     """`prefect run student-score`."""
     return _run("student-score", settings)
 
 
-@flow(name="relevance-pipeline", description=FLOWS["relevance-pipeline"].help, flow_run_name=_RUN_NAME)
+@flow(name="relevance-pipeline", description=FLOWS["relevance-pipeline"].help, flow_run_name=_RUN_NAME, **_HOOKS)
 def relevance_pipeline(settings: PipelineConfig) -> dict[str, Any]:
     """`prefect run relevance-pipeline`."""
     return _run("relevance-pipeline", settings)

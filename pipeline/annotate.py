@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.schema import ANNOTATIONS, ContractError, GradeScale
+from data.schema import ANNOTATIONS, ContractError, GradeScale, Unavailable
 from pipeline.annotate_commit import commit, disk_errors, files_of, take_over
 from pipeline.annotate_compact import compact, finish_merges
 from pipeline.annotate_config import AnnotateConfig
@@ -203,11 +203,12 @@ def _greedy_once(sampling: Sampling) -> Sampling:
 
 
 def _told(error: Exception) -> Exception:
-    """The one sentence of a `ContractError` raised in a worker; any other error as it is."""
+    """The one sentence of a `ContractError` raised in a worker, as what it was; any other error as it is."""
     text = str(error)
-    found = re.findall(r"ContractError: (.+)", text)
+    found = re.findall(r"(ContractError|Unavailable): (.+)", text)
     if found:
-        return ContractError(found[-1].strip())
+        kind, sentence = found[-1]
+        return (Unavailable if kind == "Unavailable" else ContractError)(sentence.strip())
     if "Python worker exited unexpectedly" in text or "ExecutorLostFailure" in text:
         return ContractError(
             "a worker of the annotation job died (killed, or out of memory: try a smaller max_num_seqs, kv_cache_gib or "
@@ -253,6 +254,7 @@ class _Progress(threading.Thread):
             "annotate: %d of %d pairs (%d not ok), %.2f pairs/s, %.0f tokens/s, %s left",
             *(self._pairs, self._count, self._bad, rate, self._tokens / seconds),
             _duration((self._count - self._pairs) / rate),
+            extra={"progress": (self._pairs, self._count)},
         )
 
 

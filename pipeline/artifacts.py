@@ -1,7 +1,7 @@
 """A stage of a run: its folder, the key that says whether its output can be reused, and its manifest.
 
-A stage's manifest, `_stage.json`, is written last, so its existence means that the stage completed. What was left out:
-sharing outputs between runs of different names; every run owns its folder.
+A stage's manifest, `_stage.json`, is written last, so its existence means that the stage completed. A run owns its folder:
+what another run has made under the same key comes into it as links and copies, so that either can be deleted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import time
@@ -21,8 +22,12 @@ from pydantic import BaseModel
 
 from data.schema import Config, ContractError
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
+# Files of these kinds are written once, under another name, and never changed in place: two runs can share one by a link.
+LINKED = (".parquet", ".safetensors", ".onnx")
 
 
 class Output(Protocol):
@@ -53,6 +58,8 @@ class StageRecord(BaseModel):
     figures: dict[str, Any]
     seconds: float
     finished_at: datetime
+    made_by: str = ""
+    """The run whose output this is, where it is another's."""
     reused: bool = False
 
 
@@ -109,6 +116,21 @@ def read_record(folder: Path) -> StageRecord | None:
         raise ContractError(f"{folder / MANIFEST} is damaged ({error}); delete it to run the stage again") from None
 
 
+def find_elsewhere(folder: Path, key: str) -> StageRecord | None:
+    """The newest record of the same stage under `key` in another run beside this one (`folder` is RUNS/RUN/STAGE)."""
+    found = []
+    for other in folder.parent.parent.glob(f"*/{folder.name}"):
+        if other.parent.name == folder.parent.name:
+            continue
+        try:
+            record = read_record(other)
+        except ContractError:  # another run's damage is not this one's
+            continue
+        if record is not None and record.key == key:
+            found.append(record.model_copy(update={"folder": other, "made_by": record.made_by or other.parent.name}))
+    return max(found, key=lambda record: record.finished_at, default=None)
+
+
 def run_stage(
     folder: Path,
     *,
@@ -121,19 +143,23 @@ def run_stage(
 ) -> StageRecord:
     """Run `work(folder)` unless it has completed there under the same key; return its record.
 
-    An interrupted stage of the same key finds its folder as it left it, so `work` can resume. When the key has
-    changed, the old folder is kept once, as `NAME.previous`, unless the stage is `incremental` (its output is keyed
-    row by row, so it stays and grows).
+    An interrupted stage of the same key finds its folder as it left it, so `work` can resume. What another run beside this
+    one has completed under the same key is taken from there. When the key has changed, the old folder is kept once, as
+    `NAME.previous`, unless the stage is `incremental` (its output is keyed row by row, so it stays and grows).
     """
     key = stage_key(stage, config, inputs, code)
     done = completed(folder, key)
     if done is not None:
         return done
     started = folder / STARTED
-    if folder.exists() and not incremental and _started_key(started) != key:
+    same = _started_key(started) == key
+    elsewhere = None if same or (incremental and folder.exists()) else find_elsewhere(folder, key)
+    if folder.exists() and not incremental and not same:
         previous = folder.with_name(f"{folder.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
+    if elsewhere is not None and _take(elsewhere, folder):
+        return elsewhere.model_copy(update={"folder": folder, "reused": True})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_json(started, {"stage": stage, "key": key, "pid": os.getpid()})
@@ -159,3 +185,34 @@ def _started_key(path: Path) -> str | None:
         return json.loads(path.read_text(encoding="utf-8")).get("key")
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _take(record: StageRecord, folder: Path) -> bool:
+    """Bring another run's finished stage into `folder`; False when it could not be had whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(
+            record.folder,
+            temporary,
+            copy_function=_link_or_copy,
+            ignore=shutil.ignore_patterns(MANIFEST, STARTED, "*.tmp"),
+        )
+        manifest = record.model_copy(update={"folder": folder}).model_dump(mode="json", exclude={"reused"})
+        write_json(temporary / MANIFEST, manifest)
+        temporary.rename(folder)
+    except OSError as error:  # the other run is changing its folder, or the disk is full: the stage can be run
+        shutil.rmtree(temporary, ignore_errors=True)
+        logger.warning("%s could not be taken from run '%s': %s", record.stage, record.made_by, error)
+        return False
+    return True
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if source.endswith(LINKED):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copy2(source, target)

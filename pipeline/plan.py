@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.artifacts import StageRecord, completed, read_record, stage_key
+from pipeline.artifacts import StageRecord, completed, find_elsewhere, read_record, stage_key
 from pipeline.redact import flatten
 from pipeline.settings import PipelineConfig
-from pipeline.stages import STAGES, stage_config, stage_folder, stage_inputs
+from pipeline.stages import STAGES, held_record, stage_config, stage_folder, stage_inputs
 
 
 class Planned(BaseModel):
@@ -23,26 +23,36 @@ class Planned(BaseModel):
 def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
     """The fate of every stage in `names` (in running order). Reads manifests and code only, starts nothing."""
     rows: list[Planned] = []
-    running: set[str] = set()
+    known: dict[str, StageRecord] = {}  # stages that are done, here or in another run, and so have fingerprints
     for name in names:
-        folder = stage_folder(settings, name)
-        upstream = [needed for needed in STAGES[name].needs if needed in running]
+        folder, stage = stage_folder(settings, name), STAGES[name]
+        if (held := held_record(settings, name)) is not None:
+            known[name] = held
+            reason = f"held as it is since {held.finished_at:%F %T} UTC"
+            rows.append(Planned(stage=name, action="reuse", reason=reason))
+            continue
         record = read_record(folder)
-        if record is None:
-            reason = "it has not completed in this run"
-        elif upstream:
-            reason = f"{' and '.join(upstream)} would run before it"
+        waiting = [needed for needed in stage.needs if needed not in known]
+        if waiting:
+            reason = f"{' and '.join(waiting)} would run before it"
+            rows.append(Planned(stage=name, action="run", reason=reason))
+            continue
+        inputs = stage_inputs(settings, name, known)
+        key = stage_key(name, stage_config(settings, name), inputs, stage.code)
+        done = completed(folder, key)
+        elsewhere = None if done or (stage.incremental and folder.exists()) else find_elsewhere(folder, key)
+        if done:
+            known[name] = done
+            rows.append(Planned(stage=name, action="reuse", reason=f"unchanged since {done.finished_at:%F %T} UTC"))
+        elif elsewhere:
+            known[name] = elsewhere
+            reason = f"run '{elsewhere.made_by}' has made the same on {elsewhere.finished_at:%F %T} UTC"
+            rows.append(Planned(stage=name, action="reuse", reason=reason))
+        elif record is None:
+            rows.append(Planned(stage=name, action="run", reason="it has not completed in this run"))
         else:
-            inputs = stage_inputs(settings, name)
-            key = stage_key(name, stage_config(settings, name), inputs, STAGES[name].code)
-            if completed(folder, key) is not None:
-                rows.append(
-                    Planned(stage=name, action="reuse", reason=f"unchanged since {record.finished_at:%F %T} UTC")
-                )
-                continue
             reason = _difference(record, stage_config(settings, name).model_dump(mode="json"), inputs)
-        running.add(name)
-        rows.append(Planned(stage=name, action="run", reason=reason))
+            rows.append(Planned(stage=name, action="run", reason=reason))
     return rows
 
 

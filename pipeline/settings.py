@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from datetime import date, time
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -29,6 +29,8 @@ from teacher.config import TeacherConfig
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "sample"
+StageName = Literal["data", "teacher", "annotate", "student", "export", "score"]
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class TrackingConfig(Config):
@@ -52,12 +54,17 @@ class PipelineConfig(Config):
 
     preset: str = DEFAULT_PRESET
     """Preset that fills in every value not given here; empty uses the fields' own defaults instead."""
-    run: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    run: str = Field(default="run", pattern=RUN_NAME, max_length=80)
     """Name of the run, and of its folder; unless given, the preset's name. The same name resumes and reuses."""
     runs: Path = Path("runs")
     """Folder that holds all runs."""
     weights_cache: Path = Path("~/.cache/ads-relevance/weights")
     """Folder for downloaded model weights, shared by all runs."""
+    wait_minutes: float = Field(default=0, ge=0)
+    """How long to wait while another process holds the run's folder or this machine's GPUs; 0 refuses at once."""
+    hold: tuple[StageName, ...] = ()
+    """Stages that stay as they are once they have completed in this run, whatever has changed before them: with
+    `hold=["teacher"]` new labels wait for the next training, and new pairs are annotated with the teacher that is there."""
     data: DataConfig = DataConfig()
     """The source of pairs, and how they are split."""
     teacher: TeacherConfig = TeacherConfig()
@@ -136,6 +143,20 @@ def build_settings(values: dict[str, Any]) -> PipelineConfig:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
         raise ContractError(_explain(error)) from None
+
+
+def choose(
+    preset: str = "", config: Path | None = None, run: str = "", runs: Path | None = None, overrides: Iterable[str] = ()
+) -> PipelineConfig:
+    """Settings as a command line names them: the preset, over it a TOML file, over it `key=value` overrides.
+
+    A run without a name gets the file's, else the preset's. Raises `ContractError` for anything that is not valid.
+    """
+    values = read_toml(config) if config is not None else {}
+    if config is not None and re.fullmatch(RUN_NAME, config.stem):
+        values.setdefault("run", config.stem)
+    chosen = {"preset": preset, "run": run, "runs": "" if runs is None else str(runs)}
+    return apply_overrides(build_settings(values | {key: value for key, value in chosen.items() if value}), overrides)
 
 
 def apply_overrides(config: PipelineConfig, overrides: Iterable[str]) -> PipelineConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,8 @@ class Stage:
 
 
 _READS_PAIRS = ("data.schema",)
+# New pairs in the pool leave the teacher as it is, so that they alone are annotated.
+_READS_LABELS_ONLY = ("teacher", "export")
 _ANSWERS = ("teacher.prompt", "teacher.verifier")
 
 STAGES: dict[str, Stage] = {
@@ -93,6 +95,19 @@ def stage_folder(settings: PipelineConfig, name: str) -> Path:
 def stage_config(settings: PipelineConfig, name: str) -> Config:
     """The part of the settings that a stage depends on."""
     return getattr(settings, name)
+
+
+def held_record(settings: PipelineConfig, name: str) -> StageRecord | None:
+    """The record of a stage that `settings.hold` keeps as it is; None where it has not completed or is not held."""
+    record = read_record(stage_folder(settings, name)) if name in settings.hold else None
+    return record and record.model_copy(update={"reused": True, "folder": stage_folder(settings, name)})
+
+
+def on_this_gpu(settings: PipelineConfig, name: str) -> bool:
+    """Whether a stage uses the GPUs of the machine that runs it, where there are any."""
+    if name == "annotate":
+        return settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local")
+    return name in ("teacher", "student")
 
 
 def with_upstream(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -234,14 +249,21 @@ RUNNERS: dict[str, Callable[[PipelineConfig], StageRecord]] = {
 }
 
 
-def stage_inputs(settings: PipelineConfig, name: str) -> dict[str, str]:
-    """Fingerprints of all that a stage reads; raises `ContractError` when a stage that it needs has not completed."""
+def stage_inputs(
+    settings: PipelineConfig, name: str, records: Mapping[str, StageRecord] | None = None
+) -> dict[str, str]:
+    """Fingerprints of all that a stage reads; raises `ContractError` when a stage that it needs has not completed.
+
+    `records` are the stages it needs, where they are not (or not yet) those of this run's folder.
+    """
     inputs: dict[str, str] = {}
     for needed in STAGES[name].needs:
-        record = read_record(stage_folder(settings, needed))
+        record = (records or {}).get(needed) or read_record(stage_folder(settings, needed))
         if record is None:
             raise ContractError(f"run '{settings.run}' has no {STAGES[needed].folder} yet; {name} needs them")
         inputs[needed] = record.fingerprint
+        if needed == "data" and name in _READS_LABELS_ONLY:
+            inputs[needed] = str(record.figures.get("fingerprint_labelled", record.fingerprint))
     if name == "data":
         from data.sources import input_fingerprint
 
@@ -277,9 +299,12 @@ def _run(
 ) -> StageRecord:
     """`run_stage` with tracking around the work, so that a reused stage is not tracked again."""
     stage, config, inputs = STAGES[name], stage_config(settings, name), stage_inputs(settings, name)
+    if (held := held_record(settings, name)) is not None:
+        logger.info("%s: kept as it is (hold)", name, extra={"stage": name, "state": "reused"})
+        return held
 
     def tracked(out: Path) -> Output:
-        logger.info("%s: starting in %s", name, out)
+        logger.info("%s: starting in %s", name, out, extra={"stage": name, "state": "running"})
         with track(settings, name, config, inputs, out) as tracker:
             result = work(out, tracker)
             tracker.figures(result.figures)
@@ -297,7 +322,10 @@ def _run(
         work=tracked,
         incremental=stage.incremental,
     )
-    logger.info("%s: %s", name, "reused, nothing changed" if record.reused else f"done in {record.seconds:.0f} s")
+    told = f"done in {record.seconds:.0f} s"
+    if record.reused:
+        told = f"taken from run '{record.made_by}'" if record.made_by else "reused, nothing changed"
+    logger.info("%s: %s", name, told, extra={"stage": name, "state": "reused" if record.reused else "done"})
     return record
 
 

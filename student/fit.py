@@ -79,6 +79,7 @@ def fit(
             config.epochs,
             ", ".join(f"{name} {value:.4f}" for name, value in measured.items()),
             time.monotonic() - begin,
+            extra={"progress": (progress.epoch, config.epochs)},
         )
         checkpoint.save(folder, progress, model, optimiser)
     checkpoint.load_best(folder, progress, model)

@@ -164,7 +164,11 @@ def _learn_from_text(
         schedule.step()
         total += float(loss.detach())
         if (step + 1) % shown == 0:
-            logger.info("encoder from scratch: step %d of %d, loss %.3f", step + 1, steps, total / shown)
+            logger.info(
+                "encoder from scratch: step %d of %d, loss %.3f",
+                step + 1, steps, total / shown,
+                extra={"progress": (step + 1, steps)},
+            )  # fmt: skip
             total = 0.0
     model.eval()
 

@@ -206,6 +206,7 @@ class _Watch(TrainerCallback):
             values.get("accuracy", float("nan")),
             values.get("parse_rate", float("nan")),
             values.get("entropy", float("nan")),
+            extra={"progress": (state.global_step, self.total)},
         )
         self.collapsed = collapse(self.history, self.guard)
         if self.collapsed:

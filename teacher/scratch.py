@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.dataset as pads
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -32,8 +33,8 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 def make_decoder(pairs: Path, out: Path, size: str, seed: int) -> Path:
     """Write an untrained decoder of `size` (tiny, small, medium) with a byte-level BPE tokenizer into `out`.
 
-    `pairs` is the folder that data-prepare wrote; its texts (never its grades) and its rationales make the vocabulary.
-    Raises `ContractError` for an unknown size.
+    `pairs` is the folder that data-prepare wrote; the texts (never the grades) and the rationales of its split train make
+    the vocabulary. Raises `ContractError` for an unknown size.
     """
     if size not in SIZES:
         raise ContractError(f"unknown size 'scratch:{size}'; choose one of {', '.join(SIZES)}")
@@ -79,7 +80,9 @@ def write_decoder(
 
 
 def _corpus(pairs: Path) -> Iterator[str]:
-    table = read_table(pairs / "pairs", PAIRS, columns=["query", "ad_title", "ad_text"])
+    # Of split train only: a teacher must not change with the pool.
+    columns = ["query", "ad_title", "ad_text"]
+    table = read_table(pairs / "pairs", PAIRS, columns=columns, where=pads.field("split") == "train")
     for row in table.slice(0, 20_000).to_pylist():
         yield f"Query: {row['query']}\nAd: {row['ad_title']}\nText: {row['ad_text'] or ''}"
         yield lexical_rationale(row["query"], row["ad_title"])

@@ -91,4 +91,8 @@ class _Progress(TrainerCallback):
             return
         values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
         self.log.write(self.phase, state.global_step, values)
-        logger.info("%s: step %d of %d, loss %.3f", self.phase, state.global_step, self.total, logs["loss"])
+        logger.info(
+            "%s: step %d of %d, loss %.3f",
+            self.phase, state.global_step, self.total, logs["loss"],
+            extra={"progress": (state.global_step, self.total)},
+        )  # fmt: skip

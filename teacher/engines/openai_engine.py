@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from data.schema import ContractError
+from data.schema import ContractError, Unavailable
 from teacher.engines.base import (
     Completion,
     EngineConfig,
@@ -57,7 +57,7 @@ class OpenAIEngine:
     """See `Engine`. Each prompt is one request, sent to the server with the fewest requests in flight.
 
     A server that fails gets growing pauses and counts as dead after `retries` further failures in a row; its prompts go
-    to the others. When all are dead, `ContractError`.
+    to the others. When all are dead, `Unavailable`.
     """
 
     def __init__(self, config: EngineConfig, model: Path) -> None:
@@ -214,7 +214,7 @@ class OpenAIEngine:
                 alive = [server for server in self._servers if not server.dead]
                 if not alive:
                     reasons = "; ".join(f"{server.url}: {server.reason}" for server in self._servers)
-                    raise ContractError(f"no server answers any more ({reasons}); start one and run this again")
+                    raise Unavailable(f"no server answers any more ({reasons}); start one and run this again")
                 now = time.monotonic()
                 ready = [s for s in alive if s.down_until <= now and s.in_flight < self._config.concurrency]
                 if ready:

@@ -3,22 +3,29 @@
 import json
 import logging
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 from prefect.testing.utilities import prefect_test_harness
 
-from data.schema import ContractError
-from flows import cli
+from data.schema import ContractError, Unavailable
+from flows import cli, relevance, runtime
 from flows.catalog import FLOWS
-from flows.runtime import exclusive
+from flows.deploy import fill
+from flows.runtime import exclusive, own_gpus, visible_gpus
 from pipeline import stages
-from pipeline.artifacts import StageOutput, StageRecord, run_stage
+from pipeline.artifacts import StageOutput, StageRecord, read_record
+from pipeline.plan import plan
+from pipeline.resume import remember
 from pipeline.settings import PipelineConfig, load_preset
-from pipeline.stages import STAGES, stage_config, stage_inputs
+from pipeline.stages import STAGES
+from pipeline.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,18 +48,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def runner(name: str):  # type: ignore[no-untyped-def]
         def run(settings: PipelineConfig) -> StageRecord:
-            def work(out: Path) -> StageOutput:
+            def work(out: Path, tracker: Tracker) -> StageOutput:
                 ran.append(name)
+                (out / "made").write_text(name)
                 return StageOutput(fingerprint=f"{name}{settings.teacher.seed}", figures={"rows": 3})
 
-            return run_stage(
-                settings.folder / STAGES[name].folder,
-                stage=name,
-                config=stage_config(settings, name),
-                inputs=stage_inputs(settings, name),
-                code=["data.schema"],
-                work=work,
-            )
+            return stages._run(settings, name, work)
 
         return run
 
@@ -98,7 +99,91 @@ def test_a_refusal_is_one_line_and_exit_code_1(
     assert ended.value.code == 1
     assert capsys.readouterr().err.strip().splitlines()[-1] == "error: there is no such file; name another"
     assert not [record for record in caplog.records if record.exc_info and record.exc_info[1]]
-    assert [record.getMessage() for record in caplog.records].count("there is no such file; name another") == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert any("there is no such file; name another" in line for line in said)
+    # The hook says how to go on, in the run's own log.
+    (advice,) = [line for line in said if "--resume" in line]
+    assert f"prefect run data-prepare --resume sample --runs {settings.runs}" in advice
+
+
+def test_only_a_service_that_was_away_is_tried_again(
+    settings: PipelineConfig, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    works = stages.RUNNERS["data"]
+
+    def runner(errors: list[Exception]) -> dict[str, Any]:
+        def run(settings: PipelineConfig) -> StageRecord:
+            tried.append("data")
+            if errors:
+                raise errors.pop(0)
+            return works(settings)
+
+        return {"data": run}
+
+    patient = {name: each.with_options(retry_delay_seconds=0.01) for name, each in relevance._TASKS.items()}
+    monkeypatch.setattr(relevance, "_TASKS", patient)
+    monkeypatch.setattr(stages, "RUNNERS", runner([Unavailable("no server answers"), Unavailable("nor now")]))
+    cli._run("data-prepare", settings)
+    assert (tried, calls) == (["data"] * 3, ["data"])
+
+    tried.clear()
+    monkeypatch.setattr(stages, "RUNNERS", runner([ContractError("a bad file"), ContractError("a bad file")]))
+    with pytest.raises(SystemExit):
+        cli._run("data-prepare", settings)
+    assert tried == ["data"]
+
+
+def test_a_run_goes_on_by_its_name(settings: PipelineConfig, calls: list[str], tmp_path: Path) -> None:
+    begun = load_preset("sample", [f"runs={tmp_path}", "run=trial", "tracking.enabled=false", "teacher.seed=4"])
+    cli._run("annotate", begun)
+    flow, again = cli._chosen("", cli.Options(resume="trial", runs=tmp_path))
+    assert (flow, again) == ("annotate", begun)
+    flow, changed = cli._chosen(
+        "relevance-pipeline", cli.Options(resume="trial", runs=tmp_path, set_=("student.seed=9",))
+    )
+    assert (flow, changed.teacher.seed, changed.student.seed) == ("relevance-pipeline", 4, 9)
+    with pytest.raises(ContractError, match=r"no run 'trail' in .*: did you mean trial"):
+        cli._chosen("", cli.Options(resume="trail", runs=tmp_path))
+    with pytest.raises(ContractError, match="leave --preset out"):
+        cli._chosen("", cli.Options(resume="trial", runs=tmp_path, preset="sample"))
+
+
+def test_a_secret_is_not_kept_with_a_run_and_is_asked_for(tmp_path: Path) -> None:
+    key = "spark.extra.spark.hadoop.fs.s3a.secret.key"
+    begun = load_preset("sample", [f"runs={tmp_path}", "run=s", f"{key}=hunter2"])
+    remember(begun, "annotate")
+    assert "hunter2" not in (begun.folder / "settings.json").read_text()
+    with pytest.raises(ContractError, match=f"add --set {key}="):
+        cli._chosen("", cli.Options(resume="s", runs=tmp_path))
+    assert cli._chosen("", cli.Options(resume="s", runs=tmp_path, set_=(f"{key}=hunter2",)))[1] == begun
+
+
+def test_another_run_takes_what_is_the_same(settings: PipelineConfig, calls: list[str]) -> None:
+    cli._run("relevance-pipeline", settings)
+    calls.clear()
+    trial = load_preset("sample", [f"runs={settings.runs}", "run=trial", "tracking.enabled=false", "student.seed=5"])
+    planned = {row.stage: (row.action, row.reason) for row in plan(trial, tuple(calls or STAGES)[:5])}
+    assert [action for action, _ in planned.values()] == ["reuse", "reuse", "reuse", "run", "run"]
+    assert planned["teacher"][1].startswith("run 'sample' has made the same")
+    cli._run("relevance-pipeline", trial)
+    assert calls == ["student"]  # the fake student's fingerprint stays, so its export is still good
+    assert read_record(trial.folder / "teacher").made_by == "sample"  # type: ignore[union-attr]
+    assert (trial.folder / "teacher" / "made").read_text() == (settings.folder / "teacher" / "made").read_text()
+
+
+def test_a_held_stage_stays_as_it_is(settings: PipelineConfig, calls: list[str]) -> None:
+    cli._run("annotate", settings)
+    calls.clear()
+    held = load_preset(
+        "sample", [f"runs={settings.runs}", "tracking.enabled=false", "teacher.seed=5", 'hold=["teacher"]']
+    )
+    assert [(row.stage, row.action) for row in plan(held, ("data", "teacher"))] == [
+        ("data", "reuse"),
+        ("teacher", "reuse"),
+    ]
+    cli._run("annotate", held)
+    assert calls == []
 
 
 @pytest.mark.parametrize(("error", "code"), [(RuntimeError("a defect"), 1), (KeyboardInterrupt(), 130)])
@@ -140,6 +225,34 @@ def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
         pass
 
 
+def test_a_flow_can_wait_for_a_run_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_LOOK_EVERY", 0.05)
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "a", ready, done))
+    other.start()
+    assert ready.wait(60)
+    threading.Timer(0.5, done.set).start()
+    with exclusive(tmp_path / "a", wait=60):
+        assert done.is_set()
+    other.join(60)
+
+
+def test_two_trainings_do_not_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert visible_gpus() == ["0", "1"]
+    with own_gpus():
+        with pytest.raises(ContractError, match=f"GPU 0 is in use by process {os.getpid()}"), own_gpus():
+            pass
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+        with own_gpus():
+            pass
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with own_gpus(), own_gpus():  # on the CPU nobody waits
+        pass
+
+
 def test_deployments_are_valid() -> None:
     content = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
     deployments = {each["name"]: each for each in content["deployments"]}
@@ -147,8 +260,14 @@ def test_deployments_are_valid() -> None:
     for deployment in deployments.values():
         flow = load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"]))
         assert flow.name in FLOWS
-        parameters = flow.validate_parameters(deployment["parameters"])
-        assert isinstance(parameters["settings"], PipelineConfig)
+        # As `prefect deploy` does: the step's output is the parameters, so that the form shows the values that will run.
+        ((step, chosen),) = deployment["build"][0].items()
+        assert step == "flows.deploy.fill"
+        assert deployment["parameters"] == {"settings": "{{ settings }}"}
+        filled = fill(**chosen)
+        assert filled["settings"]["data"]["rows"] == load_preset("sample").data.rows
+        parameters = flow.validate_parameters(json.loads(json.dumps(filled)))
+        assert parameters["settings"] == load_preset("sample", [f"run={chosen['run']}", *chosen["set"]])
         assert deployment["work_pool"]["name"] == "ads-relevance"
     scheduled = {name for name, each in deployments.items() if any("cron" in s for s in each.get("schedules", []))}
     assert scheduled == {"nightly-annotate", "weekly-pipeline"}
