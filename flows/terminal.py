@@ -10,12 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.runtime import ROOMS
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_END = "\x00\n"
 MARKS = {"waiting": "[dim]·[/]", "running": "[cyan]▸[/]", "done": "[green]✔[/]", "reused": "[green]=[/]"}
 
 
@@ -30,30 +35,61 @@ def progress_view(stages: tuple[str, ...]) -> Iterator[None]:
 
     from pipeline.stages import with_upstream
 
-    console = Console(stderr=True)
-    view = StagesView(with_upstream(stages), console)
-    # Prefect's lines must go through the same console, or they would be written into the bars.
-    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
-    handlers = {each for logger in loggers for each in logger.handlers if isinstance(each, PrefectConsoleHandler)}
-    before = {handler: handler.console for handler in handlers}
-    for handler in handlers:
-        handler.console = console
-    for name in ROOMS:
-        logging.getLogger(name).addHandler(view)
-    try:
-        with view.progress:
-            yield
-    finally:
+    with os.fdopen(os.dup(2), "w", encoding="utf-8") as terminal:
+        console = Console(file=terminal, force_terminal=True)
+        view = StagesView(with_upstream(stages), console)
+        # Straight to the console, so that Prefect's lines keep their colours.
+        loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+        handlers = {each for logger in loggers for each in logger.handlers if isinstance(each, PrefectConsoleHandler)}
+        before = {handler: handler.console for handler in handlers}
+        for handler in handlers:
+            handler.console = console
         for name in ROOMS:
-            logging.getLogger(name).removeHandler(view)
-        for handler, console_before in before.items():
-            handler.console = console_before
+            logging.getLogger(name).addHandler(view)
+        try:
+            with view.progress, _stderr_above(console, terminal.fileno()):
+                yield
+        finally:
+            for name in ROOMS:
+                logging.getLogger(name).removeHandler(view)
+            for handler, console_before in before.items():
+                handler.console = console_before
+
+
+@contextmanager
+def _stderr_above(console: Console, terminal: int) -> Iterator[None]:
+    """All that this process and its children write to stderr appears above the console's bars, line by line.
+
+    The JVM and the engines write there behind Python's back, and would write into the bars.
+    """
+    from rich.text import Text
+
+    read_end, write_end = os.pipe()
+
+    def pass_on() -> None:
+        with os.fdopen(read_end, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line == _END:
+                    return
+                console.print(Text.from_ansi(line.rstrip()))
+
+    reader = threading.Thread(target=pass_on, daemon=True)
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    reader.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.write(2, _END.encode())  # the pipe itself stays open as long as a child that has it
+        os.dup2(terminal, 2)
+        reader.join(timeout=5)
 
 
 class StagesView(logging.Handler):
     """One line for each stage, with a bar for the one that runs; fed with log records."""
 
-    def __init__(self, stages: tuple[str, ...], console: Any) -> None:
+    def __init__(self, stages: tuple[str, ...], console: Console) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         super().__init__()

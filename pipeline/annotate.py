@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from pipeline.annotate_worker import (
     start_teacher,
 )
 from pipeline.artifacts import StageOutput, digest, write_json
+from pipeline.progress import duration, watched
 from teacher.engines.base import EngineConfig, Sampling
 from teacher.prompt import TEACHER_FILE, load_prompt
 
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 
 CURRENT = "_annotations.json"  # which key the folder was last annotated under, for its readers
 _READING = 1  # raised when the same completions would be read as other grades
-_LOG_EVERY = 10.0
 
 
 def annotate(
@@ -176,15 +175,12 @@ def _run(job: Job, todo: DataFrame, count: int, partitions: int) -> None:
     from pyspark.sql import functions as F
 
     ordered = in_order(todo, partitions)
-    progress = _Progress(Path(job.out), job.key, count)
-    progress.start()
     try:
-        made = ordered.mapInArrow(partial(annotate_partition, job), "rows long, made long")
-        row = made.agg(F.sum("rows").alias("rows")).first()
+        with watched(_Progress(Path(job.out), job.key, count).look):
+            made = ordered.mapInArrow(partial(annotate_partition, job), "rows long, made long")
+            row = made.agg(F.sum("rows").alias("rows")).first()
     except (PySparkException, Py4JJavaError) as error:  # which of them depends on where it came from
         raise _told(error) from error
-    finally:
-        progress.stop()
     if row is None or row["rows"] != count:
         raise RuntimeError(f"{row and row['rows']} rows were annotated, {count} expected")
 
@@ -217,28 +213,17 @@ def _told(error: Exception) -> Exception:
     return error
 
 
-class _Progress(threading.Thread):
-    """Counts committed parts from the driver, as workers have no channel to it while their task runs."""
+class _Progress:
+    """Counts what has been committed since it was made."""
 
     def __init__(self, out: Path, key: str, count: int) -> None:
-        super().__init__(name="annotate-progress", daemon=True)
         self._out, self._key, self._count = out, key, count
         self._seen = {file.name for file in files_of(out, key)}
         self._pairs = self._tokens = self._bad = 0
         self._begin = time.monotonic()
-        self._finished = threading.Event()
 
-    def run(self) -> None:
-        while not self._finished.wait(_LOG_EVERY):
-            self._look()
-
-    def stop(self) -> None:
-        """Say a last line and end."""
-        self._finished.set()
-        self.join()
-        self._look()
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Read the new files and say how far the job is."""
         new = [file for file in files_of(self._out, self._key) if file.name not in self._seen]
         for file in new:
             table: pa.Table = pq.read_table(file, columns=["status", "prompt_tokens", "completion_tokens"])
@@ -253,12 +238,6 @@ class _Progress(threading.Thread):
         log.info(
             "annotate: %d of %d pairs (%d not ok), %.2f pairs/s, %.0f tokens/s, %s left",
             *(self._pairs, self._count, self._bad, rate, self._tokens / seconds),
-            _duration((self._count - self._pairs) / rate),
+            duration((self._count - self._pairs) / rate),
             extra={"progress": (self._pairs, self._count)},
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -19,6 +19,7 @@ import pyarrow.dataset as pads
 
 from data.schema import PAIRS, SCORES, ContractError, check_schema
 from pipeline.artifacts import StageOutput, digest
+from pipeline.progress import duration, watched
 from student.config import ScoreConfig
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
     # By pair_id, so that dropping duplicates needs no second shuffle.
     scored = wanted.repartition(tasks, "pair_id").dropDuplicates(["pair_id"]).mapInArrow(run, _DDL)
     # Version 2 of the committer moves a task's file to its place when the task ends, not when the job does.
-    scored.write.mode("append").option("mapreduce.fileoutputcommitter.algorithm.version", "2").parquet(str(out))
+    with watched(lambda: _say(out, version, before, rows, begin)):
+        scored.write.mode("append").option("mapreduce.fileoutputcommitter.algorithm.version", "2").parquet(str(out))
     total, seconds = _scored(out, version), time.monotonic() - begin
     logger.info("scored %d pairs in %.0f s, %d were there before", total - before, seconds, before)
     figures = {
@@ -126,6 +128,17 @@ def _windows(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[list[dict
             held = held[size:]
     if held:
         yield held
+
+
+def _say(out: Path, version: str, before: int, rows: int, begin: float) -> None:
+    """How far the job is, by the files of its finished tasks."""
+    total = _scored(out, version)
+    rate = (total - before) / (time.monotonic() - begin)
+    if rate:
+        left = duration((rows - total) / rate)
+        logger.info(
+            "score: %d of %d pairs, %.0f pairs/s, %s left", total, rows, rate, left, extra={"progress": (total, rows)}
+        )
 
 
 def _scored(out: Path, version: str) -> int:
