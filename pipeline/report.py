@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -61,6 +62,7 @@ def write_report(folder: Path) -> Path:
                 for name, stage in summary["stages"].items()
             ],
             sections=_sections(folder, records),
+            command=shell_lines(summary["command"]),
             settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
             style=Markup(style),
             style_hash=style_hash(style),
@@ -76,6 +78,22 @@ def write_report(folder: Path) -> Path:
 def style_hash(style: str) -> str:
     """The source expression by which a content security policy allows this style sheet and no other."""
     return f"sha256-{base64.b64encode(hashlib.sha256(style.encode('utf-8')).digest()).decode()}"
+
+
+def shell_lines(command: str) -> str:
+    """A long command with each of its options on a line of its own; a shell reads it as the same words.
+
+    >>> print(shell_lines("prefect run data-prepare --preset sample --set data.source=table"))
+    prefect run data-prepare \\
+      --preset sample \\
+      --set data.source=table
+    """
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(map(shlex.join, lines)) if len(lines) > 2 else command
 
 
 def _environment() -> jinja2.Environment:

@@ -44,9 +44,9 @@ def looked_at(annotations: Path, pairs: Path, key: str) -> Rows:
 def cost(record: StageRecord) -> dict[str, Any]:
     """What the stage's last run took, by its own figures; per 1,000 pairs in engine-seconds, so that machines compare.
 
-    `engine_seconds` is the time of the whole call, start and commits included, times the engines that it was given: an upper
-    bound of their working time. It is absent when nothing was left to annotate. Tokens per second assume that the pairs of the
-    last run were as long as all of them.
+    `engine_seconds` is the time of the whole call, start and commits included, times the engines that it was given: an
+    upper bound of their working time. It is absent when nothing was left to annotate. Tokens per second assume that the
+    pairs of the last run were as long as all of them.
     """
     figures, names = record.figures, ("pairs", "ok", "unparsed", "failed", "n_new", "n_reused")
     tokens = {name: figures.get(name, 0) for name in ("prompt_tokens", "completion_tokens")}

@@ -88,8 +88,7 @@ def _annotated(record: StageRecord) -> Tile | None:
     if "accuracy" in figures:
         notes.append(f"{100 * figures['accuracy']:.1f} % with the human grade")
     if "engine_seconds_per_1000" in spent:
-        per = f"{number(spent['engine_seconds_per_1000'])} engine-seconds per 1,000 pairs"
-        notes.append(f"{per}, {spent['pairs_per_s']:.1f} pairs/s")
+        notes.append(f"{spent['engine_seconds_per_1000']:,.1f} engine-seconds per 1,000 pairs")
     return Tile("Pairs annotated", number(figures["pairs"]), notes, "annotation")
 
 

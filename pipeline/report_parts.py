@@ -151,4 +151,4 @@ def _pass_at_k(phases: dict[str, dict[str, Any]]) -> Markup:
         )
         if points:
             lines.append(Line(phase.replace("_", " "), [k for k, _ in points], [value for _, value in points], True))
-    return line_chart(lines, "k", "pass@k")
+    return line_chart(lines, "k", "pass@k") if any(len(line.x) > 1 for line in lines) else Markup("")
