@@ -14,7 +14,7 @@ from html import escape
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 380, 240  # about the size at which a chart is shown, so that its text is as large as it says
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 38
 MAX_POINTS = 400
 SMOOTHED = 30  # points from which a curve of single steps is shown by its moving mean
 COLOURS, DASHES = 5, 4
@@ -72,7 +72,7 @@ class _Frame:
         middle = (HEIGHT - BOTTOM + TOP) / 2
         parts.append(
             f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
-            f'<text x="11" y="{middle}" text-anchor="middle" transform="rotate(-90 11 {middle})">{escape(y_label)}</text>'
+            f'<text x="10" y="{middle}" text-anchor="middle" transform="rotate(-90 10 {middle})">{escape(y_label)}</text>'
         )
         return parts
 

@@ -78,8 +78,8 @@ def agreement(rows: Rows, scale: GradeScale) -> dict[str, Any]:
     """
     judged = [row for row in rows if row["human_grade"] is not None]
     levels = []
-    for level in sorted({round(row["agreement"], 2) for row in rows}, reverse=True):
-        at = [row for row in rows if round(row["agreement"], 2) == level]
+    for level in sorted({round(row["agreement"], 3) for row in rows}, reverse=True):
+        at = [row for row in rows if round(row["agreement"], 3) == level]
         levels.append((level, len(at), len(at) / len(rows), _same(at)))
     grades = []
     for grade, name in enumerate(grade_names(scale)):

@@ -71,7 +71,7 @@ def test_failures_are_counted_by_reason(settings: PipelineConfig, fill: Fill, ho
 def test_agreement_by_level_and_grade(scale: GradeScale) -> None:
     rows = [row(1, 1, 1), row(2, 1, 0), row(3, 1, None), row(4, 0, 0, 0.5), row(5, 1, 0, 2 / 3)]
     found = agreement(rows, scale)
-    assert found["levels"] == [(1.0, 3, 0.6, 0.5), (0.67, 1, 0.2, 0.0), (0.5, 1, 0.2, 1.0)]
+    assert found["levels"] == [(1.0, 3, 0.6, 0.5), (0.667, 1, 0.2, 0.0), (0.5, 1, 0.2, 1.0)]
     bad, good = found["grades"]
     assert bad == ("0 bad<b>", 1, 0.2, 3, 0.75, 0.5, 1.0)
     assert good == ("1 good", 4, 0.8, 1, 0.25, pytest.approx(11 / 12), 1 / 3)
