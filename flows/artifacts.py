@@ -1,24 +1,126 @@
-"""The summary of a run on Prefect's own pages."""
+"""What a run shows on Prefect's own pages: its stages, the student's evaluation, its report, and how far a stage is.
+
+Prefect renders descriptions, links and the cells of tables as Markdown, so whatever is not a number of ours is escaped. The
+pages are a convenience: a server that refuses costs one warning, never the run.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import logging
+import math
+import re
+import threading
+import time
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 logger = logging.getLogger(__name__)
 
+UPDATE_SECONDS = 2.0
+_ACTIVE = re.compile(r"[\\`*\[\]<>&#|~!@]|(?<=:)/(?=/)|(?<=www)\.|\b_|_\b")
+
 
 def publish(summary: dict[str, Any]) -> None:
-    """Show the stages as a table and link the report from the flow run's page; a failure here is only a warning."""
-    from prefect.artifacts import create_link_artifact, create_table_artifact
-
-    from pipeline.summary import stage_rows
-
-    key = "".join(c if c.isalnum() else "-" for c in summary["run"].lower()).strip("-") or "run"
-    table = [dict(zip(("stage", "status", "seconds", "key figures"), row, strict=True)) for row in stage_rows(summary)]
+    """Show stages and evaluation as tables and link the report on the flow run's page; a failure is only a warning."""
     try:
-        create_table_artifact(table=table, key=f"{key}-stages", description=f"Stages of run {summary['run']}")  # type: ignore[arg-type, unused-ignore]
-        if summary.get("report"):
-            create_link_artifact(link=summary["report_link"], link_text="Report", key=f"{key}-report")
+        _publish(summary)
     except Exception as error:  # the run is complete in its folder, whatever the server says
         logger.warning("the summary is not on Prefect's pages: %s", error)
+
+
+class Progress:
+    """A bar on the page of the running flow or task.
+
+    Outside of a run, and once the server has refused, it does nothing. `update` may be called often and from any thread:
+    what it sends is one small request in `UPDATE_SECONDS`, and always the first 100.
+    """
+
+    def __init__(self, key: str, description: str = "") -> None:
+        """`key` names the bar within Prefect (runs that share one are versions of it); `description` is plain text."""
+        from prefect.context import FlowRunContext, TaskRunContext
+
+        self._artifact: UUID | None = None
+        self._lock = threading.Lock()
+        self._sent_at, self._sent = time.monotonic(), 0.0
+        # Other threads do not know the run, nor which server it belongs to.
+        self._context = contextvars.copy_context()
+        if FlowRunContext.get() is None and TaskRunContext.get() is None:
+            return
+        from prefect.artifacts import create_progress_artifact
+
+        self._artifact = self._call(
+            lambda: create_progress_artifact(0.0, key=artifact_key(key), description=plain(description))
+        )
+
+    def update(self, percent: float) -> None:
+        """Show `percent`, 0 … 100; what lies outside counts as the nearer end, and NaN as nothing."""
+        if self._artifact is None or math.isnan(percent):
+            return
+        percent = min(100.0, max(0.0, percent))
+        with self._lock:
+            artifact, now = self._artifact, time.monotonic()
+            done = percent == 100.0 and self._sent < 100.0
+            if artifact is None or not (done or now - self._sent_at >= UPDATE_SECONDS):
+                return
+            from prefect.artifacts import update_progress_artifact
+
+            self._sent_at, self._sent = now, percent
+            self._artifact = self._call(lambda: update_progress_artifact(artifact, percent))
+
+    def _call(self, request: Any) -> UUID | None:
+        try:
+            return self._context.run(request)
+        except Exception as error:  # as above
+            logger.warning("progress is not on Prefect's pages: %s", error)
+            return None
+
+
+def artifact_key(text: str) -> str:
+    """A key as Prefect takes it: lower-case letters, digits and dashes.
+
+    >>> artifact_key("My run_2: Ü"), artifact_key("Ü")
+    ('my-run-2', 'run')
+    """
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "run"
+
+
+def plain(text: object) -> str:
+    """Text of which Markdown makes nothing but that text, on one line.
+
+    >>> print(plain("[x](http://a) <b> a_b _c_ 0.5"))
+    \\[x\\](http:\\//a) \\<b\\> a_b \\_c\\_ 0.5
+    """
+    return _ACTIVE.sub(lambda found: f"\\{found[0]}", " ".join(str(text).split()))
+
+
+def _publish(summary: dict[str, Any]) -> None:
+    from prefect.artifacts import create_link_artifact, create_table_artifact
+
+    from pipeline.report_student import evaluation_table
+    from pipeline.stages import STAGES
+    from pipeline.summary import stage_rows
+
+    key, run = artifact_key(summary["run"]), plain(summary["run"])
+    stages = [dict(zip(("stage", "status", "seconds", "key figures"), row, strict=True)) for row in stage_rows(summary)]
+    create_table_artifact(table=_plain_rows(stages), key=f"{key}-stages", description=f"Stages of run {run}")  # type: ignore[arg-type, unused-ignore]
+    if not summary.get("report"):
+        return
+    report = Path(summary["report"])
+    create_link_artifact(
+        link=summary["report_link"].replace("(", "%28").replace(")", "%29"),
+        link_text="Report",
+        key=f"{key}-report",
+        # A browser does not open a link from a server's page to a file; the path can be copied.
+        description=f"Report of run {run}: {plain(report)}",
+    )
+    evaluation = report.parent / STAGES["student"].folder
+    if "student" in summary["stages"] and (evaluation / "evaluation.json").exists():
+        rows = _plain_rows(evaluation_table(evaluation))
+        text = f"Systems of run {run} on human labels of the test split, with 95 % intervals"
+        create_table_artifact(table=rows, key=f"{key}-evaluation", description=text)  # type: ignore[arg-type, unused-ignore]
+
+
+def _plain_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{plain(name): plain(value) for name, value in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""What the report shows of each stage, read from the stage's own files."""
+"""What the report shows of the data, the teacher and the export, read from the stages' own files."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as pads
 from markupsafe import Markup
 
 from data.card import card_tables
-from data.schema import ANNOTATIONS, PAIRS, GradeScale, read_table
-from pipeline.audit import audit_rows
-from pipeline.plots import Line, line_chart
+from data.schema import GradeScale
+from pipeline.plots import Line, area_chart, line_chart
 
-EXAMPLES = 20
-SCANNED = 20_000  # annotations looked at for examples and agreement; ids are hashes, so the first ones are a sample
 MAX_TEXT = 1500
 
 # Title, y-axis, range, and the metrics of one chart of the teacher's training.
-_TEACHER_CHARTS: tuple[tuple[str, str, tuple[float, float] | None, tuple[str, ...]], ...] = (
+_Chart = tuple[str, str, tuple[float, float] | None, tuple[str, ...]]
+_FIRST_CHARTS: tuple[_Chart, ...] = (
     ("Rollouts: accuracy and parse rate", "share", (0.0, 1.0), ("accuracy", "parse_rate", "truncated")),
+)
+_MORE_CHARTS: tuple[_Chart, ...] = (
     ("Reward", "reward", None, ("reward",)),
-    ("Groups", "share of groups", (0.0, 1.0), ("groups/all_right", "groups/mixed", "groups/all_wrong")),
     ("Advantage mass", "mean advantage", None, ("advantage/positive", "advantage/negative")),
     ("Entropy", "nats per token", None, ("entropy",)),
     ("KL against the warm start", "nats per token", None, ("kl",)),
     ("Completion length", "tokens", None, ("completions/mean_length", "completions/max_length")),
     ("Speed", "tokens per second", None, ("tokens_per_second",)),
 )
+_MIX = ("groups/all_right", "groups/mixed", "groups/all_wrong")
+
+Charts = list[tuple[str, Markup]]
 
 
 def read_json(path: Path) -> Any:
@@ -47,9 +47,9 @@ def funnel(folder: Path) -> dict[str, Any]:
     steps += [("pairs kept", card.get("rows"))]
     steps += [(f"… in {split}", card.get(f"rows_{split}")) for split in ("train", "valid", "test", "pool")]
     return {
-        "steps": [(name, count, 100 * count / first) for name, count in steps if count is not None],
-        # The steps above are its first table.
-        "tables": card_tables(card)[1:],
+        "steps": [(name, count, count / first) for name, count in steps if count is not None],
+        # The steps above are its table of rows.
+        "tables": [table for table in card_tables(card) if table.title != "Rows"],
     }
 
 
@@ -67,81 +67,38 @@ def metrics_lines(path: Path) -> list[dict[str, Any]]:
 def teacher(folder: Path) -> dict[str, Any]:
     """Training curves, and the evaluation by phase."""
     lines = metrics_lines(folder / "metrics.jsonl")
-    charts = []
-    for title, label, limits, names in _TEACHER_CHARTS:
-        drawn = [line for name in names if (line := _series(lines, "agpo", name)) is not None]
-        chart = line_chart(drawn, "AGPO step", label, y_range=limits)
-        charts += [(title, chart)] if chart else []
-    ks = sorted({key for line in lines for key in line if key.startswith("pass@")}, key=lambda key: int(key[5:]))
-    # The warm start is where AGPO's curve begins.
-    evaluated = [{**line, "phase": "valid"} for line in lines if line["phase"] in ("valid_warm_start", "valid_agpo")]
-    valid = [
-        line for name in ("accuracy", *ks, "parse_rate") if (line := _series(evaluated, "valid", name, marks=True))
-    ]
-    for title, label, drawn, limits in (
-        ("Validation while training", "share", valid, (0.0, 1.0)),
-        ("Warm start", "loss", [line for line in [_series(lines, "warm_start", "loss")] if line], None),
-    ):
-        chart = line_chart(drawn, "step", label, y_range=limits)
-        charts += [(title, chart)] if chart else []
     evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else {}
     phases = {name: figures for name, figures in evaluation.items() if isinstance(figures, dict)}
-    rows = list(dict.fromkeys(key for figures in phases.values() for key in figures))
-    curve = _pass_at_k(phases)
-    return {"charts": charts + ([("pass@k", curve)] if curve else []), "phases": phases, "rows": rows}
-
-
-def student(folder: Path) -> dict[str, Any]:
-    """The evaluation table of all systems, the slices, the confusion matrix and the curves."""
-    evaluation = read_json(folder / "evaluation.json")
-    systems = evaluation["systems"]
-    slices = evaluation.get("slices", [])
-    curves = read_json(folder / "curves.json") if (folder / "curves.json").exists() else {}
-    scale = GradeScale.load(folder / "model")
+    first = _step_charts(lines, _FIRST_CHARTS)
+    first += [("Groups: all right, mixed, all wrong", _group_mix(lines))]
+    first += [("Validation while training", _validation(lines))]
+    more = _step_charts(lines, _MORE_CHARTS)
+    more += [("Warm start", line_chart(series(lines, "warm_start", ("loss",)), "step", "loss", smooth=True))]
     return {
-        "n": evaluation["n"],
-        "n_queries": evaluation["n_queries"],
-        "systems": systems,
-        "metrics": list(dict.fromkeys(name for system in systems for name in system["metrics"])),
-        "slices": slices,
-        "slice_metrics": list(dict.fromkeys(name for part in slices for name in part["metrics"])),
-        "comparisons": evaluation.get("comparisons", []),
-        "confusion": evaluation.get("confusion", []),
-        "grades": grade_names(scale),
-        "ece_before": evaluation.get("ece_before_calibration"),
-        "charts": student_charts(curves) + training_charts(folder / "metrics.jsonl"),
+        "charts": [(title, chart) for title, chart in first if chart],
+        "more": [(title, chart) for title, chart in more if chart],
+        "phases": phases,
+        "pass_at_k": _pass_at_k(phases),
+        "rows": list(dict.fromkeys(key for figures in phases.values() for key in figures)),
     }
 
 
-def student_charts(curves: dict[str, Any]) -> list[tuple[str, Markup]]:
-    """ROC, precision-recall and reliability of each system, as far as their points are there."""
-    charts = []
-    for title, key, (x, x_label), (y, y_label), diagonal in (
-        ("ROC", "roc", ("fpr", "false positive rate"), ("tpr", "true positive rate"), "chance"),
-        ("Precision and recall", "pr", ("recall", "recall"), ("precision", "precision"), ""),
-        ("Reliability", "reliability", ("predicted", "predicted p(relevant)"), ("relevant", "relevant share"), "perfect"),
-    ):  # fmt: skip
-        lines = [
-            Line(name, [point[x] for point in found[key]], [point[y] for point in found[key]], key == "reliability")
-            for name, found in curves.items()
-            if found.get(key)
-        ]
-        if not lines:
-            continue
-        if diagonal:
-            lines.append(Line(diagonal, [0, 1], [0, 1], faint=True))
-        charts.append((title, line_chart(lines, x_label, y_label, x_range=(0.0, 1.0), y_range=(0.0, 1.0))))
-    return charts
-
-
-def training_charts(path: Path) -> list[tuple[str, Markup]]:
-    """The student's training loss, of each training."""
-    if not path.exists():
-        return []
-    lines = metrics_lines(path)
-    drawn = [line for phase in ("student", "gold_only") if (line := _series(lines, phase, "loss", name=phase))]
-    chart = line_chart(drawn, "step", "loss")
-    return [("Training loss", chart)] if chart else []
+def export(folder: Path) -> dict[str, Any]:
+    """Each form of the exported model: size, speed, and how far it is from the student it was made from."""
+    found = read_json(folder / "export.json")
+    forms = {name: found[name] for name in ("torch", "fp32", "int8") if name in found}
+    losses = {
+        name: forms["torch"]["roc_auc"] - form["roc_auc"]
+        for name, form in forms.items()
+        if name != "torch" and "torch" in forms
+    }
+    return {
+        "n": found["n"],
+        "threads": found["threads"],
+        "batch": found["batch_size"],
+        "forms": forms,
+        "losses": losses,
+    }
 
 
 def grade_names(scale: GradeScale) -> list[str]:
@@ -149,70 +106,41 @@ def grade_names(scale: GradeScale) -> list[str]:
     return [f"{number} {grade.name}" for number, grade in enumerate(scale.grades)]
 
 
-def examples(annotations: Path, pairs: Path, key: str) -> dict[str, Any]:
-    """Pairs annotated under `key` beside their human grades: about half of them disagreeing, and how often both agree.
-
-    Human grades of the pool are for this comparison only; pairs without one are shown when there are no others.
-    """
-    scale = GradeScale.load(pairs)
-    columns = ["pair_id", "grade", "reasoning", "agreement", "status"]
-    found = _head(annotations, ANNOTATIONS, columns, pads.field("annotation_key") == key).sort_by("pair_id")
-    if not found.num_rows:
-        return {}
-    ids = found["pair_id"].to_pylist()
-    wanted = ["pair_id", "query", "ad_title", "ad_text", "grade"]
-    human = read_table(pairs / "pairs", PAIRS, columns=wanted, where=pads.field("pair_id").isin(ids))
-    by_id = {row["pair_id"]: row for row in human.to_pylist()}
-    rows = []
-    for row in found.to_pylist():
-        pair = by_id.get(row["pair_id"])
-        if pair is None or row["status"] != "ok" or row["grade"] is None:
-            continue
-        rows.append({
-            "query": _cut(pair["query"]), "ad": _cut(pair["ad_title"]), "text": _cut(pair["ad_text"] or ""),
-            "teacher": row["grade"], "human": pair["grade"], "reasoning": _cut(row["reasoning"] or ""),
-            "agreement": row["agreement"],
-        })  # fmt: skip
-    judged = [row for row in rows if row["human"] is not None]
-    agreeing = [row for row in judged if row["human"] == row["teacher"]]
-    differing = [row for row in judged if row["human"] != row["teacher"]]
-    half = EXAMPLES // 2
-    shown = differing[: EXAMPLES - min(half, len(agreeing))]
-    shown += agreeing[: EXAMPLES - len(shown)]
-    confusion = [[sum(r["human"] == h and r["teacher"] == t for r in judged) for t in range(scale.size)]
-                 for h in range(scale.size)]  # fmt: skip
-    return {
-        "rows": shown or rows[:EXAMPLES],
-        "grades": grade_names(scale),
-        "judged": len(judged),
-        "agreeing": len(agreeing),
-        "confusion": confusion if judged else [],
-    }
+def series(lines: list[dict[str, Any]], phase: str, metrics: tuple[str, ...], *, marks: bool = False) -> list[Line]:
+    """A line for each of the metrics that the phase has."""
+    found = []
+    for metric in metrics:
+        points = [(line["step"], line[metric]) for line in lines if line.get("phase") == phase and metric in line]
+        if points:
+            found.append(Line(metric, [x for x, _ in points], [y for _, y in points], marks))
+    return found
 
 
-def audit(annotations: Path, pairs: Path, key: str) -> dict[str, Any]:
-    """The pairs that most deserve a second look: teacher against human, and samples against each other."""
-    rows = audit_rows(annotations, pairs, key, limit=EXAMPLES, scanned=SCANNED)
-    texts = ("query", "ad_title", "ad_text", "reasoning")
-    shown = [row | {name: _cut(row[name] or "") for name in texts} for row in rows]
-    return {"rows": shown, "grades": grade_names(GradeScale.load(pairs))} if shown else {}
+def cut(text: str | None) -> str:
+    """A text at a length that a page can hold; an absent one is empty."""
+    text = text or ""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
 
 
-def _head(folder: Path, schema: pa.Schema, columns: list[str], where: pads.Expression) -> pa.Table:
-    """The first rows of a table; a whole one need not fit in memory."""
-    if not folder.exists():
-        raise FileNotFoundError(2, "no such folder", str(folder))
-    dataset = pads.dataset(folder, format="parquet")
-    if not dataset.files:
-        return schema.empty_table().select(columns)
-    return dataset.head(SCANNED, columns=columns, filter=where)
+def _step_charts(lines: list[dict[str, Any]], wanted: tuple[_Chart, ...]) -> Charts:
+    return [
+        (title, line_chart(series(lines, "agpo", names), "AGPO step", label, y_range=limits, smooth=True))
+        for title, label, limits, names in wanted
+    ]
 
 
-def _series(
-    lines: list[dict[str, Any]], phase: str, metric: str, *, name: str = "", marks: bool = False
-) -> Line | None:
-    points = [(line["step"], line[metric]) for line in lines if line.get("phase") == phase and metric in line]
-    return Line(name or metric, [x for x, _ in points], [y for _, y in points], marks) if points else None
+def _group_mix(lines: list[dict[str, Any]]) -> Markup:
+    steps = [line for line in lines if line.get("phase") == "agpo" and all(name in line for name in _MIX)]
+    layers = [(name.removeprefix("groups/").replace("_", " "), [line[name] for line in steps]) for name in _MIX]
+    return area_chart([line["step"] for line in steps], layers, "AGPO step", "share of groups")
+
+
+def _validation(lines: list[dict[str, Any]]) -> Markup:
+    ks = sorted({key for line in lines for key in line if key.startswith("pass@")}, key=lambda key: int(key[5:]))
+    # The warm start is where AGPO's curve begins.
+    evaluated = [{**line, "phase": "valid"} for line in lines if line["phase"] in ("valid_warm_start", "valid_agpo")]
+    drawn = series(evaluated, "valid", ("accuracy", *ks, "parse_rate"), marks=True)
+    return line_chart(drawn, "AGPO step", "share", y_range=(0.0, 1.0))
 
 
 def _pass_at_k(phases: dict[str, dict[str, Any]]) -> Markup:
@@ -222,9 +150,5 @@ def _pass_at_k(phases: dict[str, dict[str, Any]]) -> Markup:
             (int(key.removeprefix("pass@")), value) for key, value in figures.items() if key.startswith("pass@")
         )
         if points:
-            lines.append(Line(phase, [k for k, _ in points], [value for _, value in points], marks=True))
-    return line_chart(lines, "k", "pass@k")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
+            lines.append(Line(phase.replace("_", " "), [k for k, _ in points], [value for _, value in points], True))
+    return line_chart(lines, "k", "pass@k") if any(len(line.x) > 1 for line in lines) else Markup("")

@@ -2,123 +2,23 @@
 
 import json
 import re
-from datetime import UTC, datetime
+import shlex
+import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from data.schema import ANNOTATIONS, PAIRS, ContractError, Grade, GradeScale
-from pipeline.artifacts import StageOutput, run_stage
-from pipeline.plots import Line, line_chart, ticks
-from pipeline.report import write_report
+from data.schema import ContractError
+from pipeline.artifacts import StageRecord
+from pipeline.report import TEMPLATES, shell_lines, style_hash, write_report
 from pipeline.settings import PipelineConfig, load_preset
-from pipeline.stages import STAGES, stage_config
 from pipeline.summary import finish_run, number, reproduce_command, stage_rows, summarise
 
-HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
-SCALE = GradeScale(
-    grades=(Grade(name="bad<b>", definition="no"), Grade(name="good", definition="yes")), relevant_from=1
-)
-
-
-def interval(value: float | None) -> dict[str, float | None]:
-    return {
-        "value": value,
-        "low": None if value is None else value - 0.05,
-        "high": None if value is None else value + 0.05,
-    }
-
-
-def fill(settings: PipelineConfig, stages: tuple[str, ...]) -> list:
-    makers = {"data": _data, "teacher": _teacher, "annotate": _annotations, "student": _student}
-    records = []
-    for name in stages:
-        records.append(
-            run_stage(
-                settings.folder / STAGES[name].folder,
-                stage=name,
-                config=stage_config(settings, name),
-                inputs={"upstream": "1234abcd"},
-                code=["data.schema"],
-                work=makers.get(name, lambda out: StageOutput(fingerprint="f", figures={"fp32_max_abs_dp": 1e-6})),
-            )
-        )
-    return records
-
-
-def _data(out: Path) -> StageOutput:
-    figures = {"rows_in": 100, "rejected": 3, "duplicates": 7, "rows": 90, "rows_train": 40, "rows_pool": 50}
-    card = figures | {
-        "grades_by_split": {"train": {"0 bad": 10, "1 good": 30}, "pool": {}},
-        "rejected_by_reason": {f"query {HOSTILE}": 3},
-    }
-    (out / "card.json").write_text(json.dumps(card))
-    SCALE.save(out)
-    rows = [
-        {"pair_id": f"p{i:02}", "query": f"q{i} {HOSTILE}", "ad_title": f"ad {HOSTILE}", "ad_text": HOSTILE,
-         "attributes": None, "grade": i % 2, "grade_raw": None, "split": "pool", "source": "table"}
-        for i in range(40)
-    ]  # fmt: skip
-    (out / "pairs").mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), out / "pairs" / "a.parquet")
-    return StageOutput(fingerprint="d", figures=figures)
-
-
-def _teacher(out: Path) -> StageOutput:
-    lines: list[dict[str, Any]] = [{"step": i, "phase": "warm_start", "loss": 3.0 / (i + 1)} for i in range(5)]
-    lines += [
-        {"step": i, "phase": "agpo", "accuracy": 0.4, "parse_rate": 1.0, "reward": -0.2, "entropy": 0.5,
-         "groups/all_right": 0.2, "groups/mixed": 0.5, "groups/all_wrong": 0.3}
-        for i in range(900)
-    ]  # fmt: skip
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 900, "pha'  # cut off by a kill
-    (out / "metrics.jsonl").write_text(text)
-    (out / "evaluation.json").write_text(json.dumps({"base": {"accuracy": 0.25, "pass@1": 0.25, "pass@2": 0.4}}))
-    return StageOutput(fingerprint="t", figures={"base/accuracy": 0.25})
-
-
-def _annotations(out: Path) -> StageOutput:
-    rows = [
-        {"pair_id": f"p{i:02}", "annotation_key": key, "grade": 1, "grade_probs": [0.2, 0.8],
-         "reasoning": f"{key} because {HOSTILE}", "votes": [1], "agreement": 0.75, "n_samples": 1, "n_unparsed": 0,
-         "status": "ok", "error": "", "prompt_tokens": 1, "completion_tokens": 1,
-         "created_at": datetime(2026, 1, 1, tzinfo=UTC)}
-        for i in range(40) for key in ("old", "current")
-    ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows, schema=ANNOTATIONS), out / "a.parquet")
-    return StageOutput(fingerprint="a", figures={"annotation_key": "current", "ok_share": 1.0})
-
-
-def _student(out: Path) -> StageOutput:
-    metrics = {"roc_auc": interval(0.9), "pr_auc": interval(None)}
-    evaluation = {
-        "n": 50, "n_queries": 9, "confusion": [[5, 1], [2, 42]], "ece_before_calibration": 0.11,
-        "systems": [
-            {"name": "student", "n": 50, "metrics": metrics},
-            {"name": "bm25", "n": 50, "metrics": {"roc_auc": interval(0.6)}},
-        ],
-        "slices": [{"name": "source: table", "n": 50, "n_relevant": 20, "metrics": metrics}],
-        "comparisons": [
-            {"a": "student", "b": "bm25", "metric": "roc_auc", "n": 50, "difference": 0.3, "low": 0.2, "high": 0.4},
-        ],
-    }  # fmt: skip
-    curves = {
-        "student": {
-            "roc": [{"fpr": 0.0, "tpr": 0.0}, {"fpr": 0.2, "tpr": 0.9}, {"fpr": 1.0, "tpr": 1.0}],
-            "pr": [{"recall": 0.0, "precision": 1.0}, {"recall": 1.0, "precision": 0.5}],
-            "reliability": [{"predicted": 0.2, "relevant": 0.25, "n": 10}],
-        },
-        "bm25": {"roc": [{"fpr": 0.0, "tpr": 0.0}, {"fpr": 1.0, "tpr": 1.0}], "pr": [], "reliability": []},
-    }
-    (out / "evaluation.json").write_text(json.dumps(evaluation))
-    (out / "curves.json").write_text(json.dumps(curves))
-    (out / "model").mkdir(exist_ok=True)
-    SCALE.save(out / "model")
-    return StageOutput(fingerprint="s", figures={"test_roc_auc": 0.9})
+Fill = Callable[[PipelineConfig, tuple[str, ...]], list[StageRecord]]
+ALL = ("data", "teacher", "annotate", "student", "export")
 
 
 class Page(HTMLParser):
@@ -133,71 +33,94 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "br", "img"):
+        if tag not in ("meta", "br"):
             self.open.append(tag)
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))  # of SVG, which closes itself
+
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("line", "circle", "polyline"):
-            self.open.remove(tag)
-            return
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> PipelineConfig:
-    return load_preset("sample", [f"runs={tmp_path}", "tracking.enabled=false", "teacher.seed=3"])
+def written(settings: PipelineConfig, records: list[StageRecord]) -> Page:
+    summary = finish_run(settings, "relevance-pipeline", records, [float(i + 1) for i in range(len(records))])
+    return Page(Path(summary["report"]).read_text(encoding="utf-8"))
 
 
-def test_a_whole_run(settings: PipelineConfig) -> None:
-    records = fill(settings, ("data", "teacher", "annotate", "student", "export"))
-    summary = finish_run(settings, "relevance-pipeline", records, [1.0, 2.0, 3.0, 4.0, 5.0])
-    assert summary["seconds"] == 15.0
+def test_a_whole_run(settings: PipelineConfig, fill: Fill, hostile: str) -> None:
+    page = written(settings, fill(settings, ALL))
     assert json.loads((settings.folder / "summary.json").read_text())["stages"]["teacher"]["seconds"] == 2.0
-    html = Path(summary["report"]).read_text(encoding="utf-8")
-    page = Page(html)
     assert page.open == []
     assert "Left out" not in page.text
-    names = [tag for tag, _ in page.tags]
-    assert "script" not in names
-    assert "img" not in names
-    assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
-    assert HOSTILE in page.text  # shown as text
+    assert hostile in page.text  # shown as text
+    assert "{{ 7 * 7 }}" in page.text
     assert "current because" in page.text
     assert "old because" not in page.text
-    assert names.count("svg") >= 9
-    assert page.text.count("teacher: ") == 20 + 20  # examples, and those for a second look
-    assert (
-        page.text.count("human: 0 bad<b>") == 10 + 20
-    )  # half of the examples are disagreements, and all of the others
+    assert [tag for tag, _ in page.tags].count("figure") == 6 + 4  # teacher, student
+    assert page.text.count("teacher: ") == 30 + 19  # examples, and those for a second look (all that differ)
+    assert page.text.count("human: 0 bad<b>") == 15 + 19  # half of the examples differ, and all of the others
     assert "--set teacher.seed=3" in page.text
     assert "0.900" in page.text
     assert "0.850 – 0.950" in page.text
 
 
-def test_nothing_is_fetched(settings: PipelineConfig) -> None:
-    fill(settings, ("data", "student"))
-    finish_run(settings, "data-prepare", [], [])
-    html = (settings.folder / "report.html").read_text(encoding="utf-8")
-    for attribute in re.findall(r'(?:src|href)="([^"]*)"', html):
-        assert attribute.startswith("data:")
-    assert "@import" not in html
-    assert "url(" not in html
-    assert "default-src 'none'" in html
-    assert "prefers-color-scheme: dark" in html
-    assert 'name="viewport"' in html
+def test_nothing_is_executed_or_fetched(settings: PipelineConfig, fill: Fill) -> None:
+    page = written(settings, fill(settings, ALL))
+    names = {tag for tag, _ in page.tags}
+    assert names.isdisjoint({"script", "img", "link", "iframe", "object", "embed", "base", "form", "image", "use"})
+    attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
+    assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "style", "xlink:href")]
+    assert {value[:1] for name, value in attributes if name == "href"} == {"#"}
+    targets = {value[1:] for name, value in attributes if name == "href"}
+    assert targets <= {value for name, value in attributes if name == "id"}
+    policy = next(found["content"] for tag, found in page.tags if "http-equiv" in found)
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    assert policy == f"default-src 'none'; style-src '{style_hash(style)}'; base-uri 'none'; form-action 'none'"
+    assert f"<style>{style}</style>" in (settings.folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"@import|url\(|http", style)
 
 
-def test_missing_parts_are_said(settings: PipelineConfig) -> None:
+def test_missing_parts_are_said(settings: PipelineConfig, fill: Fill) -> None:
     records = fill(settings, ("data",))
     (settings.folder / "pairs" / "card.json").write_text("{")
-    summary = finish_run(settings, "data-prepare", records, [1.0])
-    text = Page(Path(summary["report"]).read_text(encoding="utf-8")).text
+    text = written(settings, records).text
     assert text.count("Left out") == 7
     assert "metrics.jsonl is not there yet" in text
     assert "cannot be read" in text
+
+
+@pytest.mark.parametrize(
+    ("missing", "said", "left_out"),
+    [
+        ("pairs/card.json", "card.json is not there yet", 1),
+        ("teacher/metrics.jsonl", "metrics.jsonl is not there yet", 1),
+        ("student/evaluation.json", "evaluation.json is not there yet", 1),
+        ("export/export.json", "export.json is not there yet", 1),
+        ("student/curves.json", "", 0),  # the rest of the part does without
+        ("teacher/evaluation.json", "", 0),
+        ("annotations/a.parquet", "the stage has not run", 2),  # then there are no examples
+    ],
+)
+def test_a_missing_file_leaves_its_part_out(
+    missing: str, said: str, left_out: int, settings: PipelineConfig, fill: Fill
+) -> None:
+    records = fill(settings, ALL)
+    (settings.folder / missing).unlink()
+    text = written(settings, records).text
+    assert text.count("Left out") == left_out
+    assert said in text
+
+
+def test_what_could_not_be_tracked_is_a_warning(settings: PipelineConfig, fill: Fill, hostile: str) -> None:
+    assert "Not in the tracking server" not in written(settings, fill(settings, ("data",))).text
+    file = settings.folder / "summary.json"
+    summary = json.loads(file.read_text()) | {"untracked": {"data": f"refused {hostile}"}}
+    file.write_text(json.dumps(summary))
+    assert f"data: refused {hostile}" in Page(write_report(settings.folder).read_text(encoding="utf-8")).text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -205,7 +128,45 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_summary_keeps_stages_of_earlier_flows_apart(settings: PipelineConfig) -> None:
+def test_text_stands_out_in_both_themes() -> None:
+    """WCAG 2: 4.5 to 1 for text on every ground it stands on, 3 to 1 for what is drawn."""
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    light, dark = [dict(re.findall(r"--(\w+): ([^;]+);", block)) for block in re.findall(r":root \{([^}]*)\}", style)]
+    strongest = max(float(share) for share in re.findall(r"rgba\(var\(--shade\), ([.\d]+)\)", style))
+    for theme in (light, light | dark):
+        ground = {name: _rgb(theme[name]) for name in ("bg", "soft", "warn")}
+        shade = [float(part) for part in theme["shade"].split(",")]
+        ground["cell"] = [strongest * s + (1 - strongest) * b for s, b in zip(shade, ground["bg"], strict=True)]
+        assert min(_contrast(_rgb(theme["fg"]), colour) for colour in ground.values()) >= 4.5
+        assert min(_contrast(_rgb(theme[name]), ground[on]) for name in ("dim", "c0") for on in ("bg", "soft")) >= 4.5
+        assert min(_contrast(_rgb(theme[f"c{i}"]), ground["bg"]) for i in range(5)) >= 3
+
+
+def _rgb(colour: str) -> list[float]:
+    digits = colour.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    return [float(int(digits[i : i + 2], 16)) for i in (0, 2, 4)]
+
+
+def _contrast(a: list[float], b: list[float]) -> float:
+    def luminance(colour: list[float]) -> float:
+        linear = [v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_command_on_several_lines_is_the_same_words() -> None:
+    command = shlex.join(["prefect", "run", "x", "--set", "a='b --c\n", "--set", "d=1 --set e"])
+    script = f'set -- {shell_lines(command)}\nprintf "%s\\0" "$@"'
+    words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    assert words == shlex.split(command)
+    assert shell_lines(command).count(" \\\n  --set") == 2
+    assert shell_lines("prefect run x --preset sample") == "prefect run x --preset sample"
+
+
+def test_summary_keeps_stages_of_earlier_flows_apart(settings: PipelineConfig, fill: Fill) -> None:
     records = fill(settings, ("data", "teacher"))
     summary = summarise(settings, "data-prepare", records[:1], [2.5])
     assert list(summary["stages"]) == ["data", "teacher"]
@@ -214,8 +175,6 @@ def test_summary_keeps_stages_of_earlier_flows_apart(settings: PipelineConfig) -
 
 
 def test_the_command_makes_the_same_settings(settings: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shlex
-
     from flows.cli import run_app
 
     wanted = load_preset(
@@ -230,7 +189,7 @@ def test_the_command_makes_the_same_settings(settings: PipelineConfig, monkeypat
     assert seen == [("student-export", wanted)]
 
 
-def test_no_secret_in_summary_or_report(settings: PipelineConfig) -> None:
+def test_no_secret_in_summary_or_report(settings: PipelineConfig, fill: Fill) -> None:
     secret = load_preset(
         "sample",
         [f"runs={settings.runs}", "tracking.enabled=false", "spark.extra.spark.hadoop.fs.s3a.secret.key=hunter2"],
@@ -238,22 +197,6 @@ def test_no_secret_in_summary_or_report(settings: PipelineConfig) -> None:
     finish_run(secret, "data-prepare", fill(secret, ("data",)), [1.0])
     for name in ("summary.json", "report.html"):
         assert "hunter2" not in (secret.folder / name).read_text(encoding="utf-8")
-
-
-def test_charts_leave_out_what_is_no_number() -> None:
-    nan = float("nan")
-    svg = str(line_chart([Line("a<b>", [0, 1, 2], [0.5, nan, 0.7])], "x", "y"))
-    assert "nan" not in svg
-    assert "a&lt;b&gt;" in svg
-    assert str(line_chart([Line("a", [0.0], [nan])], "x", "y")) == ""
-    assert "<circle" in str(line_chart([Line("a", [3.0], [0.5])], "x", "y"))
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 900, [0, 200, 400, 600, 800])]
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == expected
 
 
 def test_numbers_are_readable() -> None:
