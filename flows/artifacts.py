@@ -12,9 +12,13 @@ import math
 import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+from flows.runtime import ROOMS
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,36 @@ class Progress:
         except Exception as error:  # as above
             logger.warning("progress is not on Prefect's pages: %s", error)
             return None
+
+
+class _Follower(logging.Handler):
+    """Shows the progress that log records carry, see `flows.terminal`; the bar appears with the first of them."""
+
+    def __init__(self, key: str, description: str) -> None:
+        super().__init__()
+        self._key, self._description = key, description
+        self._bar: Progress | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        progress = getattr(record, "progress", None)
+        if progress is None:
+            return
+        self._bar = self._bar or Progress(self._key, self._description)
+        done, total = progress
+        self._bar.update(100 * done / max(total, 1))
+
+
+@contextmanager
+def progress_on_page(run: str, stage: str) -> Iterator[None]:
+    """Show the stage's progress on the page of the running task while the body runs."""
+    follower = _Follower(f"{run}-{stage}", f"{stage} of {run}: its present step")
+    for name in ROOMS:
+        logging.getLogger(name).addHandler(follower)
+    try:
+        yield
+    finally:
+        for name in ROOMS:
+            logging.getLogger(name).removeHandler(follower)
 
 
 def artifact_key(text: str) -> str:

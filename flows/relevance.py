@@ -44,9 +44,11 @@ def _stage_task(name: str) -> Any:
         retry_condition_fn=_service_was_away,
     )
     def stage(settings: PipelineConfig) -> StageRecord:
+        from flows.artifacts import progress_on_page
         from pipeline.stages import RUNNERS, on_this_gpu
 
-        with own_gpus(60 * settings.wait_minutes) if on_this_gpu(settings, name) else nullcontext():
+        gpus = own_gpus(60 * settings.wait_minutes) if on_this_gpu(settings, name) else nullcontext()
+        with gpus, progress_on_page(settings.run, name):
             return RUNNERS[name](settings)
 
     return stage

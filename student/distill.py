@@ -115,7 +115,7 @@ def distill(
     _write_json(building / "metrics.json", figures)
     (building / "model_card.md").write_text(student_card(card, scale, evaluation), encoding="utf-8")
     write_predictions(out, test, systems[0].score)
-    drawn = [system for system in systems if system.name in ("student", "bm25")]
+    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
     _write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
     _write_json(out / "evaluation.json", evaluation)
     metrics.rewind("test", -1)

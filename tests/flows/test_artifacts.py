@@ -12,18 +12,12 @@ import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import artifacts
-from flows.artifacts import Progress, artifact_key, plain, publish
+from flows.artifacts import Progress, artifact_key, plain, progress_on_page, publish
 
+pytestmark = pytest.mark.usefixtures("server")
 HOSTILE = "![x](http://ads.invalid/x.png) <img src=x onerror=alert(1)> | **b** `c` www.ads.invalid a@b.invalid"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @pytest.fixture
@@ -157,3 +151,20 @@ def test_markdown_makes_nothing_of_plain_text() -> None:
 @pytest.mark.parametrize(("name", "key"), [("My run_2: Ü", "my-run-2"), ("Ü", "run"), ("a--b", "a-b")])
 def test_a_key_is_as_prefect_takes_it(name: str, key: str) -> None:
     assert artifact_key(name) == key
+
+
+def test_a_bar_follows_what_the_log_says_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "UPDATE_SECONDS", 0.0)
+    log = logging.getLogger("pipeline.annotate")
+
+    @flow
+    def running() -> None:
+        with progress_on_page("Trial 1", "annotate"):
+            log.warning("nothing of progress in this line")
+            assert not found("trial-1-annotate")
+            log.warning("annotate: 3 of 4 pairs", extra={"progress": (3, 4)})
+        log.warning("after the stage", extra={"progress": (4, 4)})
+
+    running()
+    (bar,) = found("trial-1-annotate")
+    assert bar.data == 75.0

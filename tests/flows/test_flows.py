@@ -5,14 +5,12 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
-from prefect.testing.utilities import prefect_test_harness
 
 from data.schema import ContractError, Unavailable
 from flows import cli, relevance, runtime
@@ -27,13 +25,8 @@ from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import STAGES
 from pipeline.tracking import Tracker
 
+pytestmark = pytest.mark.usefixtures("server")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @pytest.fixture
