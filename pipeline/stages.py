@@ -19,7 +19,7 @@ from data.schema import Config, ContractError
 from pipeline.artifacts import Output, StageRecord, read_record, run_stage
 from pipeline.settings import PipelineConfig
 from pipeline.spark import SparkConfig
-from pipeline.tracking import Tracker, track
+from pipeline.tracking import Tracker, note_reused, track
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -142,9 +142,7 @@ def run_teacher(settings: PipelineConfig) -> StageRecord:
         return result
 
     def register(out: Path, tracker: Tracker, result: Output) -> None:
-        from pipeline.registry import register_teacher
-
-        register_teacher(tracker, out / "model", result.fingerprint)
+        tracker.register("teacher", out / "model", result.fingerprint)
 
     return _run(settings, "teacher", work, register)
 
@@ -204,9 +202,7 @@ def run_export(settings: PipelineConfig) -> StageRecord:
         return result
 
     def register(out: Path, tracker: Tracker, result: Output) -> None:
-        from pipeline.registry import register_student
-
-        register_student(tracker, out, student.parent, result.fingerprint)
+        tracker.register("student", out, result.fingerprint, student=student.parent)
 
     return _run(settings, "export", work, register)
 
@@ -253,6 +249,17 @@ def stage_inputs(settings: PipelineConfig, name: str) -> dict[str, str]:
     return inputs
 
 
+def stage_sources(settings: PipelineConfig, name: str) -> dict[str, str | Path]:
+    """Where each of a stage's inputs lies: a folder or file, or what it is called where there is none."""
+    sources: dict[str, str | Path] = {needed: stage_folder(settings, needed) for needed in STAGES[name].needs}
+    if name == "data":
+        sources["source"] = settings.data.path or settings.data.source
+    base = {"teacher": settings.teacher.model, "student": settings.student.base}.get(name, "")
+    if base.startswith("path:"):
+        sources["base"] = Path(base.removeprefix("path:"))
+    return sources
+
+
 @contextmanager
 def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
@@ -280,7 +287,7 @@ def _run(
 
     def tracked(out: Path) -> Output:
         logger.info("%s: starting in %s", name, out)
-        with track(settings, name, config, inputs, out) as tracker:
+        with track(settings, name, config, inputs, out, stage_sources(settings, name)) as tracker:
             result = work(out, tracker)
             tracker.figures(result.figures)
             tracker.tags({"fingerprint": result.fingerprint})
@@ -297,6 +304,8 @@ def _run(
         work=tracked,
         incremental=stage.incremental,
     )
+    if record.reused:
+        note_reused(name, record.folder)
     logger.info("%s: %s", name, "reused, nothing changed" if record.reused else f"done in {record.seconds:.0f} s")
     return record
 
