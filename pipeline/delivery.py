@@ -38,6 +38,10 @@ class StoppedError(Exception):
     """The sending was given up by who had asked for it."""
 
 
+class _RunIsGoneError(Exception):
+    pass
+
+
 class Delivery:
     """The sending of one file; `offset` is where its unsent part begins."""
 
@@ -51,6 +55,13 @@ class Delivery:
 
     def send(self) -> None:
         """Send every whole entry from `offset` on; raises what the store raises, `StoppedError` when given up."""
+        try:
+            self._send()
+        except _RunIsGoneError:  # another store than before, or an older copy of it: it is told everything
+            self.offset, self._running = 0, False
+            self._send()
+
+    def _send(self) -> None:
         points: list[tuple[str, float, int, int]] = []
         with self.path.open("rb") as file:
             file.seek(self.offset)
@@ -110,7 +121,7 @@ class Delivery:
             self._refused(op, error)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST" and op not in ("run", "register", "link"):
-                self.offset = 0  # another store than before, or an older copy of it: tell it everything
+                raise _RunIsGoneError(str(error)) from None
             if error.error_code not in _REFUSED or op == "run":
                 raise
             self._refused(op, error)

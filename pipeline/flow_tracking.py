@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.redact import flatten
+from pipeline.redact import flatten, redact_command
 from pipeline.summary import HEADLINES
 from pipeline.tracking import EXPERIMENTS, Tracker, closing, inside
 from pipeline.untracked import send_untracked
@@ -42,7 +43,8 @@ def log_summary(flow: Tracker, summary: dict[str, Any]) -> None:
         chosen = {key: figures[key] for key in HEADLINES.get(name, ()) if isinstance(figures.get(key), int | float)}
         values |= {f"{name}/{key}": value for key, value in chosen.items()} | {f"{name}/seconds": stage["seconds"]}
     flow.log(0, values)
-    flow.tags({"commit": summary.get("commit", ""), "command": summary.get("command", "")})
+    command = shlex.join(redact_command(shlex.split(summary.get("command", ""))))
+    flow.tags({"commit": summary.get("commit", ""), "command": command})
     flow.artifact(flow.folder / "summary.json")
     if summary.get("report"):
         flow.artifact(Path(summary["report"]))
