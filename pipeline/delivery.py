@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -30,6 +31,7 @@ RUN_FILE = "_mlflow.json"
 BATCH = 1000  # metric values in one request, MLflow's limit
 PARAMS = 100  # parameters or tags in one request, MLflow's limit
 _REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"}
+_CONNECTION = re.compile(r"Connection refused|Name or service not known|Read timed out|Connection aborted")
 # Two threads (a flow's and its stage's) may open one store or want one run: the database is made, and a run found, once.
 _OPENING = threading.Lock()
 
@@ -217,6 +219,7 @@ def open_client(uri: str) -> MlflowClient:
     # A server that is gone must cost seconds, not the client's default of many minutes; `Outbox` tries again.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for noisy in ("alembic", "mlflow.store.db", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for each try
@@ -237,6 +240,9 @@ def parse(line: bytes) -> dict[str, Any]:
 
 def first_line(error: BaseException) -> str:
     """An error in one short line without secrets."""
+    cause = _CONNECTION.search(str(error))
+    if cause:  # out of the names of five classes
+        return cause.group(0)
     lines = str(error).strip().splitlines()
     return redact_text(lines[0] if lines else type(error).__name__)[:300]
 

@@ -131,12 +131,14 @@ def send_file(path: Path, uri: str, label: str) -> str:
 
 def describe(path: Path) -> str:
     """What a file of unsent entries holds, in one sentence with the remedy; empty when there is none."""
-    counted = {"metrics": 0, "artifact": 0, "register": 0}
+    counted, run_folder = {"metrics": 0, "artifact": 0, "register": 0}, path.parent.parent
     try:
         with path.open("rb") as file:
             for line in file:
                 entry = parse(line)
                 op = entry.get("op", "")
+                if op == "run" and entry["stage"] == "flow":
+                    run_folder = path.parent
                 if op in counted:
                     counted[op] += len(entry["values"]) if op == "metrics" else 1
     except FileNotFoundError:
@@ -145,17 +147,12 @@ def describe(path: Path) -> str:
     held = [f"{counted[op]:,} {_plural(what, counted[op])}" for op, what in named if counted[op]]
     return (
         f"not known to be in MLflow: {', '.join([*held, 'settings, tags and status'])}; kept in {path} and sent by the next "
-        f"flow of this run, or by: python -m pipeline.untracked {_run_folder(path)}"
+        f"flow of this run, or by: python -m pipeline.untracked {run_folder}"
     )
 
 
 def _plural(what: str, count: int) -> str:
     return what if count == 1 else what.replace("model ", "models ") if " to " in what else f"{what}s"
-
-
-def _run_folder(path: Path) -> Path:
-    folder = path.parent
-    return folder.parent if (folder / "_started.json").exists() else folder
 
 
 def _claim(path: Path) -> IO[bytes]:
