@@ -289,8 +289,9 @@ def _mlflow_run(folder: Path, stage: str) -> str:
 
 def _tracked_by(run: Path, folder: Path) -> PipelineConfig:
     values: dict[str, Any] = {"preset": "", "run": "compare", "runs": str(folder)}
-    recorded = (_json(run / "summary.json").get("settings") or {}).get("tracking")
-    return build_settings(values | ({"tracking": recorded} if recorded else {}))
+    recorded = (_json(run / "summary.json").get("settings") or {}).get("tracking") or {}
+    place = {key: recorded[key] for key in ("enabled", "uri", "experiment_prefix") if key in recorded}
+    return build_settings(values | {"tracking": place})
 
 
 def _json(path: Path) -> dict[str, Any]:

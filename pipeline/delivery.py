@@ -150,7 +150,7 @@ class Delivery:
                 parent = _find_or_create(client, entry["parent"]) if entry.get("parent") else ""
                 self.run_id = _find_or_create(client, entry, parent)
                 if parent:
-                    _link(client, parent, entry["stage"], self.run_id, "done")
+                    _link(client, parent, entry["stage"], self.run_id, "executed")
                 noted = {"run_id": self.run_id, "experiment_id": client.get_run(self.run_id).info.experiment_id}
                 about = {"experiment": entry["experiment"], "uri": redact_text(self.uri)}
                 write_json(self.path.with_name(RUN_FILE), noted | about)

@@ -151,6 +151,17 @@ def describe(path: Path) -> str:
     )
 
 
+def is_held(path: Path) -> bool:
+    """Whether an execution that is under way holds the file."""
+    try:
+        _claim(path).close()
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _plural(what: str, count: int) -> str:
     return what if count == 1 else what.replace("model ", "models ") if " to " in what else f"{what}s"
 

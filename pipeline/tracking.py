@@ -224,13 +224,17 @@ def note_reused(stage: str, folder: Path) -> None:
 
 
 def attach_file(settings: PipelineConfig, folder: Path, path: Path) -> None:
-    """Add a file, such as the report, to the MLflow run that was noted in a stage's folder; never raises."""
+    """Add a file, such as the report, to the MLflow run that was noted in a stage's folder; never raises.
+
+    Where entries of that run wait for their store already, it waits with them.
+    """
     noted = _noted(folder)
     if not settings.tracking.enabled or not noted.get("run_id"):
         return
     journal = folder / UNTRACKED
+    waiting = journal.exists()
     entries: list[dict[str, Any]] = [{"op": "artifact", "path": os.path.relpath(path, folder), "folder": None}]
-    if not journal.exists():
+    if not waiting:
         entries.insert(0, {"op": "run", "run_id": noted["run_id"], "stage": "", "uri": settings.tracking_uri})
     try:
         with journal.open("a", encoding="utf-8") as file:
@@ -238,7 +242,8 @@ def attach_file(settings: PipelineConfig, folder: Path, path: Path) -> None:
     except OSError as error:
         logger.warning("%s is not attached to its run in MLflow: %s", path.name, first_line(error))
         return
-    send_file(journal, settings.tracking_uri, folder.name)
+    if not waiting and (found := send_file(journal, settings.tracking_uri, folder.name)):
+        logger.warning("%s: %s", folder.name, found)
 
 
 def metric_name(name: str) -> str:

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.delivery import parse
-from pipeline.outbox import UNTRACKED, describe, send_file
+from pipeline.outbox import UNTRACKED, describe, is_held, send_file
 
 if TYPE_CHECKING:
     from pipeline.settings import PipelineConfig
 
 logger = logging.getLogger(__name__)
 
+SECONDS = 30.0  # after which a flow does not begin to send another file
+
 
 def send_untracked(settings: PipelineConfig) -> dict[str, str]:
     """Send what earlier executions in this run's folder could not; returns what `untracked` then finds. Never raises."""
     if settings.tracking.enabled:
+        deadline = time.monotonic() + SECONDS
         for path in _files(settings.folder):
+            if time.monotonic() > deadline:  # a server that never answers; the stages will say so
+                break
             found = send_file(path, settings.tracking_uri, f"{path.parent.name} of run {settings.run}")
             if found:
                 logger.warning("%s: %s", path.parent.name, found)
@@ -32,8 +38,11 @@ def send_untracked(settings: PipelineConfig) -> dict[str, str]:
 
 
 def untracked(folder: Path) -> dict[str, str]:
-    """What MLflow does not have yet of a run's folder: by stage (or `flow`), a sentence with the remedy."""
-    return {_label(path): found for path in _files(folder) if (found := describe(path))}
+    """What MLflow does not have yet of a run's folder: by stage (or `flow`), a sentence with the remedy.
+
+    What is under way is not counted.
+    """
+    return {_label(path): found for path in _files(folder) if not is_held(path) and (found := describe(path))}
 
 
 def main() -> None:
