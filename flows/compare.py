@@ -76,7 +76,11 @@ def _tables(found: RunComparison) -> None:
     console = Console()
     for title, heads, rows in (
         ("students on the shared test pairs", ("measure", found.a, found.b, "b − a", "95 %", ""), measure_rows(found)),
-        ("key figures, each run on its own", ("stage", "figure", found.a, found.b), figure_rows(found)),
+        (
+            "key figures that differ, each run on its own",
+            ("stage", "figure", found.a, found.b),
+            figure_rows(found, equal=False),
+        ),
         ("what differs", ("", "", found.a, found.b), difference_rows(found)),
     ):
         if rows:
@@ -91,7 +95,7 @@ def _lines(found: RunComparison) -> None:
 
     for name, a, b, change, limits, verdict in measure_rows(found):
         print(f"{name}: {a} and {b}, difference {change} {limits} ({verdict})")
-    for stage, figure, a, b in figure_rows(found):
+    for stage, figure, a, b in figure_rows(found, equal=False):
         print(f"figure {stage}.{figure}: {a} and {b}")
     for kind, name, a, b in difference_rows(found):
         print(f"{kind} {name}: {a} and {b}")

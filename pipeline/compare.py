@@ -44,6 +44,11 @@ class Measure(BaseModel):
             return "not defined"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference is shown"
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval shows a difference."""
+        return self.verdict in ("better", "worse")
+
 
 class RunComparison(BaseModel):
     """What `compare_runs` found; of settings, inputs, versions and code only what differs, as (a, b), None where absent."""
@@ -76,16 +81,18 @@ class RunComparison(BaseModel):
         name = MEASURES[first.metric]
         if first.difference is None or first.low is None or first.high is None:
             return f"{name} is not defined {rows}."
-        if first.verdict == "no difference is shown":
+        others = [f"{MEASURES[each.metric]} is {each.verdict}" for each in self.measures[1:] if each.is_shown]
+        beside = f" Beside it, {' and '.join(others)}." if others else ""
+        if not first.is_shown:
             return (
                 f"No difference is shown: {name} of {self.b} minus {self.a} is {first.difference:+.4f} "
-                f"[{first.low:+.4f}, {first.high:+.4f}] {rows}."
+                f"[{first.low:+.4f}, {first.high:+.4f}] {rows}.{beside}"
             )
         low, high = sorted((abs(first.low), abs(first.high)))
         way = "higher" if first.difference > 0 else "lower"
         return (
             f"{name} of {self.b} is {abs(first.difference):.4f} [{low:.4f}, {high:.4f}] {way} than that of {self.a} "
-            f"{rows}: {first.verdict}."
+            f"{rows}: {first.verdict}.{beside}"
         )
 
 
@@ -172,12 +179,12 @@ def measure_rows(found: RunComparison) -> list[tuple[str, ...]]:
     return rows
 
 
-def figure_rows(found: RunComparison) -> list[tuple[str, str, str, str]]:
-    """The key figures of the stages side by side: stage, figure, a, b."""
+def figure_rows(found: RunComparison, *, equal: bool = True) -> list[tuple[str, str, str, str]]:
+    """The key figures of the stages side by side: stage, figure, a, b; without `equal` only those that differ."""
     rows = []
     for stage, figures in found.figures.items():
         for key in HEADLINES.get(stage, ()):
-            if key in figures:
+            if key in figures and (equal or figures[key][0] != figures[key][1]):
                 rows.append((stage, key, *(_shown(value) for value in figures[key])))
     return rows
 

@@ -67,13 +67,13 @@ def test_measures_are_paired_on_the_shared_rows(tmp_path: Path) -> None:
     assert auc.verdict == "better"
     assert re.fullmatch(
         r"ROC-AUC of b is 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\] higher than that of a on 400 shared test pairs of 80 queries: "
-        r"better\.",
+        r"better\. Beside it, PR-AUC is better and NDCG@10 is better and F1 is better\.",
         found.result,
     )
     back = compare_runs(tmp_path / "b", tmp_path / "a", n_boot=300)
     assert back.measures[0].difference == pytest.approx(-auc.difference)  # type: ignore[operator]
     assert "lower than that of b" in back.result
-    assert back.result.endswith("worse.")
+    assert ": worse. Beside it, PR-AUC is worse" in back.result
 
 
 def test_equal_students_show_no_difference(tmp_path: Path) -> None:
@@ -138,6 +138,8 @@ def test_the_command_finds_runs_by_name_or_path_and_refuses_with_the_nearest(
     printed = capsys.readouterr().out
     assert "ROC-AUC: 0." in printed
     assert "higher than that of baseline on 600 shared test pairs of 120 queries: better." in printed
+    assert "test_roc_auc" not in printed  # equal in both
+    assert "| student | test_roc_auc | 0.5 | 0.5 |" in (tmp_path / "compare" / "baseline-vs-tuned.md").read_text()
     assert (tmp_path / "compare" / "baseline-vs-tuned.json").exists()
     for runs, told in (
         (["baseline", "tunde"], "no run 'tunde' in "),
