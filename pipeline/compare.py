@@ -153,7 +153,8 @@ def save_comparison(found: RunComparison, folder: Path) -> tuple[Path, Path]:
     data, text = place / f"{found.a}-vs-{found.b}.json", place / f"{found.a}-vs-{found.b}.md"
     write_json(data, found.model_dump(mode="json") | {"result": found.result})
     text.write_text(markdown(found), encoding="utf-8")
-    tracker = Tracker(_tracked_by(found.folder_b, folder), "compare", "compare", place)
+    settings = _tracked_by(found.folder_b, folder).model_copy(update={"run": data.stem})
+    tracker = Tracker(settings, "compare", "compare", place)
     tags = {"run_a": found.mlflow_runs.get("flow", found.mlflow_runs.get("student", ("", "")))[0] or found.a}
     tags["run_b"] = found.mlflow_runs.get("flow", found.mlflow_runs.get("student", ("", "")))[1] or found.b
     tracker.open(tags | {"name_a": found.a, "name_b": found.b, "result": found.result}, {}, [])

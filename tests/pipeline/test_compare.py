@@ -122,6 +122,7 @@ def test_it_is_kept_as_json_markdown_and_in_mlflow(tmp_path: Path) -> None:
     store = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = store.get_experiment_by_name("ads-relevance/compare")
     (run,) = store.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "a-vs-b"
     assert run.data.metrics["roc_auc/difference"] == pytest.approx(found.measures[0].difference)
     assert run.data.metrics["f1/high"] == pytest.approx(found.measures[3].high)
     assert (run.data.tags["run_a"], run.data.tags["run_b"]) == ("run-of-a", "b")
