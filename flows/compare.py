@@ -41,7 +41,8 @@ def compare(
         Seed of the resampling.
     """
     from data.schema import ContractError
-    from pipeline.compare import compare_runs, find_run, save_comparison
+    from pipeline.compare import compare_runs, find_run
+    from pipeline.compare_page import save_comparison
 
     try:
         if len(runs) != 2:
@@ -71,7 +72,7 @@ def _tables(found: RunComparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.compare import difference_rows, figure_rows, measure_rows
+    from pipeline.compare_page import difference_rows, figure_rows, measure_rows
 
     console = Console()
     for title, heads, rows in (
@@ -91,7 +92,7 @@ def _tables(found: RunComparison) -> None:
 
 
 def _lines(found: RunComparison) -> None:
-    from pipeline.compare import difference_rows, figure_rows, measure_rows
+    from pipeline.compare_page import difference_rows, figure_rows, measure_rows
 
     for name, a, b, change, limits, verdict in measure_rows(found):
         print(f"{name}: {a} and {b}, difference {change} {limits} ({verdict})")

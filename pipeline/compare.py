@@ -13,13 +13,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from data.schema import ContractError, GradeScale
-from pipeline.artifacts import StageRecord, read_record, write_json
+from pipeline.artifacts import StageRecord, read_record
 from pipeline.delivery import RUN_FILE
 from pipeline.redact import flatten, redact
-from pipeline.settings import PipelineConfig, build_settings, nearest
+from pipeline.settings import nearest
 from pipeline.stages import STAGES
-from pipeline.summary import HEADLINES, number
-from pipeline.tracking import Tracker, closing
 
 MEASURES = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "ndcg_at_10": "NDCG@10", "f1": "F1"}
 _NAMES_OF_THE_RUN = ("run", "runs")
@@ -101,7 +99,7 @@ def compare_runs(a: Path, b: Path, *, n_boot: int = 1000, seed: int = 0) -> RunC
     folders, names = (a, b), _labels(a, b)
     records, summaries = (
         [_records(folder) for folder in folders],
-        [_json(folder / "summary.json") for folder in folders],
+        [read_json(folder / "summary.json") for folder in folders],
     )
     for folder, found in zip(folders, records, strict=True):
         if not found:
@@ -143,76 +141,6 @@ def find_run(name: str, folder: Path) -> Path:
     raise ContractError(f"no run '{name}' in {folder}{nearest(name, known)}")
 
 
-def save_comparison(found: RunComparison, folder: Path) -> tuple[Path, Path]:
-    """Write `compare/A-vs-B.json` and `.md` into the folder of all runs, and the comparison into MLflow; returns both.
-
-    The store is that of run b, the experiment PREFIX/compare; what it does not take is kept in `compare/`.
-    """
-    place = folder / "compare"
-    place.mkdir(parents=True, exist_ok=True)
-    data, text = place / f"{found.a}-vs-{found.b}.json", place / f"{found.a}-vs-{found.b}.md"
-    write_json(data, found.model_dump(mode="json") | {"result": found.result})
-    text.write_text(markdown(found), encoding="utf-8")
-    settings = _tracked_by(found.folder_b, folder).model_copy(update={"run": data.stem})
-    tracker = Tracker(settings, "compare", "compare", place)
-    tags = {"run_a": found.mlflow_runs.get("flow", found.mlflow_runs.get("student", ("", "")))[0] or found.a}
-    tags["run_b"] = found.mlflow_runs.get("flow", found.mlflow_runs.get("student", ("", "")))[1] or found.b
-    tracker.open(tags | {"name_a": found.a, "name_b": found.b, "result": found.result}, {}, [])
-    with closing(tracker):
-        for measure in found.measures:
-            values = {"a": measure.a, "b": measure.b, "difference": measure.difference}
-            values |= {"low": measure.low, "high": measure.high}
-            tracker.log(0, {f"{measure.metric}/{key}": value for key, value in values.items() if value is not None})
-        tracker.log(0, {"n": found.n, "n_queries": found.n_queries})
-        tracker.artifact(data)
-        tracker.artifact(text)
-    return data, text
-
-
-def measure_rows(found: RunComparison) -> list[tuple[str, ...]]:
-    """Rows of the table of measures: name, a, b, b − a, 95 % interval, verdict."""
-    rows = []
-    for each in found.measures:
-        limits = "" if each.low is None or each.high is None else f"[{each.low:+.4f}, {each.high:+.4f}]"
-        values = [("–" if value is None else f"{value:.4f}") for value in (each.a, each.b)]
-        change = "–" if each.difference is None else f"{each.difference:+.4f}"
-        rows.append((MEASURES[each.metric], *values, change, limits, each.verdict))
-    return rows
-
-
-def figure_rows(found: RunComparison, *, equal: bool = True) -> list[tuple[str, str, str, str]]:
-    """The key figures of the stages side by side: stage, figure, a, b; without `equal` only those that differ."""
-    rows = []
-    for stage, figures in found.figures.items():
-        for key in HEADLINES.get(stage, ()):
-            if key in figures and (equal or figures[key][0] != figures[key][1]):
-                rows.append((stage, key, *(_shown(value) for value in figures[key])))
-    return rows
-
-
-def difference_rows(found: RunComparison) -> list[tuple[str, str, str, str]]:
-    """What differs: kind, name, a, b."""
-    kinds = {"setting": found.settings, "input": found.inputs, "version": found.versions, "code": found.code}
-    return [
-        (kind, key, *(_shown(value) for value in pair)) for kind, pairs in kinds.items() for key, pair in pairs.items()
-    ]
-
-
-def markdown(found: RunComparison) -> str:
-    """The comparison as a page of Markdown."""
-    parts = [f"# {found.a} and {found.b}", found.result]
-    for title, head, rows in (
-        ("Students on the shared test pairs", ("measure", found.a, found.b, "b − a", "95 %", ""), measure_rows(found)),
-        ("Key figures, each run on its own", ("stage", "figure", found.a, found.b), figure_rows(found)),
-        ("What differs", ("", "", found.a, found.b), difference_rows(found)),
-    ):
-        if rows:
-            lines = [head, ("---",) * len(head), *rows]
-            table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-            parts.append(f"## {title}\n\n{table}")
-    return "\n\n".join(parts) + "\n"
-
-
 def _measures(
     a: Path, b: Path, records: list[dict[str, StageRecord]], n_boot: int, seed: int
 ) -> tuple[list[Measure], int, int, str]:
@@ -233,25 +161,36 @@ def _measures(
     relevant_from = starts.pop()
     grade, query = rows["grade"].to_numpy(), rows["query_id"].to_numpy()
     scores = [rows["p_relevant"].to_numpy(), rows["p_relevant_old"].to_numpy()]
-    thresholds = [_json(student / "model" / "student.json").get("threshold") for student in students]
-    options: dict[str, Any] = {"relevant_from": relevant_from, "n_boot": n_boot, "seed": seed}
+    thresholds = [read_json(student / "model" / "student.json").get("threshold") for student in students]
     values = [
-        evaluate_ranking(grade, score, query, threshold=threshold, **options).metrics
+        evaluate_ranking(
+            grade, score, query, relevant_from=relevant_from, threshold=threshold, n_boot=n_boot, seed=seed
+        ).metrics
         for score, threshold in zip(scores, thresholds, strict=True)
     ]
     measures = []
     for metric in MEASURES:
         if metric == "f1" and None in thresholds:
             continue
-        found_difference = compare(
-            *scores, grade, query, metric=metric, thresholds=(thresholds[0], thresholds[1]), **options
+        change = compare(
+            scores[0],
+            scores[1],
+            grade,
+            query,
+            metric=metric,
+            thresholds=(thresholds[0], thresholds[1]),
+            relevant_from=relevant_from,
+            n_boot=n_boot,
+            seed=seed,
         )
         measures.append(
             Measure(
                 metric=metric,
                 a=values[1][metric].value,
                 b=values[0][metric].value,
-                **found_difference.model_dump(include={"difference", "low", "high"}),
+                difference=change.difference,
+                low=change.low,
+                high=change.high,
             )
         )
     return measures, len(rows), int(rows["query_id"].nunique()), ""
@@ -292,17 +231,11 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
 
 def _mlflow_run(folder: Path, stage: str) -> str:
     place = folder if stage == "flow" else folder / STAGES[stage].folder
-    return str(_json(place / RUN_FILE).get("run_id", ""))
+    return str(read_json(place / RUN_FILE).get("run_id", ""))
 
 
-def _tracked_by(run: Path, folder: Path) -> PipelineConfig:
-    values: dict[str, Any] = {"preset": "", "run": "compare", "runs": str(folder)}
-    recorded = (_json(run / "summary.json").get("settings") or {}).get("tracking") or {}
-    place = {key: recorded[key] for key in ("enabled", "uri", "experiment_prefix") if key in recorded}
-    return build_settings(values | {"tracking": place})
-
-
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when there is no such file, `ContractError` when it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -310,14 +243,3 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ContractError(f"{path} is damaged ({error}); run its flow again") from None
     return found if isinstance(found, dict) else {}
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    text = number(value) if isinstance(value, int | float) else str(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

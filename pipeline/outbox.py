@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 UNTRACKED = "_untracked.jsonl"
 SEND_SECONDS = 5.0  # between two sendings to a store that answers
 FIRST_BACKOFF, LAST_BACKOFF = 2.0, 60.0
-CLOSE_SECONDS = 30.0  # how long the end of a stage waits for a store that does not answer
+CLOSE_SECONDS = 60.0  # how long the end of a stage waits for a store that does not answer
 
 
 class Outbox:
@@ -65,8 +65,14 @@ class Outbox:
         """Send what is left, as far as the store answers, and return a sentence about what was not sent, or nothing."""
         self._closing.set()
         self._wake.set()
-        deadline = time.monotonic() + CLOSE_SECONDS
-        while self._sender.is_alive() and (self._healthy or time.monotonic() < deadline):
+        reached, deadline = -1, 0.0
+        while self._sender.is_alive():
+            if self._delivery.offset != reached:
+                reached, deadline = self._delivery.offset, time.monotonic() + CLOSE_SECONDS
+            # A store that has taken something may be busy with something large, such as a model.
+            answers = self._healthy or (self._healthy is None and self.run_id)
+            if not answers and time.monotonic() > deadline:
+                break
             self._sender.join(0.1)
         self._abandoned.set()  # a call that hangs may come back much later: it must not touch the file then
         self._delivery.trim()

@@ -13,7 +13,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from data.schema import ContractError, Grade, GradeScale
 from flows.compare import compare
 from pipeline.artifacts import StageRecord, write_json
-from pipeline.compare import compare_runs, find_run, markdown, save_comparison
+from pipeline.compare import compare_runs, find_run
+from pipeline.compare_page import markdown, save_comparison
 from student.evaluation import compare_students, write_predictions
 
 GRADES = np.random.default_rng(1).integers(3, size=600)
