@@ -279,14 +279,14 @@ def _link(client: MlflowClient, parent: str, stage: str, run_id: str, how: str) 
     client.set_tag(parent, f"run.{stage}", run_id)
     client.set_tag(parent, f"stage.{stage}", how)
     tags = client.get_run(parent).data.tags
-    lines = ["| stage | | run |", "|---|---|---|"]
-    for key, value in tags.items():
-        if key.startswith("run."):
-            name = key.removeprefix("run.")
-            info = client.get_run(value).info
-            link = f"[{info.run_name}](#/experiments/{info.experiment_id}/runs/{value})"
-            lines.append(f"| {name} | {tags.get(f'stage.{name}', '')} | {link} |")
-    client.set_tag(parent, "mlflow.note.content", "\n".join(lines))
+    shown = []
+    for name in tags.get("stages", stage).split():
+        made = tags.get(f"run.{name}")
+        place = f"#/experiments/{client.get_run(made).info.experiment_id}/runs/{made}" if made else ""
+        shown.append(f"[{name}]({place})" if made else name)
+        if f"stage.{name}" in tags:
+            shown[-1] += f" {tags[f'stage.{name}']}"
+    client.set_tag(parent, "mlflow.note.content", f"Stages: {', '.join(shown)}")
 
 
 def now() -> int:
