@@ -32,9 +32,6 @@ BATCH = 1000  # metric values in one request, MLflow's limit
 PARAMS = 100  # parameters or tags in one request, MLflow's limit
 _REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"}
 _CONNECTION = re.compile(r"Connection refused|Name or service not known|Read timed out|Connection aborted")
-_KIND = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # else MLflow's pages guess, and show those of chat traces
 # Two threads (a flow's and its stage's) may open one store or want one run: the database is made, and a run found, once.
 _OPENING = threading.Lock()
 
@@ -257,7 +254,7 @@ def _find_or_create(client: MlflowClient, run: dict[str, Any], parent: str = "")
     experiment = client.get_experiment_by_name(run["experiment"])
     if experiment is None:
         try:
-            number = client.create_experiment(run["experiment"], run["artifact_location"], _KIND)
+            number = client.create_experiment(run["experiment"], run["artifact_location"])
         except MlflowException:  # another process was faster, or else the next call says what is wrong
             number = client.get_experiment_by_name(run["experiment"]).experiment_id
     else:

@@ -250,8 +250,6 @@ def test_a_flow_has_a_run_that_links_to_its_stages_and_back(settings: PipelineCo
     place = f"#/experiments/{child.info.experiment_id}/runs/{child.info.run_id}"
     assert made.tags["mlflow.note.content"] == f"Stages: [data]({place}) executed, teacher"
     assert reused.tags["mlflow.note.content"] == f"Stages: [data]({place}) reused, teacher"
-    experiment = store.get_experiment_by_name("ads-relevance/relevance-pipeline")
-    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert made.metrics == {"seconds": 1.5, "data/rows": 2, "data/seconds": 1.5}
     assert [item.path for item in store.list_artifacts(parents[0])] == ["report.html"]
     assert {run.info.status for run in runs_of(settings, "relevance-pipeline")} == {"FINISHED"}
