@@ -16,6 +16,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from flows.catalog import FLOWS
+from flows.compare import compare
 
 if TYPE_CHECKING:
     from pipeline.settings import PipelineConfig
@@ -128,6 +129,9 @@ for _entry in FLOWS.values():
     )
 
 
+run_app.command(compare)
+
+
 @run_app.command
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
     """Print a script that completes Prefect's commands, and these, in a shell: source it, or keep it where yours looks."""
@@ -223,6 +227,8 @@ def _show(summary: dict[str, Any]) -> None:
     for label in ("report", "tracking"):
         if summary.get(label):
             print(f"{label}: {summary[label]}")
+    for stage, sentence in summary.get("untracked", {}).items():
+        print(f"{stage} is {sentence}")
     print(f"again: {summary['command']}")
 
 

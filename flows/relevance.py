@@ -67,6 +67,7 @@ def _finish(settings: PipelineConfig, flow_name: str, records: list[StageRecord]
 def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     """Run a flow's stages and those they need, reusing what is unchanged; returns the content of `summary.json`."""
     from flows.artifacts import publish
+    from pipeline.flow_tracking import log_summary, track_flow
     from pipeline.resume import remember
     from pipeline.stages import with_upstream
 
@@ -74,13 +75,15 @@ def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     connect_logging()
     records: list[StageRecord] = []
     spent: list[float] = []
-    with exclusive(settings.folder, 60 * settings.wait_minutes):
+    stages = with_upstream(FLOWS[name].stages)
+    with exclusive(settings.folder, 60 * settings.wait_minutes), track_flow(settings, name, stages) as tracked:
         remember(settings, name)
-        for stage in with_upstream(FLOWS[name].stages):
+        for stage in stages:
             begin = time.monotonic()
             records.append(_TASKS[stage](settings))
             spent.append(round(time.monotonic() - begin, 1))
         summary = _finish(settings, name, records, spent)
+        log_summary(tracked, summary)
     publish(summary)
     return summary
 

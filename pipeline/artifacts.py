@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
+UNTRACKED = "_untracked.jsonl"  # see pipeline.outbox
 # Files of these kinds are written once, under another name, and never changed in place: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
 
@@ -196,7 +197,7 @@ def _take(record: StageRecord, folder: Path) -> bool:
             record.folder,
             temporary,
             copy_function=_link_or_copy,
-            ignore=shutil.ignore_patterns(MANIFEST, STARTED, "*.tmp"),
+            ignore=shutil.ignore_patterns(MANIFEST, STARTED, UNTRACKED, "*.tmp"),
         )
         manifest = record.model_copy(update={"folder": folder}).model_dump(mode="json", exclude={"reused"})
         write_json(temporary / MANIFEST, manifest)

@@ -14,7 +14,7 @@ _SECRET_WORDS = {
     "apikey", "authorization", "credential", "credentials", "passwd", "password", "pwd", "secret", "secrets", "sas",
 }  # fmt: skip
 _SECRET_KEYS = {"access", "account", "api", "encryption", "private", "secret", "shared"}
-_URL_LOGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]+@")
+_URL_LOGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s]+@")
 _URL_PARAMETER = re.compile(
     r"(?P<name>[?&;][^=&;\s]*(?:token|password|secret|signature|sig|key)=)[^&;\s]+", re.IGNORECASE
 )
@@ -36,6 +36,14 @@ def redact_text(text: str) -> str:
     """`text` without the logins and signed parameters of the URLs in it."""
     text = _URL_LOGIN.sub(rf"\g<scheme>{HIDDEN}@", text)
     return _URL_PARAMETER.sub(rf"\g<name>{HIDDEN}", text)
+
+
+def holds_secret(url: str) -> bool:
+    """Whether a URL has a password or a token in it; the user name of a database alone is none."""
+    login = _URL_LOGIN.match(url)
+    if login and (":" in login.group(0).removeprefix(login["scheme"]) or url.startswith("http")):
+        return True
+    return bool(_URL_PARAMETER.search(url))
 
 
 def redact(value: Any, name: str = "") -> Any:

@@ -1,7 +1,7 @@
 """Versions of the teacher and the student in MLflow's model registry.
 
 A new version gets the alias `candidate`. A teacher is `champion` while there is none; which student is, `pipeline.promotion`
-decides.
+decides. A registration may come long after the stage, when the store was down, and may be tried twice.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel
+
+from data.schema import ContractError
+from pipeline.artifacts import read_record
 from pipeline.promotion import promote_student
-from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,72 +29,91 @@ logger = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx")
 
 
-def register_teacher(tracker: Tracker, model: Path, fingerprint: str) -> None:
-    """Register the teacher folder; without `tracking.log_weights` the version holds all of it but the weights."""
+class Registration(BaseModel):
+    """What to register. Folders are relative to the stage's: `folder` is the model, `student` the distill stage's output."""
 
-    def register() -> None:
+    role: Literal["teacher", "student"]
+    name: str
+    run: str
+    folder: str
+    fingerprint: str
+    log_weights: bool
+    promotion_margin: float
+    student: str = ""
+    student_fingerprint: str = ""
+
+
+def register(client: MlflowClient, run_id: str, stage_folder: Path, wanted: Registration) -> None:
+    """Make a version of `wanted.name` from a stage's run and set its aliases.
+
+    Raises `ContractError` when what it is made from is no longer there.
+    """
+    model = stage_folder / wanted.folder
+    if not model.is_dir():
+        raise ContractError(f"{model} is gone; run the stage again to register its model")
+    found = [
+        each
+        for each in client.search_model_versions(f"name = '{wanted.name}' and run_id = '{run_id}'")
+        if each.tags.get("fingerprint") == wanted.fingerprint
+    ]
+    if wanted.role == "teacher":
+        _register_teacher(client, run_id, model, wanted, str(found[0].version) if found else "")
+    else:
+        _register_student(client, run_id, stage_folder, model, wanted, str(found[0].version) if found else "")
+
+
+def _register_teacher(client: MlflowClient, run_id: str, model: Path, wanted: Registration, made: str) -> None:
+    """Register the teacher folder; without `log_weights` the version holds all of it but the weights."""
+    if not made:
         with tempfile.TemporaryDirectory() as temporary:
             light = Path(temporary) / "teacher"
-            drop = (
-                None if tracker.settings.tracking.log_weights else shutil.ignore_patterns(*(f"*{w}" for w in WEIGHTS))
-            )
+            drop = None if wanted.log_weights else shutil.ignore_patterns(*(f"*{weights}" for weights in WEIGHTS))
             shutil.copytree(model, light, ignore=drop)
-            tracker.client.log_artifacts(tracker.run_id, str(light), "teacher")
-        source = f"{tracker.client.get_run(tracker.run_id).info.artifact_uri}/teacher"
-        name = model_name(tracker, "teacher")
-        _ensure(tracker.client, name, "Reasoning relevance model; labels the pool.")
-        made = tracker.client.create_model_version(
-            name, source, tracker.run_id, tags=_tags(tracker, fingerprint, model), await_creation_for=0
-        )
-        tracker.client.set_registered_model_alias(name, "candidate", made.version)
-        if "champion" not in tracker.client.get_registered_model(name).aliases:
-            tracker.client.set_registered_model_alias(name, "champion", made.version)
-
-    tracker.attempt("register the teacher", register)
+            client.log_artifacts(run_id, str(light), "teacher")
+        source = f"{client.get_run(run_id).info.artifact_uri}/teacher"
+        _ensure(client, wanted.name, "Reasoning relevance model; labels the pool.")
+        tags = _tags(wanted, model)
+        made = str(client.create_model_version(wanted.name, source, run_id, tags=tags, await_creation_for=0).version)
+    client.set_registered_model_alias(wanted.name, "candidate", made)
+    if "champion" not in client.get_registered_model(wanted.name).aliases:
+        client.set_registered_model_alias(wanted.name, "champion", made)
 
 
-def register_student(tracker: Tracker, export: Path, student: Path, fingerprint: str) -> None:
-    """Register the exported folder as an MLflow model that can be loaded and served as it is, and choose the champion.
-
-    `student` is the distill stage's folder, whose test predictions the choice rests on.
-    """
-
-    def register() -> None:
-        import mlflow
-
-        name = model_name(tracker, "student")
-        _ensure(tracker.client, name, "Relevance cross-encoder; scores query-ad pairs.")
-        with tempfile.TemporaryDirectory() as temporary:
-            served = Path(temporary) / "export"
-            shutil.copytree(export, served, ignore=shutil.ignore_patterns("_*.json"))
-            with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id):
-                warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)  # signature is given
-                info = mlflow.pyfunc.log_model(
-                    name="student",
-                    python_model=str(Path(__file__).with_name("student_pyfunc.py")),
-                    artifacts={"export": str(served)},
-                    signature=student_signature(),
-                    input_example=input_example(),
-                    pip_requirements=requirements(),
-                )
-        made = tracker.client.create_model_version(
-            name,
-            info.model_uri,
-            tracker.run_id,
-            tags=_tags(tracker, fingerprint, export),
-            await_creation_for=0,
-            model_id=info.model_id,
-        )
-        margin = tracker.settings.tracking.promotion_margin
-        reason = promote_student(tracker.client, name, str(made.version), student, export, margin)
-        logger.info("student version %s is %s", made.version, reason)
-
-    tracker.attempt("register the student", register)
+def _register_student(
+    client: MlflowClient, run_id: str, stage_folder: Path, export: Path, wanted: Registration, made: str
+) -> None:
+    """Register the exported folder as an MLflow model that can be loaded and served as it is, and choose the champion."""
+    student = stage_folder / wanted.student
+    record = read_record(student)
+    if (record.fingerprint if record else "") != wanted.student_fingerprint:
+        raise ContractError(f"{student} holds another student by now, so this one cannot be compared with the champion")
+    if not made:
+        _ensure(client, wanted.name, "Relevance cross-encoder; scores query-ad pairs.")
+        made = _log_student(client, run_id, export, wanted)
+    reason = promote_student(client, wanted.name, made, student, export, wanted.promotion_margin)
+    logger.info("student version %s is %s", made, reason)
 
 
-def model_name(tracker: Tracker, role: str) -> str:
-    """`PREFIX-teacher` or `PREFIX-student`."""
-    return f"{tracker.settings.tracking.experiment_prefix}-{role}"
+def _log_student(client: MlflowClient, run_id: str, export: Path, wanted: Registration) -> str:
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as temporary:
+        served = Path(temporary) / "export"
+        shutil.copytree(export, served, ignore=shutil.ignore_patterns("_*.json", "_*.jsonl"))
+        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+            warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)  # signature is given
+            info = mlflow.pyfunc.log_model(
+                name="student",
+                python_model=str(Path(__file__).with_name("student_pyfunc.py")),
+                artifacts={"export": str(served)},
+                signature=student_signature(),
+                input_example=input_example(),
+                pip_requirements=requirements(),
+            )
+    made = client.create_model_version(
+        wanted.name, info.model_uri, run_id, tags=_tags(wanted, export), await_creation_for=0, model_id=info.model_id
+    )
+    return str(made.version)
 
 
 def student_signature() -> ModelSignature:
@@ -141,5 +163,5 @@ def _ensure(client: MlflowClient, name: str, description: str) -> None:
         client.create_registered_model(name, description=description)
 
 
-def _tags(tracker: Tracker, fingerprint: str, folder: Path) -> dict[str, str]:
-    return {"fingerprint": fingerprint, "run": tracker.settings.run, "folder": str(folder.resolve())}
+def _tags(wanted: Registration, folder: Path) -> dict[str, str]:
+    return {"fingerprint": wanted.fingerprint, "run": wanted.run, "folder": str(folder.resolve())}

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 from datetime import date, time
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.config import DataConfig
 from data.schema import Config, ContractError
 from pipeline.annotate_config import AnnotateConfig
-from pipeline.redact import is_secret
+from pipeline.redact import holds_secret, is_secret
 from pipeline.spark import SparkConfig
 from student.config import ExportConfig, ScoreConfig, StudentConfig
 from teacher.config import TeacherConfig
@@ -39,7 +39,8 @@ class TrackingConfig(Config):
     enabled: bool = True
     """Record runs and models with MLflow; metrics are kept in the run's folder either way."""
     uri: str = ""
-    """MLflow tracking server or store; empty means the SQLite file `mlflow.db` in the folder of runs."""
+    """MLflow tracking server or store; empty means the SQLite file `mlflow.db` in the folder of runs. Without a password or
+    token: MLflow reads them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
     experiment_prefix: str = Field(default="ads-relevance", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
     """Experiments are named PREFIX/STAGE, registered models PREFIX-teacher and PREFIX-student."""
     log_weights: bool = False
@@ -47,6 +48,16 @@ class TrackingConfig(Config):
     promotion_margin: float = Field(default=0.005, ge=0, le=1)
     """A new student becomes champion if the lower 95 % limit of its ROC-AUC minus the champion's, by paired bootstrap on the
     test pairs that both were measured on, is at least minus this."""
+
+    @model_validator(mode="after")  # of the table, not the field: a message about a field repeats its value
+    def _uri_holds_no_secret(self) -> Self:
+        if holds_secret(self.uri):
+            raise ValueError(
+                "uri must not hold a password or token, since settings are recorded: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN (for a database PGPASSWORD or its own file), in the "
+                "environment, and give the address alone"
+            )
+        return self
 
 
 class PipelineConfig(Config):

@@ -19,7 +19,7 @@ from data.schema import Config, ContractError
 from pipeline.artifacts import Output, StageRecord, read_record, run_stage
 from pipeline.settings import PipelineConfig
 from pipeline.spark import SparkConfig
-from pipeline.tracking import Tracker, track
+from pipeline.tracking import Tracker, note_reused, track
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -157,9 +157,7 @@ def run_teacher(settings: PipelineConfig) -> StageRecord:
         return result
 
     def register(out: Path, tracker: Tracker, result: Output) -> None:
-        from pipeline.registry import register_teacher
-
-        register_teacher(tracker, out / "model", result.fingerprint)
+        tracker.register("teacher", out / "model", result.fingerprint)
 
     return _run(settings, "teacher", work, register)
 
@@ -219,9 +217,7 @@ def run_export(settings: PipelineConfig) -> StageRecord:
         return result
 
     def register(out: Path, tracker: Tracker, result: Output) -> None:
-        from pipeline.registry import register_student
-
-        register_student(tracker, out, student.parent, result.fingerprint)
+        tracker.register("student", out, result.fingerprint, student=student.parent)
 
     return _run(settings, "export", work, register)
 
@@ -275,6 +271,17 @@ def stage_inputs(
     return inputs
 
 
+def stage_sources(settings: PipelineConfig, name: str) -> dict[str, str | Path]:
+    """Where each of a stage's inputs lies: a folder or file, or what it is called where there is none."""
+    sources: dict[str, str | Path] = {needed: stage_folder(settings, needed) for needed in STAGES[name].needs}
+    if name == "data":
+        sources["source"] = settings.data.path or settings.data.source
+    base = {"teacher": settings.teacher.model, "student": settings.student.base}.get(name, "")
+    if base.startswith("path:"):
+        sources["base"] = Path(base.removeprefix("path:"))
+    return sources
+
+
 @contextmanager
 def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
@@ -300,12 +307,13 @@ def _run(
     """`run_stage` with tracking around the work, so that a reused stage is not tracked again."""
     stage, config, inputs = STAGES[name], stage_config(settings, name), stage_inputs(settings, name)
     if (held := held_record(settings, name)) is not None:
+        note_reused(name, held.folder)
         logger.info("%s: kept as it is (hold)", name, extra={"stage": name, "state": "reused"})
         return held
 
     def tracked(out: Path) -> Output:
         logger.info("%s: starting in %s", name, out, extra={"stage": name, "state": "running"})
-        with track(settings, name, config, inputs, out) as tracker:
+        with track(settings, name, config, inputs, out, stage_sources(settings, name)) as tracker:
             result = work(out, tracker)
             tracker.figures(result.figures)
             tracker.tags({"fingerprint": result.fingerprint})
@@ -324,6 +332,7 @@ def _run(
     )
     told = f"done in {record.seconds:.0f} s"
     if record.reused:
+        note_reused(name, record.folder)
         told = f"taken from run '{record.made_by}'" if record.made_by else "reused, nothing changed"
     logger.info("%s: %s", name, told, extra={"stage": name, "state": "reused" if record.reused else "done"})
     return record

@@ -15,6 +15,7 @@ from pipeline.artifacts import StageRecord, read_record, write_json
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
 from pipeline.settings import PipelineConfig, build_settings
 from pipeline.stages import STAGES, stage_folder
+from pipeline.untracked import untracked
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
         "seconds": round(sum(spent), 1),
         "command": reproduce_command(settings, flow),
         "tracking": redact_text(settings.tracking_uri) if settings.tracking.enabled else "",
+        "untracked": untracked(settings.folder) if settings.tracking.enabled else {},
         "commit": _commit(),
         "versions": _versions(),
         "settings": redact(settings.model_dump(mode="json")),

@@ -138,13 +138,10 @@ def write_predictions(folder: Path, test: Examples, p_relevant: Array) -> None:
     pq.write_table(table, folder / PREDICTIONS)
 
 
-def compare_students(
-    new: Path, old: Path, *, relevant_from: int, metric: str = "roc_auc", n_boot: int = 1000, seed: int = 0
-) -> Comparison:
-    """Paired bootstrap of two students on the test rows that both have scored; `low` ≥ −ε: the new one is no worse.
+def shared_predictions(new: Path, old: Path) -> Any:
+    """The test rows that two students both have scored, with the same human grade: a frame by `pair_id`.
 
-    `new` and `old` are the output folders of the distill stage. Raises `ContractError` when they share no test row with
-    the same human grade.
+    Columns: query_id, grade, p_relevant, and p_relevant_old. Raises `ContractError` when there is none.
     """
     tables = []
     for folder in (new, old):
@@ -155,6 +152,18 @@ def compare_students(
     joined = joined[joined["grade"] == joined["grade_old"]]
     if joined.empty:
         raise ContractError(f"{new} and {old} share no test row; evaluate both students on one pairs table")
+    return joined
+
+
+def compare_students(
+    new: Path, old: Path, *, relevant_from: int, metric: str = "roc_auc", n_boot: int = 1000, seed: int = 0
+) -> Comparison:
+    """Paired bootstrap of two students on the test rows that both have scored; `low` ≥ −ε: the new one is no worse.
+
+    `new` and `old` are the output folders of the distill stage. Raises `ContractError` when they share no test row with
+    the same human grade.
+    """
+    joined = shared_predictions(new, old)
     return compare(
         joined["p_relevant"].to_numpy(),
         joined["p_relevant_old"].to_numpy(),

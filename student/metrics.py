@@ -138,21 +138,27 @@ def compare(
     *,
     relevant_from: int,
     metric: str = "roc_auc",
+    thresholds: tuple[float | None, float | None] = (None, None),
     names: tuple[str, str] = ("a", "b"),
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Comparison:
     """Paired bootstrap of two systems' scores (N,) on the same rows; `metric` is roc_auc, pr_auc or ndcg_at_10.
 
+    With `thresholds`, chosen without these rows, it may also be f1, each system at its own.
     Raises `ContractError` as `evaluate` does, and for another `metric`.
     """
     grade, query = np.asarray(y_true_grade), _dense(query_id)
     systems = []
-    for score in (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)):
+    for score, threshold in zip(
+        (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)), thresholds, strict=True
+    ):
         _check(grade, score, query)
-        found = [part for part in _system(grade, score, query, relevant_from, None) if metric in part.values]
+        found = [part for part in _system(grade, score, query, relevant_from, threshold) if metric in part.values]
         if not found:
-            raise ContractError(f"'{metric}' cannot be compared; choose roc_auc, pr_auc or ndcg_at_10")
+            raise ContractError(
+                f"'{metric}' cannot be compared; choose roc_auc, pr_auc, ndcg_at_10, or f1 with thresholds"
+            )
         systems += found
     draws_a, draws_b = bootstrap(systems, int(query.max()) + 1, n_boot, seed)
     low, high = limits(draws_a[metric] - draws_b[metric], int(query.max()) + 1)

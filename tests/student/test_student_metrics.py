@@ -97,6 +97,20 @@ def test_compare_is_paired(sample):
     assert metrics.compare(score, -score, grade, query, relevant_from=2, n_boot=200).low > 0
 
 
+def test_f1_is_compared_at_each_system_s_own_threshold(sample):
+    grade, probs, query = sample
+    score, relevant = probs[:, 2:].sum(axis=1), grade >= 2
+    found = metrics.compare(
+        score, score / 2, grade, query, relevant_from=2, metric="f1", thresholds=(0.5, 0.25), n_boot=200
+    )
+    assert (found.difference, found.low, found.high) == (0, 0, 0)
+    found = metrics.compare(score, score, grade, query, relevant_from=2, metric="f1", thresholds=(0.5, 0.9), n_boot=200)
+    assert found.difference == pytest.approx(f1_score(relevant, score >= 0.5) - f1_score(relevant, score >= 0.9))
+    assert found.low < found.difference < found.high
+    with pytest.raises(ContractError, match="or f1 with thresholds"):
+        metrics.compare(score, score, grade, query, relevant_from=2, metric="f1")
+
+
 def test_one_class_only_gives_none_and_stays_json(sample):
     _, probs, query = sample
     found = metrics.evaluate(np.zeros(400, int), probs, query, relevant_from=1, threshold=0.5, n_boot=100)
