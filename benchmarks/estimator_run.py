@@ -221,10 +221,11 @@ def _relevance(options: argparse.Namespace) -> Task:
         warm=examples("train", teacher.warm_start.examples),
         train=examples("train", 10**9),
         valid=examples("valid", 100),
-        test=examples("test", 100),
+        test=examples("test", 200),
         judge=grade_judge(scale.size),
         config=teacher,
         batch=256,
+        samples={"valid": 16, "test": 64},  # of four answers: larger k finds nothing more
     )
 
 
