@@ -51,16 +51,29 @@ def recording(tmp_path_factory) -> Path:
     return file
 
 
-def test_an_engine_killed_in_the_middle_loses_at_most_a_window(tmp_path: Path, spark, teacher: Path, recording: Path):
-    pairs, log, window = 3000, tmp_path / "log", 400
+PAIRS_MADE = 3000
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, spark, teacher: Path, recording: Path) -> Path:
+    """A folder with `pairs` and with the annotations, `calm`, that an undisturbed run makes of them."""
+    folder = tmp_path_factory.mktemp("calm")
+    make_pairs(spark, PAIRS_MADE, folder / "pairs")
+    SCALE.save(folder / "pairs")
+    fast = make_teacher(teacher, recording, folder / "fast")
+    config = AnnotateConfig(n=1, window=400, max_failed_share=1.0)
+    figures = annotate(config, fast, folder / "pairs", folder / "calm", spark, load_replay).figures
+    assert 0 < figures["unparsed"] < figures["ok"]
+    return folder
+
+
+def test_an_engine_killed_in_the_middle_loses_at_most_a_window(
+    tmp_path: Path, spark, teacher: Path, recording: Path, calm: Path
+):
+    pairs, log, window = PAIRS_MADE, tmp_path / "log", 400
     log.mkdir()
-    make_pairs(spark, pairs, tmp_path / "pairs")
-    SCALE.save(tmp_path / "pairs")
-    fast = make_teacher(teacher, recording, tmp_path / "fast")
     slow = make_teacher(teacher, recording, tmp_path / "slow", pairs_per_s=1000, log=str(log))
     config = AnnotateConfig(n=1, window=window, max_failed_share=1.0)
-    figures = annotate(config, fast, tmp_path / "pairs", tmp_path / "calm", spark, load_replay).figures
-    assert 0 < figures["unparsed"] < figures["ok"]
 
     def kill() -> None:
         while rows_in(tmp_path / "rough") < pairs // 3:
@@ -71,16 +84,41 @@ def test_an_engine_killed_in_the_middle_loses_at_most_a_window(tmp_path: Path, s
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(ContractError, match=r"^a worker of the annotation job died[^\n]*run this again"):
-        annotate(config, slow, tmp_path / "pairs", tmp_path / "rough", spark, load_replay)
+        annotate(config, slow, calm / "pairs", tmp_path / "rough", spark, load_replay)
     killer.join()
     kept = rows_in(tmp_path / "rough")
     assert pairs // 3 <= kept < pairs
-    again = annotate(config, slow, tmp_path / "pairs", tmp_path / "rough", spark, load_replay)
+    again = annotate(config, slow, calm / "pairs", tmp_path / "rough", spark, load_replay)
     assert (again.figures["n_new"], again.figures["n_reused"]) == (pairs - kept, kept)
-    assert compare(tmp_path / "calm", tmp_path / "rough") == {"missing": 0, "duplicates": 0, "different": 0}
+    assert compare(calm / "calm", tmp_path / "rough") == {"missing": 0, "duplicates": 0, "different": 0}
     completed = Counter(line for file in log.iterdir() for line in file.read_text().splitlines())
     assert len(completed) == pairs
     assert completed.total() - pairs <= window
+
+
+def test_a_disk_that_fills_up_in_mid_job_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path, spark, calm: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options: str) -> str:
+        command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(disk)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip()
+
+    size = sum(file.stat().st_size for file in (calm / "calm").glob("*.parquet"))
+    if refused := mount("-o", f"size={size // 2}"):
+        pytest.skip(f"a file system cannot be mounted here: {refused}")
+    try:
+        config = AnnotateConfig(n=1, window=400, max_failed_share=1.0)
+        with pytest.raises(ContractError, match=r"^the disk of .* is full; free some space[^\n]*$"):
+            annotate(config, calm / "fast", calm / "pairs", disk, spark, load_replay)
+        kept = rows_in(disk)
+        assert 0 < kept < PAIRS_MADE
+        assert not mount("-o", f"remount,size={4 * size}")
+        again = annotate(config, calm / "fast", calm / "pairs", disk, spark, load_replay)
+        assert (again.figures["n_new"], again.figures["n_reused"]) == (PAIRS_MADE - kept, kept)
+        assert compare(calm / "calm", disk) == {"missing": 0, "duplicates": 0, "different": 0}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_standalone_cluster_survives_one_of_its_two_workers(teacher: Path, recording: Path):
