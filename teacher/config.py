@@ -29,6 +29,8 @@ class WarmStartConfig(Config):
     """Labelled pairs of split `train` to learn from, chosen by a hash of their id; 0 skips the warm start."""
     epochs: float = Field(default=3.0, gt=0)
     """Passes over those examples."""
+    min_steps: int = Field(default=0, ge=0)
+    """At least so many optimiser steps, by further passes where there are few examples."""
     batch_size: int = Field(default=32, ge=1)
     """Examples in an optimiser step."""
     learning_rate: float = Field(default=1e-3, gt=0)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from data.schema import ContractError, GradeScale
 from teacher.card import write_card
@@ -31,6 +32,8 @@ from teacher.verifier import grade_judge
 from teacher.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
+
+_FEW_READABLE = 0.5  # parse rate below which AGPO hardly starts
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
+    disable_progress_bar()  # of saving and loading weights; our own lines say how far it is
     metrics = MetricsLog(out / "metrics.jsonl", log)
     scale = GradeScale.load(pairs)
     prompt = Prompt(config.prompt, scale, config.max_completion_tokens)
@@ -90,6 +94,13 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
         if is_main():
             shutil.rmtree(out / "checkpoints" / "warm_start", ignore_errors=True)
     phases.add("warm_start", lambda: measure(model, "warm_start", 0))
+    read = phases.figures.get("warm_start", {}).get("parse_rate", 1.0)
+    if config.agpo.steps and read < _FEW_READABLE:
+        logger.warning(
+            "only %.0f %% of the answers after the warm start can be read, and AGPO needs right ones to learn from: give the "
+            "warm start more examples, epochs or min_steps, or begin with a stronger model",
+            100 * read,
+        )
     model = _trainable(model, config)
     collapsed = None
     if config.agpo.steps:

@@ -32,7 +32,7 @@ def warm_start(
     """
     settings = config.warm_start
     dataset = Dataset.from_list([_tokenised(example, tokenizer, settings.loss_on_prompt) for example in examples])
-    steps = max(1, round(len(examples) * settings.epochs / settings.batch_size))
+    steps = max(1, settings.min_steps, round(len(examples) * settings.epochs / settings.batch_size))
     arguments = TrainingArguments(
         output_dir=str(out),
         per_device_train_batch_size=settings.batch_size // world_size(),

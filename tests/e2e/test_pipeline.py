@@ -28,6 +28,7 @@ TINY = [
     "teacher.model=scratch:tiny",
     "teacher.warm_start.examples=200",
     "teacher.warm_start.epochs=16",
+    "teacher.warm_start.min_steps=0",
     "teacher.agpo.steps=2",
     "teacher.agpo.group_size=4",
     "teacher.agpo.prompts_per_step=2",

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -117,6 +118,18 @@ def test_train_teacher_leaves_a_complete_folder(decoder, pairs, tmp_path):
     assert len(heard) == len(lines)
     assert json.loads((tmp_path / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
     assert {"base/accuracy", "warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
+
+
+def test_few_examples_get_more_passes_and_unreadable_answers_are_said_early(decoder, pairs, tmp_path, caplog):
+    warm = WarmStartConfig(examples=4, epochs=1, batch_size=8, min_steps=3)
+    config = TINY.model_copy(update={"warm_start": warm, "agpo": TINY.agpo.model_copy(update={"steps": 1})})
+    with caplog.at_level(logging.WARNING):
+        train_teacher(config, decoder, pairs, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines if line["phase"] == "warm_start") == 3
+    assert any(
+        "0 % of the answers after the warm start can be read" in record.getMessage() for record in caplog.records
+    )
 
 
 def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(decoder, pairs, tmp_path):
