@@ -97,8 +97,8 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
     read = phases.figures.get("warm_start", {}).get("parse_rate", 1.0)
     if config.agpo.steps and read < _FEW_READABLE:
         logger.warning(
-            "only %.0f %% of the answers after the warm start can be read, and AGPO needs right ones to learn from: give the "
-            "warm start more examples, epochs or min_steps, or begin with a stronger model",
+            "only %.0f %% of the answers after the warm start can be read, and AGPO needs right ones to learn from: give "
+            "the warm start more examples, epochs or min_steps, or begin with a stronger model",
             100 * read,
         )
     model = _trainable(model, config)
