@@ -10,19 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.schema import ContractError
+from pipeline.redact import hidden_keys
 from pipeline.settings import choose
 
 
 def fill(
     preset: str = "",
     config: str | None = None,
-    run: str = "",
+    name: str = "",
     runs: str | None = None,
     set: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The settings as `prefect run` would choose them from the same words, for `{{ settings }}` in `parameters`.
 
-    Raises `ContractError` for anything that is not valid.
+    Raises `ContractError` for anything that is not valid, and for a secret: Prefect shows a deployment's parameters.
     """
-    chosen = choose(preset, Path(config) if config else None, run, Path(runs) if runs else None, set)
-    return {"settings": chosen.model_dump(mode="json")}
+    chosen = choose(preset, Path(config) if config else None, name, Path(runs) if runs else None, set)
+    values = chosen.model_dump(mode="json")
+    if secret := hidden_keys(values):
+        raise ContractError(
+            f"{', '.join(secret)} would be shown on Prefect's pages; leave it out, and give it to the worker's "
+            "environment or to Spark's own configuration (SPARK_CONF_DIR)"
+        )
+    return {"settings": values}

@@ -10,22 +10,25 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from contextlib import nullcontext
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.tasks import exponential_backoff
 
 from data.schema import Unavailable
 from flows.catalog import FLOWS
-from flows.runtime import connect_logging, exclusive, own_gpus, share_cores
+from flows.runtime import connect_logging, share_cores
 from pipeline.artifacts import StageRecord
+from pipeline.locks import exclusive
 from pipeline.settings import PipelineConfig
 
 logger = logging.getLogger(__name__)
 
 _RUN_NAME = "{settings.run}"
+_BEGUN: set[UUID] = set()  # flow runs of this process that had their run's folder
 
 
 def _service_was_away(task: Any, task_run: Any, state: Any) -> bool:
@@ -45,10 +48,9 @@ def _stage_task(name: str) -> Any:
     )
     def stage(settings: PipelineConfig) -> StageRecord:
         from flows.artifacts import progress_on_page
-        from pipeline.stages import RUNNERS, on_this_gpu
+        from pipeline.stages import RUNNERS
 
-        gpus = own_gpus(60 * settings.wait_minutes) if on_this_gpu(settings, name) else nullcontext()
-        with gpus, progress_on_page(settings.run, name):
+        with progress_on_page(settings.run, name):
             return RUNNERS[name](settings)
 
     return stage
@@ -78,6 +80,8 @@ def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     stages = with_upstream(FLOWS[name].stages)
     with exclusive(settings.folder, 60 * settings.wait_minutes), track_flow(settings, name, stages) as tracked:
         remember(settings, name)
+        if (context := FlowRunContext.get()) is not None and context.flow_run is not None:
+            _BEGUN.add(context.flow_run.id)
         for stage in stages:
             begin = time.monotonic()
             records.append(_TASKS[stage](settings))
@@ -90,6 +94,8 @@ def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
 
 def _say_what_to_do(flow: Any, flow_run: Any, state: Any) -> None:
     """After a failure: where it stopped, what is kept, and how to go on; in the run's log, where people look first."""
+    if flow_run.id not in _BEGUN:  # it was refused before it began, by a message that says why
+        return
     settings = flow_run.parameters.get("settings") or {}
     values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
     run, runs = values.get("run") or values.get("preset", ""), shlex.quote(str(values.get("runs") or "runs"))

@@ -69,7 +69,9 @@ def _stderr_above(console: Console, terminal: int) -> Iterator[None]:
     def pass_on() -> None:
         with os.fdopen(read_end, encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                if line == _END:
+                if line.endswith(_END):
+                    if line != _END:  # a last line that nobody ended
+                        console.print(Text.from_ansi(line.removesuffix(_END)))
                     return
                 console.print(Text.from_ansi(line.rstrip()))
 
@@ -131,6 +133,7 @@ def stages_table(summary: dict[str, Any]) -> None:
     """Print the closing table of a run to stdout."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from pipeline.summary import stage_rows
 
@@ -138,6 +141,6 @@ def stages_table(summary: dict[str, Any]) -> None:
     for heading, justify in (("stage", "left"), ("status", "left"), ("seconds", "right"), ("key figures", "left")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for row in stage_rows(summary):
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "140"))
     Console(width=width).print(table)

@@ -201,7 +201,7 @@ def _greedy_once(sampling: Sampling) -> Sampling:
 def _told(error: Exception) -> Exception:
     """The one sentence of a `ContractError` raised in a worker, as what it was; any other error as it is."""
     text = str(error)
-    found = re.findall(r"(ContractError|Unavailable): (.+)", text)
+    found = re.findall(r"(?m)^(?:.*Exception: )?data\.schema\.(ContractError|Unavailable): (.+)", text)
     if found:
         kind, sentence = found[-1]
         return (Unavailable if kind == "Unavailable" else ContractError)(sentence.strip())

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
 UNTRACKED = "_untracked.jsonl"  # see pipeline.outbox
-# Files of these kinds are written once, under another name, and never changed in place: two runs can share one by a link.
+# Big files, which no stage changes once it has finished: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
 
 
@@ -117,18 +117,24 @@ def read_record(folder: Path) -> StageRecord | None:
         raise ContractError(f"{folder / MANIFEST} is damaged ({error}); delete it to run the stage again") from None
 
 
-def find_elsewhere(folder: Path, key: str) -> StageRecord | None:
-    """The newest record of the same stage under `key` in another run beside this one (`folder` is RUNS/RUN/STAGE)."""
+def reusable(folder: Path, key: str, *, incremental: bool = False, share: bool = True) -> StageRecord | None:
+    """The finished output under `key`: that of `folder`, else (with `share`) the newest of another run beside this one.
+
+    `folder` is RUNS/RUN/STAGE. The output of an `incremental` stage that has begun here is not replaced by another's.
+    """
+    done = completed(folder, key)
+    if done is not None or not share or (incremental and folder.exists()):
+        return done
     found = []
     for other in folder.parent.parent.glob(f"*/{folder.name}"):
         if other.parent.name == folder.parent.name:
             continue
         try:
-            record = read_record(other)
+            record = completed(other, key)
         except ContractError:  # another run's damage is not this one's
             continue
-        if record is not None and record.key == key:
-            found.append(record.model_copy(update={"folder": other, "made_by": record.made_by or other.parent.name}))
+        if record is not None:
+            found.append(record.model_copy(update={"made_by": record.made_by or other.parent.name}))
     return max(found, key=lambda record: record.finished_at, default=None)
 
 
@@ -141,26 +147,21 @@ def run_stage(
     code: Iterable[str],
     work: Callable[[Path], Output],
     incremental: bool = False,
+    share: bool = True,
 ) -> StageRecord:
-    """Run `work(folder)` unless it has completed there under the same key; return its record.
+    """Run `work(folder)` unless it has completed there, or in a run beside this one, under the same key; return its record.
 
-    An interrupted stage of the same key finds its folder as it left it, so `work` can resume. What another run beside this
-    one has completed under the same key is taken from there. When the key has changed, the old folder is kept once, as
-    `NAME.previous`, unless the stage is `incremental` (its output is keyed row by row, so it stays and grows).
+    An interrupted stage of the same key finds its folder as it left it, so `work` can resume. When the key has changed, the
+    old output is kept once, as `NAME.previous`, unless the stage is `incremental` (its output is keyed row by row, so it
+    stays and grows).
     """
     key = stage_key(stage, config, inputs, code)
-    done = completed(folder, key)
-    if done is not None:
-        return done
+    done = reusable(folder, key, incremental=incremental, share=share)
+    if done is not None and (done.folder == folder or _take(done, folder)):
+        return done.model_copy(update={"folder": folder})
     started = folder / STARTED
-    same = _started_key(started) == key
-    elsewhere = None if same or (incremental and folder.exists()) else find_elsewhere(folder, key)
-    if folder.exists() and not incremental and not same:
-        previous = folder.with_name(f"{folder.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    if elsewhere is not None and _take(elsewhere, folder):
-        return elsewhere.model_copy(update={"folder": folder, "reused": True})
+    if folder.exists() and not incremental and _started_key(started) != key:
+        _put_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_json(started, {"stage": stage, "key": key, "pid": os.getpid()})
@@ -178,7 +179,19 @@ def run_stage(
         finished_at=datetime.now(UTC),
     )
     write_json(folder / MANIFEST, record.model_dump(mode="json", exclude={"reused"}))
+    # From here on nothing is resumed in this folder, so that files which another run has links to are not written again.
+    started.unlink()
     return record
+
+
+def _put_aside(folder: Path) -> None:
+    """Keep a finished output as `NAME.previous`; what an interrupted attempt has left gives way."""
+    if not (folder / MANIFEST).exists():
+        shutil.rmtree(folder)
+        return
+    previous = folder.with_name(f"{folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    folder.rename(previous)
 
 
 def _started_key(path: Path) -> str | None:
@@ -197,12 +210,20 @@ def _take(record: StageRecord, folder: Path) -> bool:
             record.folder,
             temporary,
             copy_function=_link_or_copy,
-            ignore=shutil.ignore_patterns(MANIFEST, STARTED, UNTRACKED, "*.tmp"),
+            ignore=shutil.ignore_patterns(MANIFEST, STARTED, UNTRACKED, "*.tmp", "_tmp-*"),
         )
-        manifest = record.model_copy(update={"folder": folder}).model_dump(mode="json", exclude={"reused"})
-        write_json(temporary / MANIFEST, manifest)
+        now = read_record(record.folder)
+        if now is None or (now.key, now.finished_at) != (record.key, record.finished_at):
+            raise OSError("that run was making it anew")
+        taken = record.model_copy(update={"folder": folder})
+        write_json(temporary / MANIFEST, taken.model_dump(mode="json", exclude={"reused"}))
+        if folder.exists():
+            _put_aside(folder)
         temporary.rename(folder)
-    except OSError as error:  # the other run is changing its folder, or the disk is full: the stage can be run
+    except (
+        OSError,
+        ContractError,
+    ) as error:  # the other run changes its folder, or the disk is full: it can be made here
         shutil.rmtree(temporary, ignore_errors=True)
         logger.warning("%s could not be taken from run '%s': %s", record.stage, record.made_by, error)
         return False

@@ -122,11 +122,12 @@ class Delivery:
         except ContractError as error:
             self._refused(op, error)
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST" and op not in ("run", "register", "link"):
+            gone = error.error_code == "RESOURCE_DOES_NOT_EXIST"
+            if gone and op not in ("run", "register", "link"):
                 raise _RunIsGoneError(str(error)) from None
-            if error.error_code not in _REFUSED or op == "run":
+            if op == "run" or not (gone or error.error_code in _REFUSED):
                 raise
-            self._refused(op, error)
+            self._refused(op, error)  # or it would be tried for ever, and all that comes after it would wait
         if self.stopped():
             raise StoppedError
 
@@ -278,12 +279,25 @@ def _link(client: MlflowClient, parent: str, stage: str, run_id: str, how: str) 
     tags = client.get_run(parent).data.tags
     shown = []
     for name in tags.get("stages", stage).split():
-        made = tags.get(f"run.{name}")
-        place = f"#/experiments/{client.get_run(made).info.experiment_id}/runs/{made}" if made else ""
-        shown.append(f"[{name}]({place})" if made else name)
+        place = _page(client, tags.get(f"run.{name}", ""))
+        shown.append(f"[{name}]({place})" if place else name)
         if f"stage.{name}" in tags:
             shown[-1] += f" {tags[f'stage.{name}']}"
     client.set_tag(parent, "mlflow.note.content", f"Stages: {', '.join(shown)}")
+
+
+def _page(client: MlflowClient, run_id: str) -> str:
+    """The address of a run within MLflow's pages; empty for one that is not there (any more)."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return ""
+    try:
+        return f"#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return ""
 
 
 def now() -> int:

@@ -57,7 +57,6 @@ class Outbox:
         line = json.dumps({"op": op, **values}, ensure_ascii=False, default=str)
         with self._writing:
             self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
-            self._file.flush()
         if self._sender.ident is None:
             self._sender.start()
 
@@ -75,7 +74,10 @@ class Outbox:
                 break
             self._sender.join(0.1)
         self._abandoned.set()  # a call that hangs may come back much later: it must not touch the file then
-        self._delivery.trim()
+        try:
+            self._delivery.trim()
+        except OSError as error:  # a full disk: the whole file stays, and what is in it may be sent twice
+            self._error = first_line(error)
         self._file.close()
         kept = describe(self.path)
         if kept and self._error:
@@ -137,7 +139,7 @@ def send_file(path: Path, uri: str, label: str) -> str:
 
 def describe(path: Path) -> str:
     """What a file of unsent entries holds, in one sentence with the remedy; empty when there is none."""
-    counted, run_folder = {"metrics": 0, "artifact": 0, "register": 0}, path.parent.parent
+    counted, run_folder, rest = {"metrics": 0, "artifact": 0, "register": 0}, path.parent.parent, set()
     try:
         with path.open("rb") as file:
             for line in file:
@@ -147,12 +149,14 @@ def describe(path: Path) -> str:
                     run_folder = path.parent
                 if op in counted:
                     counted[op] += len(entry["values"]) if op == "metrics" else 1
+                rest.add(op)
     except FileNotFoundError:
         return ""
     named = (("metrics", "metric value"), ("artifact", "file"), ("register", "model to register"))
     held = [f"{counted[op]:,} {_plural(what, counted[op])}" for op, what in named if counted[op]]
+    held += [what for op, what in (("params", "settings"), ("tags", "tags"), ("end", "the status")) if op in rest]
     return (
-        f"not known to be in MLflow: {', '.join([*held, 'settings, tags and status'])}; kept in {path} and sent by the next "
+        f"not known to be in MLflow: {', '.join(held) or 'its run'}; kept in {path} and sent by the next "
         f"flow of this run, or by: python -m pipeline.untracked {run_folder}"
     )
 
@@ -173,14 +177,13 @@ def _plural(what: str, count: int) -> str:
 
 
 def _claim(path: Path) -> IO[bytes]:
-    file = path.open("ab+")
+    file = path.open("ab+", buffering=0)  # what a full disk did not take must not come up again on closing
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":  # a kill cut the last entry short
                 file.write(b"\n")
-                file.flush()
     except BaseException:
         file.close()
         raise

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.artifacts import StageRecord, completed, find_elsewhere, read_record, stage_key
+from pipeline.artifacts import StageRecord, read_record, reusable, stage_key
 from pipeline.redact import flatten
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, held_record, stage_config, stage_folder, stage_inputs
@@ -39,15 +39,11 @@ def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
             continue
         inputs = stage_inputs(settings, name, known)
         key = stage_key(name, stage_config(settings, name), inputs, stage.code)
-        done = completed(folder, key)
-        elsewhere = None if done or (stage.incremental and folder.exists()) else find_elsewhere(folder, key)
-        if done:
+        done = reusable(folder, key, incremental=stage.incremental, share=settings.share)
+        if done is not None:
             known[name] = done
-            rows.append(Planned(stage=name, action="reuse", reason=f"unchanged since {done.finished_at:%F %T} UTC"))
-        elif elsewhere:
-            known[name] = elsewhere
-            reason = f"run '{elsewhere.made_by}' has made the same on {elsewhere.finished_at:%F %T} UTC"
-            rows.append(Planned(stage=name, action="reuse", reason=reason))
+            reason = "unchanged since" if done.folder == folder else f"run '{done.made_by}' has made the same on"
+            rows.append(Planned(stage=name, action="reuse", reason=f"{reason} {done.finished_at:%F %T} UTC"))
         elif record is None:
             rows.append(Planned(stage=name, action="run", reason="it has not completed in this run"))
         else:

@@ -124,7 +124,7 @@ def area_chart(x: Sequence[float], layers: Sequence[tuple[str, Sequence[float]]]
     if len(rows) < 2:
         return Markup("")
     width = max(1, len(rows) // SMOOTHED)
-    groups = [rows[i : i + width] for i in range(0, len(rows) - len(rows) % width, width)]
+    groups = [rows[i : i + width] for i in range(0, len(rows), width)]
     means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
     frame = _Frame(_range([row[0] for row in means]), (0.0, 1.0))
     below = [0.0] * len(means)

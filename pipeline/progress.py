@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
 
 EVERY = 10.0
 
@@ -15,9 +18,15 @@ def watched(look: Callable[[], None], every: float = EVERY) -> Iterator[None]:
     """Call `look` every so many seconds, in a thread, while the body runs, and once more when it ends."""
     finished = threading.Event()
 
+    def safely() -> None:
+        try:
+            look()
+        except Exception as error:  # the job itself says what is wrong with its files
+            logger.warning("how far the job is cannot be told: %s", error)
+
     def loop() -> None:
         while not finished.wait(every):
-            look()
+            safely()
 
     # In a copy of this context, so that what it logs belongs to the same flow run.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(loop,), name="progress", daemon=True)
@@ -27,7 +36,7 @@ def watched(look: Callable[[], None], every: float = EVERY) -> Iterator[None]:
     finally:
         finished.set()
         thread.join()
-        look()
+        safely()
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,8 @@ def promote_student(client: MlflowClient, name: str, version: str, student: Path
     Parameters: `student` the distill stage's folder, `export` the exported folder; `margin` how far the lower limit of the
     difference in ROC-AUC may lie below 0. The version's run keeps the test predictions, which later ones are compared with.
     """
+    from mlflow.exceptions import MlflowException
+
     client.set_registered_model_alias(name, "candidate", version)
     made = client.get_model_version(name, version)
     client.log_artifact(made.run_id, str(student / PREDICTIONS), f"predictions/{version}")
@@ -33,7 +35,12 @@ def promote_student(client: MlflowClient, name: str, version: str, student: Path
     if champion is None:
         promoted, reason = True, "champion: the first version"
     else:
-        promoted, reason = _against(client, name, str(champion), student, export, margin)
+        try:
+            promoted, reason = _against(client, name, str(champion), student, export, margin)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            promoted, reason = False, f"not champion: version {champion}, or the run that made it, has been deleted"
     client.set_model_version_tag(name, version, "promotion", reason)
     if promoted:
         client.set_registered_model_alias(name, "champion", version)

@@ -57,6 +57,12 @@ def redact(value: Any, name: str = "") -> Any:
     return redact_text(value) if isinstance(value, str) else value
 
 
+def hidden_keys(values: dict[str, Any]) -> list[str]:
+    """The dotted keys of a tree whose values `redact` hides or changes."""
+    before, after = flatten(values), flatten(redact(values))
+    return [key for key, value in before.items() if after[key] != value]
+
+
 def redact_command(words: Iterable[str]) -> list[str]:
     """A command line in which the value of every `key=value` with a secret key is hidden."""
     shown = []

@@ -158,9 +158,10 @@ def _ensure(client: MlflowClient, name: str, description: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_registered_model(name)
-    except MlflowException:
         client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _tags(wanted: Registration, folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.schema import ContractError
 from pipeline.artifacts import write_json
-from pipeline.redact import flatten, redact
+from pipeline.redact import hidden_keys, redact
 from pipeline.settings import PipelineConfig, nearest
 
 FILE = "settings.json"
@@ -17,11 +17,9 @@ FILE = "settings.json"
 def remember(settings: PipelineConfig, flow: str) -> None:
     """Keep the flow's name and its settings, without secrets, in the run's folder."""
     values = settings.model_dump(mode="json")
-    kept = redact(values)
-    before, after = flatten(values), flatten(kept)
-    hidden = [key for key, value in before.items() if after[key] != value]
     settings.folder.mkdir(parents=True, exist_ok=True)
-    write_json(settings.folder / FILE, {"flow": flow, "settings": kept, "hidden": hidden})
+    content = {"flow": flow, "settings": redact(values), "hidden": hidden_keys(values)}
+    write_json(settings.folder / FILE, content)
 
 
 def recall(runs: Path, run: str, given: set[str]) -> tuple[str, dict[str, Any]]:
@@ -30,6 +28,7 @@ def recall(runs: Path, run: str, given: set[str]) -> tuple[str, dict[str, Any]]:
     `given` are the keys that the caller sets anew. Raises `ContractError` when there is no such run, and for a secret that
     was not kept and is not among them.
     """
+    runs = runs.expanduser()
     path = runs / run / FILE
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))

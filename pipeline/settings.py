@@ -76,6 +76,8 @@ class PipelineConfig(Config):
     hold: tuple[StageName, ...] = ()
     """Stages that stay as they are once they have completed in this run, whatever has changed before them: with
     `hold=["teacher"]` new labels wait for the next training, and new pairs are annotated with the teacher that is there."""
+    share: bool = True
+    """Take a stage that another run in the same folder of runs has made from the same inputs, settings and code."""
     data: DataConfig = DataConfig()
     """The source of pairs, and how they are split."""
     teacher: TeacherConfig = TeacherConfig()
@@ -161,11 +163,14 @@ def choose(
 ) -> PipelineConfig:
     """Settings as a command line names them: the preset, over it a TOML file, over it `key=value` overrides.
 
-    A run without a name gets the file's, else the preset's. Raises `ContractError` for anything that is not valid.
+    A run without a name gets the name of the file, else that of the preset. Raises `ContractError` for anything that is
+    not valid.
     """
     values = read_toml(config) if config is not None else {}
-    if config is not None and re.fullmatch(RUN_NAME, config.stem):
-        values.setdefault("run", config.stem)
+    if config is not None and not run and "run" not in values:
+        if not re.fullmatch(RUN_NAME, config.stem):
+            raise ContractError(f"'{config.stem}' cannot name a run; give one with --name")
+        values["run"] = config.stem
     chosen = {"preset": preset, "run": run, "runs": "" if runs is None else str(runs)}
     return apply_overrides(build_settings(values | {key: value for key, value in chosen.items() if value}), overrides)
 

@@ -10,13 +10,14 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.schema import Config, ContractError
 from pipeline.artifacts import Output, StageRecord, read_record, run_stage
+from pipeline.locks import own_gpus
 from pipeline.settings import PipelineConfig
 from pipeline.spark import SparkConfig
 from pipeline.tracking import Tracker, note_reused, track
@@ -98,12 +99,23 @@ def stage_config(settings: PipelineConfig, name: str) -> Config:
 
 
 def held_record(settings: PipelineConfig, name: str) -> StageRecord | None:
-    """The record of a stage that `settings.hold` keeps as it is; None where it has not completed or is not held."""
-    record = read_record(stage_folder(settings, name)) if name in settings.hold else None
-    return record and record.model_copy(update={"reused": True, "folder": stage_folder(settings, name)})
+    """The record of a stage that `settings.hold` keeps as it is; None where it has never completed or is not held.
+
+    Raises `ContractError` when only its previous output is finished.
+    """
+    if name not in settings.hold:
+        return None
+    folder = stage_folder(settings, name)
+    record = read_record(folder)
+    if record is None and read_record(previous := folder.with_name(f"{folder.name}.previous")) is not None:
+        raise ContractError(
+            f"{name} is to be held, and {folder} is not finished: finish it without `hold`, or delete it and give its name "
+            f"to {previous}"
+        )
+    return record and record.model_copy(update={"reused": True, "folder": folder})
 
 
-def on_this_gpu(settings: PipelineConfig, name: str) -> bool:
+def _on_this_gpu(settings: PipelineConfig, name: str) -> bool:
     """Whether a stage uses the GPUs of the machine that runs it, where there are any."""
     if name == "annotate":
         return settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local")
@@ -305,15 +317,16 @@ def _run(
     register: Callable[[Path, Tracker, Output], None] | None = None,
 ) -> StageRecord:
     """`run_stage` with tracking around the work, so that a reused stage is not tracked again."""
-    stage, config, inputs = STAGES[name], stage_config(settings, name), stage_inputs(settings, name)
     if (held := held_record(settings, name)) is not None:
         note_reused(name, held.folder)
         logger.info("%s: kept as it is (hold)", name, extra={"stage": name, "state": "reused"})
         return held
+    stage, config, inputs = STAGES[name], stage_config(settings, name), stage_inputs(settings, name)
+    gpus = own_gpus(60 * settings.wait_minutes) if _on_this_gpu(settings, name) else nullcontext()
 
     def tracked(out: Path) -> Output:
         logger.info("%s: starting in %s", name, out, extra={"stage": name, "state": "running"})
-        with track(settings, name, config, inputs, out, stage_sources(settings, name)) as tracker:
+        with gpus, track(settings, name, config, inputs, out, stage_sources(settings, name)) as tracker:
             result = work(out, tracker)
             tracker.figures(result.figures)
             tracker.tags({"fingerprint": result.fingerprint})
@@ -329,11 +342,12 @@ def _run(
         code=stage.code,
         work=tracked,
         incremental=stage.incremental,
+        share=settings.share,
     )
     told = f"done in {record.seconds:.0f} s"
     if record.reused:
         note_reused(name, record.folder)
-        told = f"taken from run '{record.made_by}'" if record.made_by else "reused, nothing changed"
+        told = f"reused, made by run '{record.made_by}'" if record.made_by else "reused, nothing changed"
     logger.info("%s: %s", name, told, extra={"stage": name, "state": "reused" if record.reused else "done"})
     return record
 

@@ -52,7 +52,7 @@ def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], 
     write_json(settings.folder / "summary.json", summary)
     for record in records:
         if not record.reused:
-            attach_file(settings, record.folder, report)
+            attach_file(settings, record.stage, record.folder, report)
     return summary
 
 

@@ -224,8 +224,8 @@ def note_reused(stage: str, folder: Path) -> None:
         flow.link(stage, folder)
 
 
-def attach_file(settings: PipelineConfig, folder: Path, path: Path) -> None:
-    """Add a file, such as the report, to the MLflow run that was noted in a stage's folder; never raises.
+def attach_file(settings: PipelineConfig, stage: str, folder: Path, path: Path) -> None:
+    """Add a file, such as the report, to the MLflow run that was noted in the folder of `stage`; never raises.
 
     Where entries of that run wait for their store already, it waits with them.
     """
@@ -236,7 +236,7 @@ def attach_file(settings: PipelineConfig, folder: Path, path: Path) -> None:
     waiting = journal.exists()
     entries: list[dict[str, Any]] = [{"op": "artifact", "path": os.path.relpath(path, folder), "folder": None}]
     if not waiting:
-        entries.insert(0, {"op": "run", "run_id": noted["run_id"], "stage": "", "uri": settings.tracking_uri})
+        entries.insert(0, {"op": "run", "run_id": noted["run_id"], "stage": stage, "uri": settings.tracking_uri})
     try:
         with journal.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)

@@ -54,6 +54,9 @@ def main() -> None:
     folder, failed = Path(sys.argv[1]), False
     paths = _files(folder)
     for path in paths:
+        if is_held(path):
+            print(f"{_label(path)}: a flow that is under way sends it")
+            continue
         name, uri = _label(path), sys.argv[2] if len(sys.argv) > 2 else str(_first(path).get("uri", ""))
         found = send_file(path, uri, f"{name} of {folder}")
         failed |= bool(found)
@@ -68,6 +71,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _label(path: Path) -> str:
+    if path.parent.name.endswith(".previous"):
+        return path.parent.name
     return str(_first(path).get("stage") or path.parent.name)
 
 

@@ -13,12 +13,12 @@ import yaml
 from prefect.flows import load_flow_from_entrypoint
 
 from data.schema import ContractError, Unavailable
-from flows import cli, relevance, runtime
+from flows import cli, relevance
 from flows.catalog import FLOWS
 from flows.deploy import fill
-from flows.runtime import exclusive, own_gpus, visible_gpus
-from pipeline import stages
+from pipeline import locks, stages
 from pipeline.artifacts import StageOutput, StageRecord, read_record
+from pipeline.locks import exclusive, own_gpus, visible_gpus
 from pipeline.plan import plan
 from pipeline.resume import remember
 from pipeline.settings import PipelineConfig, load_preset
@@ -156,7 +156,7 @@ def test_another_run_takes_what_is_the_same(settings: PipelineConfig, calls: lis
     cli._run("relevance-pipeline", settings)
     calls.clear()
     trial = load_preset("sample", [f"runs={settings.runs}", "run=trial", "tracking.enabled=false", "student.seed=5"])
-    planned = {row.stage: (row.action, row.reason) for row in plan(trial, tuple(calls or STAGES)[:5])}
+    planned = {row.stage: (row.action, row.reason) for row in plan(trial, tuple(STAGES)[:5])}
     assert [action for action, _ in planned.values()] == ["reuse", "reuse", "reuse", "run", "run"]
     assert planned["teacher"][1].startswith("run 'sample' has made the same")
     cli._run("relevance-pipeline", trial)
@@ -194,6 +194,59 @@ def test_other_endings(
     assert "error: " in capsys.readouterr().err
 
 
+def test_a_held_stage_that_is_not_finished_is_not_trained_by_surprise(
+    settings: PipelineConfig, calls: list[str]
+) -> None:
+    cli._run("teacher-train", settings)
+    teacher = settings.folder / "teacher"
+    teacher.rename(teacher.with_name("teacher.previous"))
+    held = load_preset("sample", [f"runs={settings.runs}", "tracking.enabled=false", 'hold=["teacher"]'])
+    with pytest.raises(ContractError, match=r"teacher is to be held, and .* is not finished"):
+        plan(held, ("data", "teacher"))
+
+
+def test_a_run_that_is_in_use_gets_no_advice_to_go_on(
+    settings: PipelineConfig, calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with exclusive(settings.folder), caplog.at_level(logging.INFO), pytest.raises(SystemExit):
+        cli._run("data-prepare", settings)
+    assert not [record for record in caplog.records if "--resume" in record.getMessage()]
+    assert not (settings.folder / "settings.json").exists()
+
+
+def test_a_reused_stage_needs_no_gpu(
+    settings: PipelineConfig, calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    cli._run("student-distill", settings)
+    with own_gpus():
+        cli._run("student-distill", settings)
+        with pytest.raises(SystemExit):
+            cli._run(
+                "student-distill",
+                settings.model_copy(update={"student": settings.student.model_copy(update={"seed": 9})}),
+            )
+    assert calls == ["data", "teacher", "annotate", "student"]
+
+
+def test_a_deployment_keeps_no_secret() -> None:
+    with pytest.raises(ContractError, match=r"spark\.extra\..*secret\.key would be shown"):
+        fill(set=["spark.extra.spark.hadoop.fs.s3a.secret.key=hunter2"])
+
+
+def test_a_config_file_names_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "shop.toml"
+    file.write_text("[teacher]\nseed = 4\n")
+    assert cli._chosen("annotate", cli.Options(config=file))[1].run == "shop"
+    assert cli._chosen("annotate", cli.Options(config=file, name="other"))[1].run == "other"
+    odd = file.rename(tmp_path / "my shop.toml")
+    with pytest.raises(ContractError, match="'my shop' cannot name a run; give one with --name"):
+        cli._chosen("annotate", cli.Options(config=odd))
+    odd.write_text('run = "named"\n')
+    assert cli._chosen("annotate", cli.Options(config=odd))[1].run == "named"
+
+
 def _hold(folder: Path, ready: object, done: object) -> None:
     with exclusive(folder):
         ready.set()  # type: ignore[attr-defined]
@@ -219,7 +272,7 @@ def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
 
 
 def test_a_flow_can_wait_for_a_run_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(locks, "_LOOK_EVERY", 0.05)
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path / "a", ready, done))
@@ -260,7 +313,7 @@ def test_deployments_are_valid() -> None:
         filled = fill(**chosen)
         assert filled["settings"]["data"]["rows"] == load_preset("sample").data.rows
         parameters = flow.validate_parameters(json.loads(json.dumps(filled)))
-        assert parameters["settings"] == load_preset("sample", [f"run={chosen['run']}", *chosen["set"]])
+        assert parameters["settings"] == load_preset("sample", [f"run={chosen['name']}", *chosen["set"]])
         assert deployment["work_pool"]["name"] == "ads-relevance"
     scheduled = {name for name, each in deployments.items() if any("cron" in s for s in each.get("schedules", []))}
     assert scheduled == {"nightly-annotate", "weekly-pipeline"}

@@ -14,7 +14,7 @@ from flows.terminal import StagesView
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import logging, subprocess, sys
+import logging, subprocess, sys, time
 from flows.terminal import progress_view
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 log = logging.getLogger("pipeline")
@@ -22,8 +22,12 @@ with progress_view(("teacher",)):
     log.info("data: reused", extra={"stage": "data", "state": "reused"})
     log.info("teacher: starting", extra={"stage": "teacher", "state": "running"})
     subprocess.run("echo from a child >&2", shell=True, check=True)
+    subprocess.run("printf unended >&2", shell=True, check=True)
     log.info("agpo: step 3 of 8", extra={"progress": (3, 8)})
     keeps_the_terminal = subprocess.Popen(["sleep", "60"])
+    subprocess.run("printf 'at the end' >&2", shell=True, check=True)
+    began = time.monotonic()
+assert time.monotonic() - began < 4 or sys.exit("the reader was not woken")
 print("left", file=sys.stderr)
 keeps_the_terminal.kill()
 """
@@ -53,7 +57,7 @@ def test_a_person_sees_bars_below_every_line_written_to_stderr() -> None:
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     environment.pop("CI", None)
     shown = on_a_terminal(environment)
-    lines = ["data: reused", "teacher: starting", "from a child", "agpo: step 3 of 8"]
+    lines = ["data: reused", "teacher: starting", "from a child", "unended", "agpo: step 3 of 8", "at the end"]
     places = [shown.index(line) for line in lines]
     assert places == sorted(places)
     last = shown[places[-1] :]
@@ -64,7 +68,8 @@ def test_a_person_sees_bars_below_every_line_written_to_stderr() -> None:
 
 def test_ci_gets_plain_lines() -> None:
     shown = on_a_terminal({**os.environ, "TERM": "xterm", "CI": "true"})
-    assert shown.splitlines() == ["data: reused", "teacher: starting", "from a child", "agpo: step 3 of 8", "left"]
+    lines = ["data: reused", "teacher: starting", "from a child", "unendedagpo: step 3 of 8", "at the endleft"]
+    assert shown.splitlines() == lines
 
 
 def test_a_stage_that_was_not_planned_and_records_of_others_change_nothing() -> None:

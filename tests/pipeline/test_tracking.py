@@ -102,7 +102,7 @@ def test_a_stage_leaves_parameters_curves_figures_lineage_and_artifacts(
     assert [item.path for item in client(settings).list_artifacts(run.info.run_id)] == ["notes.md"]
 
     (tmp_path / "report.html").write_text("<p>")
-    attach_file(settings, tmp_path, tmp_path / "report.html")
+    attach_file(settings, "student", tmp_path, tmp_path / "report.html")
     paths = {item.path for item in client(settings).list_artifacts(run.info.run_id)}
     assert paths == {"notes.md", "report.html"}
     # Artifacts lie beside the runs, not in whatever folder the process was started from.
@@ -439,3 +439,28 @@ def test_a_student_that_cannot_be_compared_is_no_champion() -> None:
 )
 def test_metric_names(name: str, safe: str) -> None:
     assert metric_name(name) == safe
+
+
+def test_a_disk_that_is_full_ends_the_tracking_and_nothing_else(tmp_path: Path) -> None:
+    code = """
+import logging, resource, signal, sys
+from pathlib import Path
+from pipeline.settings import load_preset
+from pipeline.tracking import track
+from pipeline.stages import stage_config
+logging.basicConfig(level=logging.WARNING)
+settings = load_preset("sample", [f"runs={sys.argv[1]}", "tracking.uri=http://127.0.0.1:9"])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as on a full disk, writing then fails with an error
+folder = settings.folder / "teacher"
+with track(settings, "teacher", stage_config(settings, "teacher"), {}, folder) as tracker:
+    size = (folder / "_untracked.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500, resource.RLIM_INFINITY))
+    for step in range(1000):
+        tracker.log(step, {"loss": 1.0})
+print("the stage went on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.stdout == "the stage went on\n", done.stderr[-2000:]
+    assert done.stderr.count("the rest of stage teacher of run sample is not tracked") == 1

@@ -1,0 +1,116 @@
+"""When a stage's output is used again, and what becomes of an old one."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.schema import Config
+from pipeline import artifacts
+from pipeline.artifacts import MANIFEST, StageOutput, StageRecord, read_record, reusable, run_stage
+
+
+class Settings(Config):
+    value: int = 0
+
+
+def run(folder: Path, value: int, *, fails: bool = False, **how: bool) -> StageRecord:
+    """A stage whose output is a table and a note with `value`."""
+
+    def work(out: Path) -> StageOutput:
+        pq.write_table(pa.table({"value": [value]}), out / "t.parquet")
+        if fails:
+            raise RuntimeError("interrupted")
+        (out / "note.txt").write_text(str(value))
+        return StageOutput(fingerprint=f"f{value}", figures={})
+
+    return run_stage(folder, stage="s", config=Settings(value=value), inputs={}, code=[], work=work, **how)
+
+
+def value_in(folder: Path) -> int:
+    return int(pq.read_table(folder / "t.parquet")["value"][0].as_py())
+
+
+def test_the_same_key_is_reused_and_another_puts_the_finished_output_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "s"
+    assert not run(folder, 1).reused
+    assert run(folder, 1).reused
+    assert not run(folder, 2).reused
+    assert (value_in(folder), value_in(tmp_path / "a" / "s.previous")) == (2, 1)
+
+
+def test_an_interrupted_attempt_does_not_displace_the_last_finished_output(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "s"
+    run(folder, 1)
+    with pytest.raises(RuntimeError):
+        run(folder, 2, fails=True)
+    with pytest.raises(RuntimeError):
+        run(folder, 3, fails=True)
+    record = read_record(tmp_path / "a" / "s.previous")
+    assert record is not None
+    assert record.fingerprint == "f1"
+
+
+def test_an_interrupted_stage_finds_its_folder_as_it_left_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "s"
+    with pytest.raises(RuntimeError):
+        run(folder, 1, fails=True)
+    (folder / "checkpoint").write_text("half")
+    run(folder, 1)
+    assert (folder / "checkpoint").exists()
+
+
+def test_another_runs_output_comes_as_links_and_is_independent(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "b" / "s", tmp_path / "a" / "s"
+    run(theirs, 1)
+    taken = run(mine, 1)
+    assert (taken.reused, taken.made_by, taken.folder) == (True, "a", mine)
+    assert (mine / "t.parquet").stat().st_ino == (theirs / "t.parquet").stat().st_ino
+    assert (mine / "note.txt").stat().st_ino != (theirs / "note.txt").stat().st_ino
+    # A manifest that was deleted, to have the stage made again: in a new folder, not through the links.
+    (mine / MANIFEST).unlink()
+    assert not run(mine, 1, share=False).reused
+    assert (mine / "t.parquet").stat().st_ino != (theirs / "t.parquet").stat().st_ino
+    shutil.rmtree(tmp_path / "a")
+    assert value_in(mine) == 1
+
+
+def test_a_finished_output_elsewhere_wins_over_half_of_ones_own(tmp_path: Path) -> None:
+    mine = tmp_path / "b" / "s"
+    with pytest.raises(RuntimeError):
+        run(mine, 1, fails=True)
+    run(tmp_path / "a" / "s", 1)
+    assert run(mine, 1).made_by == "a"
+    assert not (mine.with_name("s.previous")).exists()
+
+
+def test_what_is_not_shared(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "b" / "s", tmp_path / "a" / "s"
+    key = run(theirs, 1).key
+    assert reusable(mine, key) is not None
+    assert reusable(mine, key, share=False) is None
+    assert reusable(mine, key, incremental=True) is not None
+    mine.mkdir(parents=True)  # it has begun a table of its own, which grows
+    assert reusable(mine, key, incremental=True) is None
+    (theirs / MANIFEST).write_text("{damaged")
+    assert reusable(mine, key) is None
+
+
+def test_an_output_that_changes_while_it_is_taken_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = tmp_path / "b" / "s", tmp_path / "a" / "s"
+    run(theirs, 1)
+    copy, moved = artifacts._link_or_copy, []
+
+    def copying(source: str, target: str) -> None:
+        copy(source, target)
+        if not moved:  # after the first file the other run makes its stage anew
+            moved.append(source)
+            run(theirs, 2)
+            run(theirs, 1)
+
+    monkeypatch.setattr(artifacts, "_link_or_copy", copying)
+    made = run(mine, 1)
+    assert (made.reused, made.made_by, value_in(mine)) == (False, "", 1)
+    assert not list((tmp_path / "b").glob(".s.*"))
