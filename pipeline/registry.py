@@ -100,8 +100,9 @@ def _log_student(client: MlflowClient, run_id: str, export: Path, wanted: Regist
     with tempfile.TemporaryDirectory() as temporary:
         served = Path(temporary) / "export"
         shutil.copytree(export, served, ignore=shutil.ignore_patterns("_*.json", "_*.jsonl"))
-        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
-            warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)  # signature is given
+        # The signature is given. For good, as `catch_warnings` undoes what other threads do meanwhile, and they undo it.
+        warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)
+        with mlflow.start_run(run_id=run_id):
             info = mlflow.pyfunc.log_model(
                 name="student",
                 python_model=str(Path(__file__).with_name("student_pyfunc.py")),
