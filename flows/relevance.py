@@ -59,7 +59,7 @@ def _stage_task(name: str) -> Any:
 _TASKS = {name: _stage_task(name) for name in ("data", "teacher", "annotate", "student", "export", "score")}
 
 
-@task(name="report", cache_policy=NO_CACHE, persist_result=False)
+@task(name="report", task_run_name=f"report of {_RUN_NAME}", cache_policy=NO_CACHE, persist_result=False)
 def _finish(settings: PipelineConfig, flow_name: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
     from pipeline.summary import finish_run
 

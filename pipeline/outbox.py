@@ -154,9 +154,10 @@ def describe(path: Path) -> str:
         return ""
     named = (("metrics", "metric value"), ("artifact", "file"), ("register", "model to register"))
     held = [f"{counted[op]:,} {_plural(what, counted[op])}" for op, what in named if counted[op]]
-    held += [what for op, what in (("params", "settings"), ("tags", "tags"), ("end", "the status")) if op in rest]
+    held += [what for op, what in (("params", "settings"), ("tags", "tags"), ("end", "status")) if op in rest]
+    listed = " and ".join(part for part in (", ".join(held[:-1]), held[-1]) if part) if held else "its run"
     return (
-        f"not known to be in MLflow: {', '.join(held) or 'its run'}; kept in {path} and sent by the next "
+        f"not known to be in MLflow: {listed}; kept in {path} and sent by the next "
         f"flow of this run, or by: python -m pipeline.untracked {run_folder}"
     )
 

@@ -49,7 +49,7 @@ class Scorer:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    return load_preset("sample", [f"runs={tmp_path_factory.mktemp('runs')}"])
+    return load_preset("sample", [f"runs={tmp_path_factory.mktemp('runs')}", "share=false"])
 
 
 def client(settings: PipelineConfig):  # type: ignore[no-untyped-def]
