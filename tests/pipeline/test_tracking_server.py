@@ -214,7 +214,7 @@ def test_a_server_that_stays_down_is_told_by_the_next_flow(server, tmp_path, cap
     assert kept[21]["path"] == "notes.md"
     assert kept[22]["status"] == "FINISHED"
     assert set(untracked(settings.folder)) == {"student", "export", "flow"}
-    assert f"20 metric values, 1 file, settings, tags and status; kept in {folder / UNTRACKED}" in caplog.text
+    assert f"20 metric values, 1 file and status; kept in {folder / UNTRACKED}" in caplog.text
     for sentence in untracked(settings.folder).values():
         assert sentence.endswith(f"python -m pipeline.untracked {settings.folder}")
     assert "(the last error was: Connection refused)" in caplog.text
