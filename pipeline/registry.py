@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,8 +99,6 @@ def _log_student(client: MlflowClient, run_id: str, export: Path, wanted: Regist
     with tempfile.TemporaryDirectory() as temporary:
         served = Path(temporary) / "export"
         shutil.copytree(export, served, ignore=shutil.ignore_patterns("_*.json", "_*.jsonl"))
-        # The signature is given. For good, as `catch_warnings` undoes what other threads do meanwhile, and they undo it.
-        warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)
         with mlflow.start_run(run_id=run_id):
             info = mlflow.pyfunc.log_model(
                 name="student",
