@@ -18,6 +18,6 @@ def spark() -> Iterator["object"]:
     """One local Spark session for the whole test run."""
     from pipeline.spark import SparkConfig, start_spark
 
-    session = start_spark(SparkConfig(master="local[2]", driver_memory="1g"))
+    session = start_spark(SparkConfig(master="local[2]", driver_memory="1g", shuffle_partitions=2))
     yield session
     session.stop()
