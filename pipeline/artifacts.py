@@ -220,10 +220,7 @@ def _take(record: StageRecord, folder: Path) -> bool:
         if folder.exists():
             _put_aside(folder)
         temporary.rename(folder)
-    except (
-        OSError,
-        ContractError,
-    ) as error:  # the other run changes its folder, or the disk is full: it can be made here
+    except (OSError, ContractError) as error:  # that run changes its folder, or the disk is full: it can be made here
         shutil.rmtree(temporary, ignore_errors=True)
         logger.warning("%s could not be taken from run '%s': %s", record.stage, record.made_by, error)
         return False
