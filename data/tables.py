@@ -91,6 +91,7 @@ def tables_fingerprints(spark: SparkSession, out: Path, scale: GradeScale) -> di
     def digest(parts: tuple[bool, ...]) -> str:
         lines = [scale.model_dump_json()]
         for found in tables:
+            # An empty table counts as Spark's sums of it print, so that fingerprints on record stay.
             kept = [found[part] for part in parts if part in found]
             lines.append(" ".join(str(sum(column)) for column in zip(*kept, strict=True)) or "0 None None")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

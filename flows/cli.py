@@ -43,7 +43,9 @@ def _setting_keys(context: object) -> list[str]:
 
 
 def _started_runs(context: object) -> list[str]:
-    return [file.parent.name for file in sorted(Path("runs").glob("*/settings.json"))]
+    from pipeline.resume import started_runs
+
+    return started_runs(Path("runs"))
 
 
 @Parameter(name="*", show_default=False)

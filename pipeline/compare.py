@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from data.schema import ContractError, GradeScale
-from pipeline.artifacts import StageRecord, read_record
+from pipeline.artifacts import StageRecord
 from pipeline.delivery import RUN_FILE
 from pipeline.redact import flatten, redact
+from pipeline.report_student import METRICS
 from pipeline.settings import nearest
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, finished_stages
 
-MEASURES = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "ndcg_at_10": "NDCG@10", "f1": "F1"}
+MEASURES = {name: METRICS[name] for name in ("roc_auc", "pr_auc", "ndcg_at_10", "f1")}
 _NAMES_OF_THE_RUN = ("run", "runs")
 
 Pair = tuple[Any, Any]
@@ -98,7 +99,7 @@ def compare_runs(a: Path, b: Path, *, n_boot: int = 1000, seed: int = 0) -> RunC
     """Compare the runs in two folders; raises `ContractError` when one of them is not a run's folder."""
     folders, names = (a, b), _labels(a, b)
     records, summaries = (
-        [_records(folder) for folder in folders],
+        [finished_stages(folder) for folder in folders],
         [read_json(folder / "summary.json") for folder in folders],
     )
     for folder, found in zip(folders, records, strict=True):
@@ -163,9 +164,8 @@ def _measures(
     scores = [rows["p_relevant"].to_numpy(), rows["p_relevant_old"].to_numpy()]
     thresholds = [read_json(student / "model" / "student.json").get("threshold") for student in students]
     values = [
-        evaluate_ranking(
-            grade, score, query, relevant_from=relevant_from, threshold=threshold, n_boot=n_boot, seed=seed
-        ).metrics
+        # The values alone: it is their difference that gets an interval.
+        evaluate_ranking(grade, score, query, relevant_from=relevant_from, threshold=threshold, n_boot=1).metrics
         for score, threshold in zip(scores, thresholds, strict=True)
     ]
     measures = []
@@ -194,11 +194,6 @@ def _measures(
             )
         )
     return measures, len(rows), int(rows["query_id"].nunique()), ""
-
-
-def _records(folder: Path) -> dict[str, StageRecord]:
-    found = {name: read_record(folder / stage.folder) for name, stage in STAGES.items()}
-    return {name: record for name, record in found.items() if record is not None}
 
 
 def _settings(summary: dict[str, Any], records: dict[str, StageRecord]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.schema import ANNOTATIONS, PAIRS, ContractError
+from pipeline.artifacts import read_record
 from pipeline.redact import redact_text
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ def _dataset(name: str, fingerprint: str, source: str | Path) -> dict[str, Any]:
 
 
 def _profile(folder: Path) -> dict[str, Any]:
-    from pipeline.artifacts import read_record
-
     try:
         record = read_record(folder)
     except (ContractError, OSError):

@@ -22,11 +22,11 @@ from markupsafe import Markup
 
 from data.schema import ContractError
 from pipeline import report_annotation, report_parts
-from pipeline.artifacts import StageRecord, read_record
+from pipeline.artifacts import StageRecord
 from pipeline.plots import share_bar
 from pipeline.report_head import tiles
 from pipeline.report_student import student
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, finished_stages
 from pipeline.summary import headline, number
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,7 +48,7 @@ def write_report(folder: Path) -> Path:
     if not summary_file.exists():
         raise ContractError(f"{folder} has no summary.json; run a flow there first")
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    records = {name: record for name in STAGES if (record := read_record(folder / STAGES[name].folder)) is not None}
+    records = finished_stages(folder)
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     html = (
         _environment()

@@ -22,6 +22,11 @@ def remember(settings: PipelineConfig, flow: str) -> None:
     write_json(settings.folder / FILE, content)
 
 
+def started_runs(runs: Path) -> list[str]:
+    """Names of the runs in a folder of runs that `recall` knows, sorted."""
+    return sorted(file.parent.name for file in runs.glob(f"*/{FILE}"))
+
+
 def recall(runs: Path, run: str, given: set[str]) -> tuple[str, dict[str, Any]]:
     """The flow that was last started in the run's folder, and its settings as a tree of values.
 
@@ -34,7 +39,7 @@ def recall(runs: Path, run: str, given: set[str]) -> tuple[str, dict[str, Any]]:
         kept = json.loads(path.read_text(encoding="utf-8"))
         flow, values, hidden = str(kept["flow"]), kept["settings"], kept["hidden"]
     except (FileNotFoundError, NotADirectoryError):
-        names = sorted(file.parent.name for file in runs.glob(f"*/{FILE}"))
+        names = started_runs(runs)
         told = nearest(run, names) if names else "; none has been started there"
         raise ContractError(f"no run '{run}' in {runs}{told}") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -98,6 +98,12 @@ def stage_config(settings: PipelineConfig, name: str) -> Config:
     return getattr(settings, name)
 
 
+def finished_stages(folder: Path) -> dict[str, StageRecord]:
+    """The records of the stages that have completed in a run's folder, in running order."""
+    found = {name: read_record(folder / stage.folder) for name, stage in STAGES.items()}
+    return {name: record for name, record in found.items() if record is not None}
+
+
 def held_record(settings: PipelineConfig, name: str) -> StageRecord | None:
     """The record of a stage that `settings.hold` keeps as it is; None where it has never completed or is not held.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from pipeline.artifacts import UNTRACKED
+from pipeline.artifacts import UNTRACKED, read_record
 from pipeline.delivery import RUN_FILE, first_line, now
 from pipeline.inputs import dataset_inputs
 from pipeline.outbox import Outbox, send_file
@@ -131,8 +131,6 @@ class Tracker:
             "promotion_margin": chosen.promotion_margin,
         }
         if student is not None:
-            from pipeline.artifacts import read_record
-
             record = read_record(student)
             model |= {
                 "student": self._relative(student),
