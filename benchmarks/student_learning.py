@@ -29,20 +29,21 @@ import pyarrow.parquet as pq
 from benchmarks import children
 
 GOLD = 2000
-POOL = 10_000
+POOL = 5000
 RUNS: dict[str, dict[str, Any]] = {
     "gold 2k": {"gold": GOLD, "epochs": 4},
-    "2k + 10k, accuracy 1": {"pool": POOL, "accuracy": 1.0},
-    "2k + 10k, accuracy 0.9": {"pool": POOL, "accuracy": 0.9},
-    "2k + 10k, accuracy 0.8": {"pool": POOL, "accuracy": 0.8},
-    "2k + 10k, 0.9, margin-MSE": {"pool": POOL, "accuracy": 0.9, "config": {"margin_weight": 1.0}},
-    "2k + 10k, 0.9, squared EMD": {"pool": POOL, "accuracy": 0.9, "config": {"ordinal_weight": 1.0}},
-    "2k + 10k, 0.9, reasons": {"pool": POOL, "accuracy": 0.9, "config": {"contrastive_weight": 0.3}},
-    "2k + 2.5k, accuracy 0.9": {"pool": 2500, "accuracy": 0.9},
-    "2k + 5k, accuracy 0.9": {"pool": 5000, "accuracy": 0.9},
-    "2k + 20k, accuracy 0.9": {"pool": 20_000, "accuracy": 0.9},
+    "gold 2k, grades without ratings": {"gold": GOLD, "epochs": 4, "config": {"soft_gold": False}},
+    "2k + 5k, accuracy 0.9": {"pool": POOL, "accuracy": 0.9},
+    "2k + 5k, accuracy 1": {"pool": POOL, "accuracy": 1.0},
+    "2k + 5k, accuracy 0.8": {"pool": POOL, "accuracy": 0.8},
+    "2k + 10k, accuracy 0.9": {"pool": 10_000, "accuracy": 0.9},
+    "2k + 5k, 0.9, margin-MSE": {"pool": POOL, "accuracy": 0.9, "config": {"margin_weight": 1.0}},
+    "2k + 5k, 0.9, squared EMD": {"pool": POOL, "accuracy": 0.9, "config": {"ordinal_weight": 1.0}},
+    "2k + 5k, 0.9, reasons": {"pool": POOL, "accuracy": 0.9, "config": {"contrastive_weight": 0.3}},
     "gold 10k": {"gold": 10_000},
+    "2k + 2.5k, accuracy 0.9": {"pool": 2500, "accuracy": 0.9},
     "gold all": {"gold": None},
+    "2k + 20k, accuracy 0.9": {"pool": 20_000, "accuracy": 0.9},
 }
 
 

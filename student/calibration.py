@@ -1,9 +1,9 @@
-"""Temperature and decision threshold, both fitted on split valid and on nothing else."""
+"""Temperature, offsets of the grades, and decision threshold, all fitted on split valid and on nothing else."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 from sklearn.metrics import precision_recall_curve
 
 from student.serve import softmax
@@ -11,18 +11,29 @@ from student.serve import softmax
 Array = np.ndarray
 
 
-def fit_temperature(logits: Array, grade: Array) -> float:
-    """The T in [0.05, 20] that minimises the negative log-likelihood of grades (N,) under softmax(logits (N, K) / T).
+def fit_calibration(logits: Array, grade: Array, *, offsets: bool = True) -> tuple[float, Array]:
+    """T in [0.05, 20] and offsets b (K,) that minimise the negative log-likelihood of grades (N,) under
+    softmax(logits (N, K) / T + b).
 
-    Temperature scaling (Guo et al., arXiv 1706.04599): it changes no ranking of grades, only how sure the model is.
+    Bias-corrected temperature scaling (Alexandari et al., arXiv 1901.06852; T alone: Guo et al., arXiv 1706.04599). T says
+    how sure the model is; b sets right how often it says each grade, which a teacher's grades or ratings between two grades
+    teach otherwise than the human grades here. b has a standard normal prior, so that a grade that valid lacks, or a valid
+    of a few rows, does not take it to infinity; without `offsets` it is 0.
     """
+    n, k = logits.shape
+    rows, truth = np.arange(n), np.eye(k)[grade]
 
-    def nll(log_t: float) -> float:
-        p = softmax(logits, float(np.exp(log_t)))[np.arange(len(grade)), grade]
-        return float(-np.log(np.maximum(p, 1e-300)).mean())
+    def nll(x: Array) -> tuple[float, Array]:
+        rate, b = np.exp(-x[0]), x[1:] if offsets else np.zeros(k)
+        p = softmax(logits * rate + b)
+        error = (p - truth) / n
+        value = -np.log(np.maximum(p[rows, grade], 1e-300)).mean() + b @ b / (2 * n)
+        slope = np.r_[-(error * logits).sum() * rate, error.sum(axis=0) + b / n if offsets else ()]
+        return float(value), slope
 
-    found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-4})
-    return float(np.exp(found.x))
+    bounds = [(np.log(0.05), np.log(20.0))] + [(None, None)] * (k if offsets else 0)
+    found = minimize(nll, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": 1e-9}).x
+    return float(np.exp(found[0])), found[1:] if offsets else np.zeros(k)
 
 
 def best_f1_threshold(relevant: Array, score: Array) -> float:

@@ -51,6 +51,10 @@ class StudentConfig(Config):
     gold_mix: float = Field(default=0.5, ge=0, le=1)
     """Weight of the human grade in rows that have both a human grade and an annotation; the rest is the teacher's."""
 
+    soft_gold: bool = Field(default=True)
+    """A human rating between two grades (the mean of several raters, in column grade_raw) teaches both of them; without,
+    a row teaches the grade it was put into."""
+
     gold_weight: float = Field(default=1.0, ge=0, le=100)
     """Weight of a row with a human grade relative to a fully agreed annotation."""
 

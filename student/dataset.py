@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from data.schema import ANNOTATIONS, PAIRS, ContractError, GradeScale, read_table
 from student.config import StudentConfig
+from student.ratings import rating_targets
 from student.serve import ad_text, pad, query_text
 
 Array = np.ndarray
@@ -29,7 +30,8 @@ Array = np.ndarray
 class Examples:
     """N pairs of one purpose. Every sequence and array has N rows.
 
-    `grade` is the human grade, −1 where there is none; `soft` (N, K) the teacher's distribution, 0 where there is none;
+    `grade` is the human grade, −1 where there is none; `gold` (N, K) what it teaches, 0 where there is none (see
+    `student.ratings`); `soft` (N, K) the teacher's distribution, 0 where there is none;
     `mix` the share of the human grade in the row's loss; `weight` the row's weight; `query_id` numbers the normalised
     queries; `reasons` are the teacher's, empty where there is none or none is wanted.
     """
@@ -41,6 +43,7 @@ class Examples:
     reasons: list[str]
     query_id: Array
     grade: Array
+    gold: Array
     soft: Array
     mix: Array
     weight: Array
@@ -68,6 +71,7 @@ class Examples:
             reasons=[self.reasons[i] for i in rows],
             query_id=self.query_id[rows],
             grade=self.grade[rows],
+            gold=self.gold[rows],
             soft=self.soft[rows],
             mix=self.mix[rows],
             weight=self.weight[rows],
@@ -86,6 +90,7 @@ class Examples:
             reasons=a.reasons + b.reasons,
             query_id=np.array([numbers.setdefault(normalised(q), len(numbers)) for q in queries], dtype=np.int64),
             grade=np.concatenate([a.grade, b.grade]),
+            gold=np.concatenate([a.gold, b.gold]),
             soft=np.concatenate([a.soft, b.soft]),
             mix=np.concatenate([a.mix, b.mix]),
             weight=np.concatenate([a.weight, b.weight]),
@@ -102,7 +107,7 @@ class Examples:
         """Fingerprint of all that training sees, whatever the order of the rows in the files."""
         hashed = hashlib.sha256()
         for i in sorted(range(len(self)), key=self.pair_ids.__getitem__):
-            numbers = [float(self.mix[i]), float(self.weight[i]), *map(float, self.soft[i])]
+            numbers = [float(self.mix[i]), float(self.weight[i]), *map(float, self.gold[i]), *map(float, self.soft[i])]
             hashed.update(repr((self.pair_ids[i], int(self.grade[i]), numbers)).encode())
             hashed.update(self.reasons[i].encode("utf-8", "replace"))
         return hashed.hexdigest()[:16]
@@ -155,9 +160,10 @@ def with_reasons(tokens: Tokens, tokenizer: Tokenizer, reasons: Sequence[str], l
     return Tokens(ids, type_ids, tokens.pad_id)
 
 
-def read_examples(pairs: Path, scale: GradeScale, split: str) -> Examples:
+def read_examples(pairs: Path, scale: GradeScale, split: str, *, ratings: bool = False) -> Examples:
     """The rows of one split that have a human grade (mix 1, weight 1); not for `pool`, whose grades are withheld.
 
+    With `ratings` a rating between two grades teaches both, see `rating_targets`; without, a row teaches its grade.
     Raises `ContractError` when a grade is not on the scale.
     """
     if split == "pool":
@@ -170,7 +176,9 @@ def read_examples(pairs: Path, scale: GradeScale, split: str) -> Examples:
             f"{pairs / 'pairs'}: split '{split}' has grade {grade.max()}, but scale.json has {scale.size} grades; "
             "prepare the data again"
         )
-    return _examples(table, scale, grade, np.zeros((n, scale.size)), np.ones(n), np.ones(n))
+    rating = table.column("grade_raw").to_numpy() if ratings else np.full(n, np.nan)
+    gold = rating_targets(grade, rating.astype(np.float64), scale.size)
+    return _examples(table, grade, gold, np.zeros((n, scale.size)), np.ones(n), np.ones(n))
 
 
 def read_training(pairs: Path, annotations: Path | None, scale: GradeScale, config: StudentConfig) -> Examples:
@@ -180,7 +188,7 @@ def read_training(pairs: Path, annotations: Path | None, scale: GradeScale, conf
     Raises `ContractError` when neither gives a row, or when the annotations are of another scale.
     """
     columns = [name for name in PAIRS.names if name not in ("grade", "grade_raw")]
-    gold = read_examples(pairs, scale, "train")
+    gold = read_examples(pairs, scale, "train", ratings=config.soft_gold)
     taught = _read_annotations(annotations, scale, config)
     in_training = pads.field("split").isin(["train", "pool"])
     annotated = read_table(
@@ -203,7 +211,7 @@ def read_training(pairs: Path, annotations: Path | None, scale: GradeScale, conf
     n = len(ids)
     soft = np.array([taught[i].probs for i in ids]).reshape(n, scale.size)
     weight = np.array([taught[i].agreement for i in ids]) ** config.agreement_power
-    extra = _examples(annotated, scale, np.full(n, -1), soft, np.zeros(n), weight)
+    extra = _examples(annotated, np.full(n, -1), np.zeros_like(soft), soft, np.zeros(n), weight)
     extra.reasons[:] = [taught[i].reasoning for i in ids]
     joined = Examples.concatenate(gold, extra)
     if not len(joined) or not joined.weight.sum() > 0:
@@ -239,7 +247,7 @@ def normalised(query: str) -> str:
     return " ".join(query.casefold().split())
 
 
-def _examples(table: pa.Table, scale: GradeScale, grade: Array, soft: Array, mix: Array, weight: Array) -> Examples:
+def _examples(table: pa.Table, grade: Array, gold: Array, soft: Array, mix: Array, weight: Array) -> Examples:
     raw_queries = table.column("query").to_pylist()
     numbers: dict[str, int] = {}
     query_id = np.array([numbers.setdefault(normalised(q), len(numbers)) for q in raw_queries], dtype=np.int64)
@@ -252,7 +260,8 @@ def _examples(table: pa.Table, scale: GradeScale, grade: Array, soft: Array, mix
         reasons=[""] * len(ads),
         query_id=query_id,
         grade=grade.astype(np.int64),
-        soft=soft.astype(np.float64).reshape(len(ads), scale.size),
+        gold=gold,
+        soft=soft,
         mix=mix,
         weight=weight,
     )

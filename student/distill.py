@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from data.schema import PAIRS, ContractError, GradeScale, read_table
 from student import baselines
-from student.calibration import best_f1_threshold, fit_temperature
+from student.calibration import best_f1_threshold, fit_calibration
 from student.card import student_card
 from student.checkpoint import MetricsLog
 from student.config import StudentConfig
@@ -25,7 +26,15 @@ from student.dataset import Annotated, Examples, read_annotated, read_examples, 
 from student.evaluation import System, curves, evaluate_systems, graded, write_predictions
 from student.fit import Fitted, fit
 from student.metrics import expected_calibration_error, roc_auc
-from student.model import input_names, keep_tokenizer, pad_token_id, pick_device, predict_logits, quiet_transformers
+from student.model import (
+    head_bias,
+    input_names,
+    keep_tokenizer,
+    pad_token_id,
+    pick_device,
+    predict_logits,
+    quiet_transformers,
+)
 from student.objective import objective_name
 from student.serve import ad_text, softmax
 
@@ -43,10 +52,11 @@ class StudentResult(BaseModel):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A trained model with what was fitted on split valid."""
+    """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits."""
 
     fitted: Fitted
     temperature: float
+    shift: Array
     threshold: float
     valid_roc_auc: float
 
@@ -105,7 +115,7 @@ def distill(
         systems, test, relevant_from=scale.relevant_from, n_boot=config.bootstrap_samples, seed=config.seed
     )
     evaluation |= {"threshold": student.threshold, "temperature": student.temperature}
-    uncalibrated = predict_probs(config, student, tokenizer, test, device, temperature=1.0)
+    uncalibrated = predict_probs(config, student, tokenizer, test, device, calibrated=False)
     relevant = test.grade >= scale.relevant_from
     before = expected_calibration_error(relevant, uncalibrated[:, scale.relevant_from :].sum(axis=1))
     evaluation["ece_before_calibration"] = before
@@ -129,12 +139,19 @@ def distill(
 def calibrate(
     config: StudentConfig, fitted: Fitted, tokenizer: Tokenizer, valid: Examples, scale: GradeScale, device: str
 ) -> Calibrated:
-    """Fit the temperature, then the threshold on the calibrated probability, both on `valid`."""
+    """Fit temperature and offsets, then the threshold on the calibrated probability, all on `valid`.
+
+    The offsets go into the bias of the model's head, so that whoever serves it divides by the temperature and no more.
+    """
     logits = _logits(config, fitted, tokenizer, valid, device)
-    temperature = fit_temperature(logits, valid.grade)
-    p = softmax(logits, temperature)[:, scale.relevant_from :].sum(axis=1)
+    bias = head_bias(fitted.model)
+    temperature, offsets = fit_calibration(logits, valid.grade, offsets=bias is not None)
+    shift = temperature * offsets
+    if bias is not None:
+        bias.data += torch.from_numpy(shift).to(bias)
+    p = softmax(logits + shift, temperature)[:, scale.relevant_from :].sum(axis=1)
     relevant = valid.grade >= scale.relevant_from
-    return Calibrated(fitted, temperature, best_f1_threshold(relevant, p), roc_auc(relevant, p))
+    return Calibrated(fitted, temperature, shift, best_f1_threshold(relevant, p), roc_auc(relevant, p))
 
 
 def predict_probs(
@@ -143,11 +160,11 @@ def predict_probs(
     tokenizer: Tokenizer,
     rows: Examples,
     device: str,
-    temperature: float | None = None,
+    calibrated: bool = True,
 ) -> Array:
-    """Probabilities (N, K) of the grades, calibrated unless a `temperature` is given."""
+    """Probabilities (N, K) of the grades; those that the model had before it was calibrated without `calibrated`."""
     logits = _logits(config, student.fitted, tokenizer, rows, device)
-    return softmax(logits, student.temperature if temperature is None else temperature)
+    return softmax(logits, student.temperature) if calibrated else softmax(logits - student.shift)
 
 
 def rankers(
@@ -229,6 +246,7 @@ def _save(
     kept = {
         "max_length": config.max_length,
         "temperature": student.temperature,
+        "head_shift": student.shift.tolist(),
         "threshold": student.threshold,
         "inputs": list(input_names(model)),
         "pad_token_id": pad_token_id(model.config),

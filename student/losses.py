@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 def mixed_cross_entropy(
     logits: Tensor,
-    grade: Tensor,
+    gold: Tensor,
     soft: Tensor,
     mix: Tensor,
     weight: Tensor,
@@ -17,22 +17,20 @@ def mixed_cross_entropy(
     temperature: float = 1.0,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """Soft cross-entropy with temperature (Hinton et al., arXiv 1503.02531) mixed with the human grade; a scalar.
+    """Soft cross-entropy with temperature (Hinton et al., arXiv 1503.02531) mixed with the human grade;
+    a scalar.
 
-    Row i costs mix_i · CE(grade_i) + (1 − mix_i) · T² · CE(softmax(log soft_i / T), logits_i / T); T² keeps the size of
-    the gradient independent of T. The mean is over the summed row weights, so a batch of doubtful rows moves the model
-    as far as its rows are worth relative to each other.
+    Row i costs mix_i · CE(gold_i, logits_i) + (1 − mix_i) · T² · CE(softmax(log soft_i / T), logits_i / T); T² keeps the
+    size of the gradient independent of T. The mean is over the summed row weights, so a batch of doubtful rows moves the
+    model as far as its rows are worth relative to each other.
 
-    Parameters: logits (B, K); grade int64 (B,), −1 where unknown (there mix must be 0); soft (B, K), rows sum to 1, or
-    to 0 where unknown (there mix must be 1); mix and weight (B,); class_weight (K,) or None.
+    Parameters: logits (B, K); gold (B, K), the human grade as a distribution, and soft (B, K), the teacher's: rows sum to
+    1, or to 0 where unknown (there mix must be 0 or 1); mix and weight (B,); class_weight (K,) or None.
     """
-    k = logits.shape[1]
-    known = grade >= 0
-    hard = torch.nn.functional.one_hot(grade.clamp(min=0), k).to(logits.dtype) * known.unsqueeze(1)
     sharpened = soft.clamp(min=0) ** (1.0 / temperature)
     sharpened = sharpened / sharpened.sum(dim=1, keepdim=True).clamp(min=1e-12)
-    scale = torch.ones(k, dtype=logits.dtype, device=logits.device) if class_weight is None else class_weight
-    from_gold = -(scale * hard * log_softmax(logits, dim=1)).sum(dim=1)
+    scale = torch.ones_like(logits[0]) if class_weight is None else class_weight
+    from_gold = -(scale * gold * log_softmax(logits, dim=1)).sum(dim=1)
     from_teacher = -(scale * sharpened * log_softmax(logits / temperature, dim=1)).sum(dim=1) * temperature**2
     rows = mix * from_gold + (1 - mix) * from_teacher
     return (weight * rows).sum() / weight.sum().clamp(min=1e-12)
@@ -83,10 +81,9 @@ def reasoning_contrast(plain: Tensor, reasoned: Tensor, weight: Tensor, temperat
     return (weight * rows).sum() / weight.sum().clamp(min=1e-12)
 
 
-def blended_target(grade: Tensor, soft: Tensor, mix: Tensor) -> Tensor:
-    """The one distribution (B, K) that a row teaches: mix · one-hot(grade) + (1 − mix) · soft."""
-    hard = torch.nn.functional.one_hot(grade.clamp(min=0), soft.shape[1]).to(soft.dtype)
-    return mix.unsqueeze(1) * hard + (1 - mix.unsqueeze(1)) * soft
+def blended_target(gold: Tensor, soft: Tensor, mix: Tensor) -> Tensor:
+    """The one distribution (B, K) that a row teaches: mix · gold + (1 − mix) · soft."""
+    return mix.unsqueeze(1) * gold + (1 - mix.unsqueeze(1)) * soft
 
 
 def class_weights(target: Tensor, weight: Tensor, power: float) -> Tensor | None:

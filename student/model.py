@@ -124,6 +124,13 @@ def predict_logits(model: PreTrainedModel, tokens: Tokens, batch_size: int, devi
     return out
 
 
+def head_bias(model: PreTrainedModel) -> torch.nn.Parameter | None:
+    """The bias (K,) of the layer that makes the logits; None where it has none."""
+    k = model.config.num_labels
+    heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == k]
+    return heads[-1].bias if heads else None
+
+
 def weights_digest(model: PreTrainedModel) -> str:
     """Fingerprint of all weights, the same on every machine."""
     hashed = hashlib.sha256()

@@ -47,12 +47,11 @@ class Objective:
     ) -> None:
         """Raises `ContractError` when reasons are to be read and the encoder has too few positions for them."""
         self.config, self.model, self.tokens, self.device = config, model, tokens, device
-        self.grade = torch.from_numpy(rows.grade).to(device)
         self.query_id = torch.from_numpy(rows.query_id).to(device)
-        self.soft, self.mix, self.weight = (
-            torch.from_numpy(a).float().to(device) for a in (rows.soft, rows.mix, rows.weight)
+        self.gold, self.soft, self.mix, self.weight = (
+            torch.from_numpy(a).float().to(device) for a in (rows.gold, rows.soft, rows.mix, rows.weight)
         )
-        self.target = blended_target(self.grade, self.soft, self.mix)
+        self.target = blended_target(self.gold, self.soft, self.mix)
         self.class_weight = class_weights(self.target, self.weight, config.class_balance)
         self.bf16 = half_precision(config, device)
         self.reasoned: Tokens | None = None
@@ -92,7 +91,7 @@ class Objective:
         logits, target, weight = logits.float(), self.target[rows], self.weight[rows]
         loss = mixed_cross_entropy(
             logits,
-            self.grade[rows],
+            self.gold[rows],
             self.soft[rows],
             self.mix[rows],
             weight,

@@ -105,8 +105,12 @@ class Scorer:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        # On the CPU the fused "add, then normalise" takes eight times as long as the two operations one after the other.
         self.session = onnxruntime.InferenceSession(
-            str(folder / MODEL_FILES[precision]), options, providers=["CPUExecutionProvider"]
+            str(folder / MODEL_FILES[precision]),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["SkipLayerNormFusion"],
         )
         self.threads = threads or os.cpu_count() or 1
         self.version = f"{self.card['fingerprint']}-{precision}"

@@ -43,6 +43,19 @@ def test_annotations_of_valid_and_test_are_not_learned_from(tmp_path):
     assert examples.n_annotated == len(examples)
 
 
+def test_a_rating_between_grades_teaches_both_unless_it_is_not_wanted(tmp_path):
+    """Only in split train: valid and test are measured by their grades, and the pool's ratings are withheld."""
+    rows = [row | {"grade_raw": row["grade"] + (i % 3) / 4} for i, row in enumerate(make_rows())]
+    examples = _read(tmp_path, rows, annotate_pool(rows))
+    human = examples.grade >= 0
+    assert examples.gold.sum(axis=1) == pytest.approx(human.astype(float))
+    assert ((examples.gold > 0).sum(axis=1) == 2).sum() > human.sum() / 4
+    elsewhere = [row | ({} if row["split"] == "train" else {"grade_raw": 100.0}) for row in rows]
+    assert _read(tmp_path / "b", elsewhere, annotate_pool(rows)).digest() == examples.digest()
+    hard = _read(tmp_path / "c", rows, annotate_pool(rows), soft_gold=False)
+    assert (hard.gold[human] == np.eye(3)[hard.grade[human]]).all()
+
+
 def test_agreement_weighs_and_failed_or_doubtful_rows_are_left_out(tmp_path):
     rows = make_rows(8)
     pool = [row["pair_id"] for row in rows if row["split"] == "pool"]

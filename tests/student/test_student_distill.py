@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -11,9 +12,12 @@ from transformers import AutoModelForSequenceClassification
 from data.schema import ContractError, GradeScale
 from student import fit as fit_module
 from student.baselines import Bm25, words
+from student.dataset import read_examples, tokenize
 from student.distill import distill
 from student.evaluation import compare_students
+from student.model import load_classifier, predict_logits
 from student.scratch import _stands_on_other_side, make_encoder
+from student.serve import load_tokenizer, softmax
 
 from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 
@@ -45,6 +49,21 @@ def test_the_model_folder_is_complete_and_the_figures_add_up(distilled, tiny):
     assert curves["student"]["roc"][-1] == {"fpr": 1.0, "tpr": 1.0}
     phases = {json.loads(line)["phase"] for line in (distilled / "metrics.jsonl").read_text().splitlines()}
     assert phases == {"student", "gold_only", "test"}
+
+
+def test_the_saved_model_is_the_calibrated_one(distilled, tiny):
+    """Its head holds what was fitted on valid: divided by the temperature, its logits are what was measured on test."""
+    model, scale = distilled / "model", GradeScale.load(tiny["pairs"])
+    card = json.loads((model / "student.json").read_text())
+    assert max(map(abs, card["head_shift"])) > 0
+    test = read_examples(tiny["pairs"], scale, "test")
+    tokens = tokenize(load_tokenizer(model / "tokenizer.json", card["max_length"]), test.queries, test.ads, 0)
+    loaded = load_classifier(model, scale, max_length=card["max_length"], seed=0)
+    probs = softmax(predict_logits(loaded, tokens, 32, "cpu"), card["temperature"])
+    written = pq.read_table(distilled / "test_predictions.parquet")
+    score = dict(zip(written.column("pair_id").to_pylist(), written.column("p_relevant").to_pylist(), strict=True))
+    expected = [score[pair_id] for pair_id in test.pair_ids]
+    assert probs[:, scale.relevant_from :].sum(axis=1) == pytest.approx(expected, abs=1e-5)
 
 
 def test_it_learns(tiny, quick, tmp_path):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from student.losses import (
     blended_target,
@@ -21,25 +21,29 @@ def _rows(n: int = 6, k: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def test_gold_alone_is_cross_entropy():
     logits, grade, soft = _rows()
-    loss = mixed_cross_entropy(logits, grade, soft * 0, torch.ones(6), torch.ones(6), temperature=3)
+    gold = one_hot(grade, 3).float()
+    loss = mixed_cross_entropy(logits, gold, soft * 0, torch.ones(6), torch.ones(6), temperature=3)
     assert loss == pytest.approx(float(cross_entropy(logits, grade)), rel=1e-5)
+    between = torch.rand(6, 3).softmax(dim=1)
+    loss = mixed_cross_entropy(logits, between, soft * 0, torch.ones(6), torch.ones(6))
+    assert loss == pytest.approx(float(cross_entropy(logits, between)), rel=1e-5)
 
 
 def test_teacher_alone_is_soft_cross_entropy_and_grade_is_ignored():
     logits, grade, soft = _rows()
-    zeros = torch.zeros(6)
-    loss = mixed_cross_entropy(logits, grade, soft, zeros, torch.ones(6))
+    zeros, gold = torch.zeros(6), one_hot(grade, 3).float()
+    loss = mixed_cross_entropy(logits, gold, soft, zeros, torch.ones(6))
     assert loss == pytest.approx(float(cross_entropy(logits, soft)), rel=1e-5)
-    assert loss == mixed_cross_entropy(logits, torch.full((6,), -1), soft, zeros, torch.ones(6))
+    assert loss == mixed_cross_entropy(logits, gold * 0, soft, zeros, torch.ones(6))
 
 
 def test_the_gradient_vanishes_where_the_student_equals_the_teacher_at_any_temperature():
     logits, _, _ = _rows()
     for temperature in (0.5, 1.0, 4.0):
         student = logits.clone().requires_grad_()
-        minus = torch.full((6,), -1)
+        none = torch.zeros(6, 3)
         loss = mixed_cross_entropy(
-            student, minus, logits.softmax(dim=1), torch.zeros(6), torch.ones(6), temperature=temperature
+            student, none, logits.softmax(dim=1), torch.zeros(6), torch.ones(6), temperature=temperature
         )
         loss.backward()
         assert student.grad.abs().max() < 1e-5
@@ -47,13 +51,14 @@ def test_the_gradient_vanishes_where_the_student_equals_the_teacher_at_any_tempe
 
 def test_weights_are_relative_and_a_row_of_weight_zero_teaches_nothing():
     logits, grade, soft = _rows()
+    gold = one_hot(grade, 3).float()
     mix = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 0.5])
     weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0, 3.0])
-    loss = mixed_cross_entropy(logits, grade, soft, mix, weight)
-    assert loss == pytest.approx(float(mixed_cross_entropy(logits, grade, soft, mix, weight * 7)), rel=1e-5)
+    loss = mixed_cross_entropy(logits, gold, soft, mix, weight)
+    assert loss == pytest.approx(float(mixed_cross_entropy(logits, gold, soft, mix, weight * 7)), rel=1e-5)
     changed = logits.clone()
     changed[2] += torch.randn(3)
-    assert loss == mixed_cross_entropy(changed, grade, soft, mix, weight)
+    assert loss == mixed_cross_entropy(changed, gold, soft, mix, weight)
 
 
 def test_margin_mse_by_hand_and_within_queries_only():
@@ -70,8 +75,8 @@ def test_margin_mse_by_hand_and_within_queries_only():
 
 
 def test_class_weights_level_the_classes():
-    grade = torch.tensor([0, 0, 0, 1])
-    target = blended_target(grade, torch.zeros(4, 3), torch.ones(4))
+    gold = one_hot(torch.tensor([0, 0, 0, 1]), 3).float()
+    target = blended_target(gold, torch.zeros(4, 3), torch.ones(4))
     assert class_weights(target, torch.ones(4), 0) is None
     weights = class_weights(target, torch.ones(4), 1)
     assert weights.tolist() == pytest.approx([2 / 3, 2.0, 0.0])

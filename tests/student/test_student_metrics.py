@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, f1_score, ndcg_score, roc_a
 
 from data.schema import ContractError
 from student import metrics
-from student.calibration import best_f1_threshold, fit_temperature
+from student.calibration import best_f1_threshold, fit_calibration
 from student.resampling import ranked
 from student.serve import softmax
 
@@ -217,7 +217,24 @@ def test_temperature_is_found_again():
     logits = rng.normal(size=(20_000, 3)) * 2
     cumulative = softmax(logits).cumsum(axis=1)
     grade = (rng.random((20_000, 1)) > cumulative).sum(axis=1).clip(max=2)
-    assert fit_temperature(logits * 3, grade) == pytest.approx(3, rel=0.05)
+    temperature, offsets = fit_calibration(logits * 3, grade, offsets=False)
+    assert temperature == pytest.approx(3, rel=0.05)
+    assert not offsets.any()
+    shifted = logits * 3 - 3 * np.array([0.5, 0.0, -1.0])
+    temperature, offsets = fit_calibration(shifted, grade)
+    assert temperature == pytest.approx(3, rel=0.05)
+    assert offsets - offsets[1] == pytest.approx([0.5, 0.0, -1.0], abs=0.06)
+    calibrated = softmax(shifted / temperature + offsets).mean(axis=0)
+    assert calibrated == pytest.approx(np.bincount(grade) / len(grade), abs=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 4), st.integers(0, 2**31))
+def test_the_calibration_of_a_few_rows_is_finite(n, k, seed):
+    rng = np.random.default_rng(seed)
+    temperature, offsets = fit_calibration(rng.normal(size=(n, k)) * 5, rng.integers(k, size=n))
+    assert 0.05 <= temperature <= 20.01
+    assert np.abs(offsets).max() < 5
 
 
 def test_threshold_has_the_best_f1():
