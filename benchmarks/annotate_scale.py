@@ -5,7 +5,9 @@
 The engine replays recorded completions (`python -m benchmarks.replay` makes them); the rest is the product's own code:
 anti-join, shuffle, sort, windows, votes, Parquet parts, figures. Every size runs twice, each time in a process and a Spark
 session of its own: once from nothing, once with nothing to do. `pairs_per_s` is over the whole of `annotate()`, from its
-first line to its last, session start apart. Prints one JSON line.
+first line to its last, session start apart. On a local master the JVM is driver and executor in one; with `--cluster` it
+runs on Spark standalone with two workers, processes of their own, and the JVM's figures are the driver's alone. Prints one
+JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32_768)
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--memory", default="1g", help="heap of Spark's JVM, driver and executor in one")
+    parser.add_argument("--cluster", action="store_true", help="Spark standalone with two workers, not a local master")
     parser.add_argument("--work", type=Path, help="folder for the tables; a temporary one unless given")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -59,6 +64,7 @@ def main() -> None:
         "prompts": options.prompts,
         "window": options.window,
         "engines": options.engines,
+        "cluster": options.cluster,
         "sizes": found,
     }
     if len(found) > 1:
@@ -69,17 +75,35 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, work: Path, what: str) -> dict[str, Any]:
     """One step in this process: make the table of a size, annotate it, or annotate it again."""
-    from pipeline.annotate import annotate
-    from pipeline.annotate_config import AnnotateConfig
-    from pipeline.spark import SparkConfig, start_spark
-    from teacher.prompt import load_prompt
-
     begin = time.monotonic()
     step, size = what.rsplit("-", 1)
+    with _session(options, work / f"spark-{what}") as spark:
+        logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
+        return _step(options, work, step, size, spark, begin)
+
+
+@contextmanager
+def _session(options: argparse.Namespace, folder: Path) -> Iterator[Any]:
+    from pipeline.spark import SparkConfig, start_spark
+
     # Not the settings of short jobs, which `start_spark` chooses on a local master.
     java = {"spark.driver.extraJavaOptions": "-XX:+UseParallelGC"}
-    spark = start_spark(SparkConfig(master="local[2]", driver_memory=options.memory, extra=java))
-    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
+    if not options.cluster:
+        yield start_spark(SparkConfig(master="local[2]", driver_memory=options.memory, extra=java))
+        return
+    from benchmarks.annotate_cluster import cluster_settings, standalone
+
+    with standalone(folder, workers=2) as (master, _):
+        spark = start_spark(SparkConfig(master=master, driver_memory=options.memory, extra=java | cluster_settings()))
+        yield spark
+        spark.stop()
+
+
+def _step(options: argparse.Namespace, work: Path, step: str, size: str, spark: Any, begin: float) -> dict[str, Any]:
+    from pipeline.annotate import annotate
+    from pipeline.annotate_config import AnnotateConfig
+    from teacher.prompt import load_prompt
+
     started = time.monotonic()
     pairs, out = work / f"pairs-{size}", work / f"annotations-{size}"
     if step == "make":
