@@ -73,6 +73,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         batch_size=options.batch_size,
         max_length=options.max_length,
         learning_rate=LEARNING_RATE,
+        dropout=True,  # as the peer has it
         device="cpu",
     )
     with tempfile.TemporaryDirectory() as folder:

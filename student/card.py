@@ -44,7 +44,7 @@ raise its score.
 | encoder | {_line(student["base"])} |
 | epochs (best of) | {student["best_epoch"]} of {student["epochs"]} |
 | longest input | {student["max_length"]} tokens |
-| temperature, threshold (fitted on split valid, with the head's bias) | {student["temperature"]:.4f}, {student["threshold"]:.4f} |
+| temperature, threshold (from split valid, as the head's bias) | {student["temperature"]:.4f}, {student["threshold"]:.4f} |
 | data fingerprint | {student["data_fingerprint"]} |
 | model fingerprint | {student["fingerprint"]} |
 

@@ -40,7 +40,14 @@ class StudentConfig(Config):
     """Decoupled weight decay; biases and normalisation weights are exempt."""
 
     warmup_ratio: float = Field(default=0.1, ge=0, le=0.9)
-    """Share of all steps over which the learning rate rises from 0 to its peak; it then falls linearly to 0."""
+    """Share of all steps over which the learning rate rises from 0 to its peak."""
+
+    decay_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Share of all steps, the last ones, over which the learning rate falls linearly to 0. A long fall takes away the steps
+    in which a student with few labels begins to learn."""
+
+    dropout: bool = Field(default=False)
+    """Whether the encoder's own dropout is at work in training. Few epochs over a few thousand rows learn faster without."""
 
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""

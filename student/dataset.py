@@ -222,8 +222,11 @@ def read_training(pairs: Path, annotations: Path | None, scale: GradeScale, conf
     return joined
 
 
-def length_grouped(lengths: Array, batch_size: int, rng: np.random.Generator, chunk: int = 50) -> list[Array]:
-    """Batches of row numbers in random order, each of rows of like length (little padding, still a random sample)."""
+def length_grouped(lengths: Array, batch_size: int, rng: np.random.Generator, chunk: int = 16) -> list[Array]:
+    """Batches of row numbers in random order, each of rows of like length out of `chunk` batches drawn at random.
+
+    The more are sorted together, the less is padding, and the less a batch is like the whole: length goes with the label.
+    """
     order = rng.permutation(len(lengths))
     batches: list[Array] = []
     for start in range(0, len(order), batch_size * chunk):

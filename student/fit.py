@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up and linear decay, early stopping on valid, a checkpoint for each epoch."""
+"""The training loop: AdamW, warm-up, level and decay, early stopping on valid, a checkpoint for each epoch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fit(
     metrics.rewind(phase, progress.step)
     objective = Objective(config, model, rows, tokens, tokenizer, device)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
-    model.train()
+    model.train(config.dropout)
     while progress.epoch < config.epochs and not progress.finished:
         begin = time.monotonic()
         progress = _epoch(config, model, optimiser, rows, tokens, objective, progress, steps, metrics, phase)
@@ -107,7 +107,7 @@ def _epoch(
         batches = length_grouped(tokens.lengths, config.batch_size, rng)
     step, running = progress.step, []
     for batch in batches:
-        rate = config.learning_rate * _schedule(step, steps, config.warmup_ratio)
+        rate = config.learning_rate * _schedule(step, steps, config.warmup_ratio, config.decay_ratio)
         for group in optimiser.param_groups:
             group["lr"] = rate
         loss = objective(batch)
@@ -150,12 +150,12 @@ def _judge(progress: Progress, score: float, config: StudentConfig) -> Progress:
     return progress.model_copy(update={"stale_epochs": stale, "finished": stale >= config.patience})
 
 
-def _schedule(step: int, steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at `step`: up linearly, then down linearly to 0."""
-    warmup = int(steps * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return max(0.0, (steps - step) / max(1, steps - warmup))
+def _schedule(step: int, steps: int, warmup_ratio: float, decay_ratio: float) -> float:
+    """Share of the peak learning rate at `step`: up linearly, level, down linearly to 0 (Hu et al., arXiv 2404.06395)."""
+    warmup, decay = int(steps * warmup_ratio), steps * decay_ratio
+    rise = (step + 1) / (warmup + 1)
+    fall = (steps - step) / decay if decay else 1.0
+    return max(0.0, min(1.0, rise, fall))
 
 
 def _optimiser(model: PreTrainedModel, config: StudentConfig) -> torch.optim.Optimizer:

@@ -95,6 +95,15 @@ def test_valid_labels_do_change_the_calibration(distilled, tiny, quick, tmp_path
     assert cards[0]["temperature"] != cards[1]["temperature"]
 
 
+def test_the_rate_rises_stays_and_falls():
+    rates = [fit_module._schedule(step, 100, 0.1, 0.2) for step in range(100)]
+    assert 0 < rates[0] < rates[9] < rates[10] == 1
+    assert set(rates[10:81]) == {1}
+    assert np.diff(rates[80:]) == pytest.approx(-0.05 * np.ones(19))
+    assert {fit_module._schedule(step, 10, 0, 0) for step in range(10)} == {1}
+    assert 0 < fit_module._schedule(9, 10, 0.9, 1) < 0.2
+
+
 def test_a_killed_training_ends_as_an_uninterrupted_one(tiny, quick, tmp_path, monkeypatch):
     config = quick(epochs=4, patience=4)
     arguments = (config, tiny["base"], tiny["pairs"], tiny["annotations"])
