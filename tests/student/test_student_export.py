@@ -18,7 +18,7 @@ from student.export import export_student
 from student.model import load_classifier, predict_logits
 from student.serve import Scorer, softmax
 
-from .conftest import make_rows
+from .conftest import make_rows, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -117,17 +117,33 @@ def test_a_moved_probability_fails_the_export(distilled, tiny, tmp_path, monkeyp
 def test_a_lossy_int8_model_fails_the_export(distilled, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "write_onnx", lambda *a: None)
     monkeypatch.setattr(export_module, "write_int8", lambda *a: None)
-    figures = {"fp32": 0.9, "int8": 0.85}
+    wrong = 0  # relevant rows that the small model puts last
 
-    def measure(out, precision, *_):
-        return {"file": "x", "megabytes": 1, "pairs_per_second": 1, "max_abs_dp": 0.0, "roc_auc": figures[precision]}
+    def measure(out, precision, rows, *_):
+        score = rows.grade / 3 + np.linspace(0, 0.1, len(rows))
+        relevant = rows.grade >= 2
+        lost = relevant & (relevant.cumsum() <= wrong) & (precision == "int8")
+        figures = {"file": "x", "megabytes": 1, "pairs_per_second": 1, "max_abs_dp": 0.0, "roc_auc": 0.5}
+        return figures, np.where(lost, -1.0, score)
 
     monkeypatch.setattr(export_module, "_measure", measure)
-    with pytest.raises(ContractError, match=r"int8 model loses 0\.0500"):
-        export_student(ExportConfig(), distilled / "model", tiny["pairs"], tmp_path)
-    figures["int8"] = None
+    export_student(ExportConfig(), distilled / "model", tiny["pairs"], _made(tmp_path))
+    wrong = 8
+    with pytest.raises(ContractError, match=r"int8 model loses 0\.\d+ ROC-AUC .*limit 0\.01"):
+        export_student(ExportConfig(), distilled / "model", tiny["pairs"], _made(tmp_path))
+    wrong = 1  # more than the limit, and no more than chance
+    result = export_student(ExportConfig(), distilled / "model", tiny["pairs"], _made(tmp_path))
+    assert result.figures["int8_auc_loss"] > 0.01
+    one_class = write_pairs(tmp_path / "one", [row | {"grade": 2} for row in make_rows()])
     with pytest.raises(ContractError, match="one class"):
-        export_student(ExportConfig(), distilled / "model", tiny["pairs"], tmp_path)
+        export_student(ExportConfig(), distilled / "model", one_class, _made(tmp_path))
+
+
+def _made(tmp_path):
+    """A folder with the model files that a patched export does not write."""
+    for name in ("model.onnx", "model.int8.onnx"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
 
 
 def test_a_folder_that_is_no_student_is_refused(tiny, tmp_path):
