@@ -110,7 +110,8 @@ def _step(options: argparse.Namespace, work: Path, step: str, size: str, spark: 
         make_pairs(spark, int(size), pairs)
         load_prompt(work / "teacher").scale.save(pairs)
         return {}
-    config = AnnotateConfig(n=options.samples, window=options.window, engines=options.engines)
+    # Few enough files that every size from 10^5 on merges them: memory is compared between jobs that do the same.
+    config = AnnotateConfig(n=options.samples, window=options.window, engines=options.engines, max_files=10)
     figures = annotate(config, work / "teacher", pairs, out, spark, load_replay).figures
     done = time.monotonic()
     if figures["pairs"] != int(size) or figures["n_new"] != (int(size) if step == "run" else 0):

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -229,7 +228,7 @@ class _Progress:
             table: pa.Table = pq.read_table(file, columns=["status", "prompt_tokens", "completion_tokens"])
             self._seen.add(file.name)
             self._pairs += table.num_rows
-            self._bad += sum(n for status, n in Counter(table["status"].to_pylist()).items() if status != "ok")
+            self._bad += pc.sum(pc.not_equal(table["status"], "ok")).as_py() or 0
             self._tokens += pc.sum(table["completion_tokens"]).as_py() or 0
         if not new:
             return
