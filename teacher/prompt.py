@@ -126,6 +126,7 @@ class PromptWriter:
         self._control = frozenset(added | set(tokenizer.all_special_ids))
         self._expected = self._controls(prompt.ids(tokenizer, "query", "title", "text"))
         self._frame = _frame(prompt, tokenizer)
+        self._head = self._shared_ids()
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[int] | str]:
         """For each pair its token ids, or the reason why it has none.
@@ -133,24 +134,28 @@ class PromptWriter:
         A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of entries with `key` and `value`; any of them
         may be None.
         """
-        written: list[str | None] = []
+        heads: list[list[int] | None] = []
+        texts: list[str] = []
         made: list[list[int] | str] = []
         for pair in pairs:
             try:
-                written.append(self._text(pair))
+                head, text = self._text(pair)
+                heads.append(head)
+                texts.append(text)
                 made.append("")
             except Exception as error:  # whatever a hostile text sets off is that pair's failure
-                written.append(None)
+                heads.append(None)
                 made.append(f"{error}" if isinstance(error, _NoPromptError) else f"{type(error).__name__}: {error}")
-        ids = self._ids([text for text in written if text is not None])
-        for place, text in enumerate(written):
-            if text is not None:
-                tokens = next(ids)
+        ids = self._ids(texts)
+        for place, begun in enumerate(heads):
+            if begun is not None:
+                tokens = begun + next(ids)
                 sound = self._controls(tokens) == self._expected
                 made[place] = tokens if sound else "the text would become a control token of the teacher"
         return made
 
-    def _text(self, pair: Mapping[str, Any]) -> str:
+    def _text(self, pair: Mapping[str, Any]) -> tuple[list[int], str]:
+        """The token ids that a pair's prompt begins with, and the text of the rest."""
         for name, called in (("query", "query"), ("ad_title", "ad title")):
             if not as_data(pair[name] or "", self._prompt.config.max_title_chars, ()):
                 raise _NoPromptError(f"the {called} is empty or has no visible character")
@@ -159,8 +164,29 @@ class PromptWriter:
         data = messages[-1]["content"]
         # A template may strip what it is given; text without spaces at its ends is the same either way.
         if self._frame is not None and data == data.strip():
-            return data.join(self._frame)
-        return render(self._tokenizer, messages)
+            return self._head, data.join(self._frame)
+        return [], render(self._tokenizer, messages)
+
+    def _shared_ids(self) -> list[int]:
+        """Token ids of the beginning that all prompts share, which then leaves `_frame`; empty if it has none of its own.
+
+        The guideline is most of a prompt, and tokenising it for every pair most of the work. Tokenizers look for special
+        tokens first, and so what stands before one and what begins with it have tokens of their own. Where one does not
+        (it may treat the beginning of a text as something special), it shows on any prompt, as both sides of the cut are
+        the same in all.
+        """
+        if self._frame is None:
+            return []
+        before, after = self._frame
+        cut = max((before.rfind(token) for token in self._special), default=-1)
+        if cut <= 0:
+            return []
+        head, rest = self._ids([before[:cut], f"{before[cut:]}red shoes{after}"])
+        (whole,) = self._ids([f"{before}red shoes{after}"])
+        if head + rest != whole:
+            return []
+        self._frame = before[cut:], after
+        return head
 
     def _ids(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, as `Prompt.ids` has them; a `tokenizers` tokenizer makes them without the padding,

@@ -1,10 +1,13 @@
 """The prompt: hostile text stays data, on the level of token ids."""
 
 import copy
+import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from data.schema import PAIRS, ContractError, Grade, GradeScale
 from teacher.config import PromptConfig
@@ -80,6 +83,33 @@ def test_the_writer_of_many_prompts_writes_what_one_prompt_is(tokenizer, name, m
         for p in pairs
     ]
     assert writer(pairs) == expected
+    if name == "its own":  # up to the last control token before the data
+        assert tokenizer.decode(writer._head).startswith("<|system|>")
+        assert len(writer._head) > 0.5 * len(expected[0])
+
+
+@pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "strips", "bytes"])
+def test_a_beginning_tokenised_once_gives_the_same_tokens_with_any_kind_of_tokenizer(kind):
+    special = [AddedToken("<|user|>", special=True, lstrip=kind == "strips", normalized=False), "<|end|>"]
+    words = ["Query", "Ad", "Text", ":", "red", "shoes", "relevance", "You", "judge"]
+    if kind == "bytes":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=300)
+    else:
+        backend = Tokenizer(models.BPE())
+        scheme = "first" if kind == "metaspace first" else "always"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        trainer = trainers.BpeTrainer(initial_alphabet=[*string.printable, "é", "▁"], vocab_size=300)
+    backend.train_from_iterator([" ".join(words), "red shoes\nQuery: red"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = "{{ messages[0]['content'] }} \n <|user|> {{ messages[1]['content'] }}<|end|>"
+    prompt = Prompt(PromptConfig(), SCALE, max_completion_tokens=32)
+    writer = PromptWriter(prompt, tokenizer)
+    pairs = [{"query": f"{q}red shoes", "ad_title": "red", "ad_text": None, "attributes": None} for q in ("", "0", "é")]
+    assert writer(pairs) == [prompt.ids(tokenizer, p["query"], p["ad_title"]) for p in pairs]
+    assert bool(writer._head) == (kind != "strips")
 
 
 def control_tokens(tokenizer, ids):
