@@ -28,7 +28,8 @@ from benchmarks.estimator_run import result_file, run_method
 from teacher.passk import pass_at_k
 
 METHODS = ("base", "warm_start", "grpo", "dr_grpo", "nsr", "w_reinforce", "ngrpo", "a_grae", "agpo")
-ABLATION = tuple(f"agpo:delta={delta},negative={negative}" for delta in (0.5, 1, 2) for negative in (0, -0.1, -0.3, -1))
+DELTAS, NEGATIVES = (0.5, 1, 2), (0, -0.1, -0.3, -1)
+ABLATION = tuple(f"agpo:delta={delta},negative={negative}" for delta in DELTAS for negative in NEGATIVES)
 
 
 def main() -> None:
@@ -125,19 +126,30 @@ def summarise(folder: Path, methods: Sequence[str], seeds: Sequence[int]) -> dic
     return {"seeds": list(seeds), "problems": problems, "samples": samples, "methods": rows, "differences": pairs}
 
 
-def ablation(folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """AGPO's δ and R, on the validation problems."""
-    found = {}
+def ablation(folder: Path, seed: int) -> dict[str, Any]:
+    """AGPO's δ and R on the validation problems: every cell, and pass@k of the extremes' difference averaged over the other.
+
+    The intervals are of the problems alone (95 %, paired bootstrap): it is one seed.
+    """
+    ks, rng = (1, 16, 64), np.random.default_rng(0)
+    cells: dict[str, dict[str, float]] = {}
+    passed = []
     for method in ABLATION:
-        run = json.loads(result_file(folder, method, seed).read_text("utf-8"))
-        valid = run["valid"]
-        right = np.array(valid["right"])
-        found[method] = {
-            "greedy": round(valid["greedy"], 4),
-            **{f"pass@{k}": round(float(pass_at_k(valid["samples"], right, k).mean()), 4) for k in (1, 16, 64)},
-            "entropy": round(valid["entropy"], 4),
-        }
-    return found
+        valid = json.loads(result_file(folder, method, seed).read_text("utf-8"))["valid"]
+        passed.append([pass_at_k(valid["samples"], np.array(valid["right"]), k) for k in ks])
+        by_k = {f"pass@{k}": round(float(values.mean()), 4) for k, values in zip(ks, passed[-1], strict=True)}
+        cells[method] = {"greedy": round(valid["greedy"], 4), **by_k, "entropy": round(valid["entropy"], 4)}
+    grid = np.array(passed).reshape(len(DELTAS), len(NEGATIVES), len(ks), -1)
+    draws = rng.integers(grid.shape[-1], size=(2000, grid.shape[-1]))
+    effects = {}
+    for name, change in (
+        (f"R {NEGATIVES[-1]:g} - R {NEGATIVES[0]:g}", grid[:, -1].mean(0) - grid[:, 0].mean(0)),
+        (f"delta {DELTAS[-1]:g} - delta {DELTAS[0]:g}", grid[-1].mean(0) - grid[0].mean(0)),
+    ):
+        for k, values in zip(ks, change, strict=True):
+            limits = np.quantile(values[draws].mean(1), [0.025, 0.975])
+            effects[f"{name}, pass@{k}"] = [round(float(x), 4) for x in (values.mean(), *limits)]
+    return {"cells": cells, "effects": effects}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -157,21 +169,24 @@ def table(summary: dict[str, Any]) -> str:
             f"{row['sampled_tokens']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| difference | mean | 95 % interval |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {m:+.3f} | {low:+.3f} … {high:+.3f} |" for name, (m, low, high) in summary["differences"].items()
-    ]
+    lines += _differences(summary["differences"])
     if "ablation" in summary:
         lines += [
             "",
             "| AGPO's δ and R (validation) | greedy | pass@1 | pass@16 | pass@64 | entropy |",
             "|---|---|---|---|---|---|",
         ]
-        for method, row in summary["ablation"].items():
+        for method, row in summary["ablation"]["cells"].items():
             lines.append(
                 f"| {method.removeprefix('agpo:')} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |"
             )
+        lines += _differences(summary["ablation"]["effects"])
     return "\n".join(lines) + "\n"
+
+
+def _differences(found: dict[str, list[float]]) -> list[str]:
+    rows = [f"| {name} | {mean:+.3f} | {low:+.3f} … {high:+.3f} |" for name, (mean, low, high) in found.items()]
+    return ["", "| difference | mean | 95 % interval |", "|---|---|---|", *rows]
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:

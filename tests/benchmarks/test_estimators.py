@@ -52,9 +52,12 @@ def test_ablation_names_have_files_of_their_own(tmp_path):
     names = {estimator_run.result_file(tmp_path, method, 0).name for method in estimators.ABLATION}
     assert len(names) == len(estimators.ABLATION)
     for method in estimators.ABLATION:
-        write(tmp_path, method, 0, [1, 2], samples=64)
-    rows = estimators.ablation(tmp_path, 0)
-    assert set(rows) == set(estimators.ABLATION)
+        # R = -1 gets 32 of 64 right, the others none; delta makes no difference
+        write(tmp_path, method, 0, [32, 32] if method.endswith("=-1") else [0, 0], samples=64)
+    found = estimators.ablation(tmp_path, 0)
+    assert set(found["cells"]) == set(estimators.ABLATION)
+    assert found["effects"]["R -1 - R 0, pass@1"] == [0.5, 0.5, 0.5]
+    assert found["effects"]["delta 2 - delta 0.5, pass@16"] == [0.0, 0.0, 0.0]
 
 
 @pytest.fixture
