@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.children import TORCH, answer, ask
-from pipeline.annotate_worker import Job, Row, Teacher, start_teacher
+from benchmarks.replay import pool_rows
+from pipeline.annotate_worker import Job, Teacher, start_teacher
 from teacher.engines.base import EngineConfig, Sampling
 
 _ENGINE = EngineConfig(max_model_len=512)
@@ -159,7 +160,7 @@ def prefix(options: argparse.Namespace) -> dict[str, Any]:
     given = load_prompt(options.teacher)
     full = Prompt(PromptConfig(), given.scale, given.max_completion_tokens)
     writer = PromptWriter(full, AutoTokenizer.from_pretrained(options.teacher))
-    prompts = [made for made in writer(_rows(options, 200)) if not isinstance(made, str)]
+    prompts = [made for made in writer(pool_rows(options.pairs, 200)) if not isinstance(made, str)]
     engine = VLLMEngine(EngineConfig(), options.teacher)
     engine.generate(prompts, Sampling(n=1, max_tokens=4))
     first, last = min(prompts), max(prompts)
@@ -188,18 +189,6 @@ def _warm_up() -> list[list[int]]:
     return [[20 + i, 30, 40, 50] for i in range(8)]
 
 
-def _rows(options: argparse.Namespace, count: int) -> list[Row]:
-    import pyarrow.dataset as pads
-
-    from data.schema import PAIRS, read_table
-
-    table = read_table(options.pairs / "pairs", PAIRS, where=pads.field("split") == "pool").sort_by("pair_id")
-    return [
-        row | {"attributes": [{"key": key, "value": value} for key, value in row["attributes"] or ()]}
-        for row in table.slice(0, count).to_pylist()
-    ]
-
-
 def _prompts(options: argparse.Namespace, count: int) -> list[list[int]]:
     """The prompts of the pairs that the job annotates, longest first like there."""
     from transformers import AutoTokenizer
@@ -207,7 +196,8 @@ def _prompts(options: argparse.Namespace, count: int) -> list[list[int]]:
     from teacher.prompt import PromptWriter, load_prompt
 
     writer = PromptWriter(load_prompt(options.teacher), AutoTokenizer.from_pretrained(options.teacher))
-    return sorted((made for made in writer(_rows(options, count)) if not isinstance(made, str)), key=lambda p: -len(p))
+    made = writer(pool_rows(options.pairs, count))
+    return sorted((ids for ids in made if not isinstance(ids, str)), key=lambda ids: -len(ids))
 
 
 def _child(side: str) -> dict[str, Any]:

@@ -107,23 +107,30 @@ def ids_as_prompts(rows: Sequence[Row]) -> list[list[int] | str]:
 
 def record(teacher: Path, pairs: Path, out: Path, count: int, sampling: Sampling) -> None:
     """Write the completions of the first `count` pairs of the pool, one JSON line for each pair."""
-    import pyarrow.dataset as pads
     from transformers import AutoTokenizer
 
-    from data.schema import PAIRS, read_table
     from teacher.prompt import PromptWriter, load_prompt
 
-    table = read_table(pairs / "pairs", PAIRS, where=pads.field("split") == "pool").slice(0, count)
-    rows: list[Row] = [
-        row | {"attributes": [{"key": k, "value": v} for k, v in row["attributes"] or ()]} for row in table.to_pylist()
-    ]
     writer = PromptWriter(load_prompt(teacher), AutoTokenizer.from_pretrained(teacher))
-    prompts = [ids for ids in writer(rows) if not isinstance(ids, str)]
+    prompts = [ids for ids in writer(pool_rows(pairs, count)) if not isinstance(ids, str)]
     engine = open_engine(EngineConfig(max_model_len=512), teacher)
     made = engine.generate(prompts, sampling)
     engine.close()
     lines = [json.dumps([asdict(sample) for sample in samples], ensure_ascii=False) for samples in made]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def pool_rows(pairs: Path, count: int) -> list[Row]:
+    """The first `count` pairs of the pool by id, as the annotation job hands them to a `PromptWriter`."""
+    import pyarrow.dataset as pads
+
+    from data.schema import PAIRS, read_table
+
+    table = read_table(pairs / "pairs", PAIRS, where=pads.field("split") == "pool").sort_by("pair_id")
+    return [
+        row | {"attributes": [{"key": key, "value": value} for key, value in row["attributes"] or ()]}
+        for row in table.slice(0, count).to_pylist()
+    ]
 
 
 def _completion(recorded: dict[str, Any]) -> Completion:
