@@ -47,12 +47,15 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
     from student.serve import MODEL_FILES
 
     try:
-        card = json.loads((export / "student.json").read_text(encoding="utf-8"))
+        version = (
+            f"{json.loads((export / 'student.json').read_text(encoding='utf-8'))['fingerprint']}-{config.precision}"
+        )
     except FileNotFoundError:
         raise ContractError(f"{export} holds no exported student (no student.json); run student-export first") from None
+    except (ValueError, KeyError, TypeError):
+        raise ContractError(f"{export / 'student.json'} is damaged; run student-export again") from None
     if not (export / MODEL_FILES[config.precision]).exists():
         raise ContractError(f"{export} has no {MODEL_FILES[config.precision]}; run student-export again")
-    version = f"{card['fingerprint']}-{config.precision}"
     table = pairs / "pairs" if (pairs / "pairs").is_dir() else pairs
     if not table.exists():
         raise ContractError(f"{table} does not exist; run data-prepare first, or name a table of pairs")

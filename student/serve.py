@@ -155,8 +155,11 @@ def _clean(text: str) -> str:
 
 
 def main() -> None:
-    """Standard input to standard output, JSON lines, in windows of a thousand."""
-    scorer = Scorer(Path(__file__).parent, precision=sys.argv[1] if len(sys.argv) > 1 else "fp32")
+    """Standard input to standard output, JSON lines, in windows of a thousand; ends at a line that is no pair."""
+    precision = sys.argv[1] if len(sys.argv) > 1 else "fp32"
+    if precision not in MODEL_FILES:
+        sys.exit(f"score.py: there is no precision '{precision}'; give {' or '.join(MODEL_FILES)}")
+    scorer = Scorer(Path(__file__).parent, precision)
     window: list[dict[str, Any]] = []
 
     def flush() -> None:
@@ -165,12 +168,29 @@ def main() -> None:
             print(json.dumps({"p_relevant": float(p), "relevant": bool(p >= scorer.threshold), "grades": row.tolist()}))
         window.clear()
 
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin.buffer, 1):
         if line.strip():
-            window.append(json.loads(line))
+            try:
+                window.append(parse_pair(line))
+            except ValueError as error:
+                flush()
+                sys.exit(f"score.py: line {number} {error}; the lines before it are scored")
         if len(window) == 1000:
             flush()
     flush()
+
+
+def parse_pair(line: bytes) -> dict[str, Any]:
+    """One JSON line as a row of the `pairs` table; raises ValueError, which goes on where "line 3" left off."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("query", "ad_title")):
+        raise ValueError("is no pair: it needs the texts `query` and `ad_title`")
+    if not isinstance(row.get("ad_text") or "", str) or not isinstance(row.get("attributes") or {}, dict):
+        raise ValueError("is no pair: `ad_text` must be a text and `attributes` an object, where they are given")
+    return row
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 from data.schema import ContractError, read_table
 from student import export as export_module
+from student import serve
 from student.config import ExportConfig, ScoreConfig
 from student.dataset import read_examples
 from student.export import export_student
@@ -103,6 +105,35 @@ def test_the_folder_scores_without_the_product(exported, tmp_path):
     scored = [json.loads(line) for line in piped.stdout.splitlines()]
     assert len(scored) == 2
     assert all(sum(row["grades"]) == pytest.approx(1) for row in scored)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"query,ad_title", "line 2 is not JSON"),
+        (b'{"query": "a", "ad_title": "b\xff"}', "line 2 is not JSON"),
+        (b"[" * 100_000, "line 2 is not JSON"),
+        (b'["query", "ad_title"]', "line 2 is no pair: it needs the texts"),
+        (b'{"query": "red kettle"}', "line 2 is no pair: it needs the texts"),
+        (b'{"query": "red kettle", "ad_title": 3}', "line 2 is no pair: it needs the texts"),
+        (b'{"query": "a", "ad_title": "b", "attributes": "c"}', "line 2 is no pair: `ad_text` must be a text"),
+    ],
+)
+def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(exported, monkeypatch, capsys, line, told):
+    good = b'{"query": "red kettle", "ad_title": "red kettle", "ad_text": null, "attributes": {"colour": "red"}}'
+    monkeypatch.setattr(serve, "__file__", str(exported[0] / "score.py"))
+    monkeypatch.setattr(sys, "argv", ["score.py"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(good + b"\n" + line + b"\n" + good)))
+    with pytest.raises(SystemExit, match=re.escape(told)) as stopped:
+        serve.main()
+    assert "\n" not in str(stopped.value)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_command_names_an_unknown_precision(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["score.py", "int4"])
+    with pytest.raises(SystemExit, match="no precision 'int4'; give fp32 or int8"):
+        serve.main()
 
 
 def test_a_moved_probability_fails_the_export(distilled, tiny, tmp_path, monkeypatch):
@@ -202,6 +233,9 @@ def test_spark_refuses_what_is_not_an_export_or_a_table(spark, exported, tiny, t
     from pipeline.score import score
 
     with pytest.raises(ContractError, match="student-export"):
+        score(ScoreConfig(), tmp_path, tiny["pairs"], tmp_path / "out", spark)
+    (tmp_path / "student.json").write_text("{")
+    with pytest.raises(ContractError, match="damaged"):
         score(ScoreConfig(), tmp_path, tiny["pairs"], tmp_path / "out", spark)
     with pytest.raises(ContractError, match="does not exist"):
         score(ScoreConfig(), exported[0], tmp_path / "nothing", tmp_path / "out", spark)
