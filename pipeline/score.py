@@ -47,15 +47,14 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
     from student.serve import MODEL_FILES
 
     try:
-        version = (
-            f"{json.loads((export / 'student.json').read_text(encoding='utf-8'))['fingerprint']}-{config.precision}"
-        )
+        fingerprint = json.loads((export / "student.json").read_text(encoding="utf-8"))["fingerprint"]
     except FileNotFoundError:
         raise ContractError(f"{export} holds no exported student (no student.json); run student-export first") from None
     except (ValueError, KeyError, TypeError):
         raise ContractError(f"{export / 'student.json'} is damaged; run student-export again") from None
     if not (export / MODEL_FILES[config.precision]).exists():
         raise ContractError(f"{export} has no {MODEL_FILES[config.precision]}; run student-export again")
+    version = f"{fingerprint}-{config.precision}"
     table = pairs / "pairs" if (pairs / "pairs").is_dir() else pairs
     if not table.exists():
         raise ContractError(f"{table} does not exist; run data-prepare first, or name a table of pairs")

@@ -125,8 +125,7 @@ class PromptWriter:
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control = frozenset(added | set(tokenizer.all_special_ids))
         self._expected = self._controls(prompt.ids(tokenizer, "query", "title", "text"))
-        self._frame = _frame(prompt, tokenizer)
-        self._head = self._shared_ids()
+        self._head, self._frame = self._tokenised_once(_frame(prompt, tokenizer))
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[int] | str]:
         """For each pair its token ids, or the reason why it has none.
@@ -167,26 +166,24 @@ class PromptWriter:
             return self._head, data.join(self._frame)
         return [], render(self._tokenizer, messages)
 
-    def _shared_ids(self) -> list[int]:
-        """Token ids of the beginning that all prompts share, which then leaves `_frame`; empty if it has none of its own.
+    def _tokenised_once(self, frame: tuple[str, str] | None) -> tuple[list[int], tuple[str, str] | None]:
+        """Token ids of the beginning that all prompts share, and the frame without it; none, and `frame`, where the
+        beginning has no tokens of its own.
 
         The guideline is most of a prompt, and tokenising it for every pair most of the work. Tokenizers look for special
         tokens first, and so what stands before one and what begins with it have tokens of their own. Where one does not
         (it may treat the beginning of a text as something special), it shows on any prompt, as both sides of the cut are
         the same in all.
         """
-        if self._frame is None:
-            return []
-        before, after = self._frame
+        if frame is None:
+            return [], None
+        before, after = frame
         cut = max((before.rfind(token) for token in self._special), default=-1)
         if cut <= 0:
-            return []
-        head, rest = self._ids([before[:cut], f"{before[cut:]}red shoes{after}"])
-        (whole,) = self._ids([f"{before}red shoes{after}"])
-        if head + rest != whole:
-            return []
-        self._frame = before[cut:], after
-        return head
+            return [], frame
+        sample = f"red shoes{after}"
+        head, rest, whole = self._ids([before[:cut], before[cut:] + sample, before + sample])
+        return (head, (before[cut:], after)) if head + rest == whole else ([], frame)
 
     def _ids(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, as `Prompt.ids` has them; a `tokenizers` tokenizer makes them without the padding,
