@@ -16,7 +16,7 @@ from teacher.prompt import used_chars
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
-_LONGEST = 2**20  # characters; texts beyond this count as equally long
+_LONGEST = 2**20  # bytes; texts beyond this count as equally long
 
 
 def missing(
@@ -36,20 +36,21 @@ def missing(
         wanted = wanted.join(first, "pair_id", "left_semi")
     # These passes read the ids alone; the texts are read once, when the job runs.
     done = annotated(spark, out, key).select("pair_id")
-    count, hashed = _id_sums(wanted)
-    if not count:
-        raise ContractError(f"split '{config.split}' of {source} has no pairs; choose another split")
     if any(out.glob(f"{key}-*.parquet")):
-        if _id_sums(done) == (count, hashed):  # the same ids: known without a join
+        count, hashed = _id_sums(wanted)
+        if count and _id_sums(done) == (count, hashed):  # the same ids: known without a join
             return wanted.select("pair_id", *_texts(prompt)).limit(0), count, 0
         wanted, ids = wanted.join(done, "pair_id", "left_anti"), wanted.select("pair_id").distinct()
         count, left = ids.count(), ids.join(done, "pair_id", "left_anti").count()
         wanted = wanted.dropDuplicates(["pair_id"])
-    elif _repeats(wanted):
-        wanted = wanted.dropDuplicates(["pair_id"])
-        left = count = wanted.count()
     else:
+        count, repeats = _counted(wanted)
+        if repeats:
+            wanted = wanted.dropDuplicates(["pair_id"])
+            count = wanted.count()
         left = count
+    if not count:
+        raise ContractError(f"split '{config.split}' of {source} has no pairs; choose another split")
     return wanted.select("pair_id", *_texts(prompt)), count, left
 
 
@@ -60,7 +61,7 @@ def in_order(todo: DataFrame, partitions: int) -> DataFrame:
     # Equal texts meet in one partition, side by side, and are generated once. Longest first: what does not fit shows at
     # once, and prompts in flight are of like length. By id in the end: the parts are the same for every try. Length and
     # text make one number, which Spark sorts several times faster than the texts themselves.
-    length = F.length("query") + F.length("ad_title") + F.coalesce(F.length("ad_text"), F.lit(0))
+    length = F.octet_length("query") + F.octet_length("ad_title") + F.coalesce(F.octet_length("ad_text"), F.lit(0))
     shortness = (_LONGEST - F.least(length, F.lit(_LONGEST))).cast("bigint")
     text = F.pmod(F.xxhash64("query", "ad_title", "ad_text"), F.lit(2**40))
     return (
@@ -83,12 +84,16 @@ def _id_sums(table: DataFrame) -> tuple[int, str]:
     return row["count"], row["sums"]
 
 
-def _repeats(table: DataFrame) -> bool:
-    """Whether an id occurs twice; it may say so wrongly (a collision of hashes), never the reverse."""
+def _counted(table: DataFrame) -> tuple[int, bool]:
+    """How many rows there are, and whether an id occurs twice; the latter may be wrongly true (a collision of hashes),
+    never wrongly false."""
     from pyspark.sql import functions as F
 
-    row = table.groupBy(F.xxhash64("pair_id").alias("id")).count().agg(F.max("count").alias("most")).first()
-    return row is not None and row["most"] > 1
+    # Spread first: counting within every task beforehand, as Spark would, gains nothing where hardly an id repeats.
+    hashes = table.select(F.xxhash64("pair_id").alias("id")).repartition("id")
+    row = hashes.groupBy("id").count().agg(F.sum("count").alias("rows"), F.max("count").alias("most")).first()
+    assert row is not None  # an aggregate without groups has one row
+    return row["rows"] or 0, (row["most"] or 0) > 1
 
 
 def _texts(prompt: PromptConfig) -> list[Column]:
@@ -97,11 +102,15 @@ def _texts(prompt: PromptConfig) -> list[Column]:
     from pyspark.sql import functions as F
 
     def cut(column: Column, limit: int) -> Column:
-        return F.make_valid_utf8(F.substring(column, 1, used_chars(limit)))
+        # Bytes are known, characters must be counted: most texts have no more bytes than they may have characters.
+        short = F.octet_length(column) <= used_chars(limit)
+        return F.make_valid_utf8(F.when(short, column).otherwise(F.substring(column, 1, used_chars(limit))))
 
     title, text = prompt.max_title_chars, prompt.max_text_chars
     listed = text or title
-    # A list of entries: names that are equal after the cut would be an error in a map.
+    # A list of entries: names that are equal after the cut would be an error in a map. No attributes are an empty list, as
+    # Spark 4.3 hands a batch whose lists are all null to Python at 15 µs a row, and empty ones at less than one.
+    none = F.array().cast("array<struct<key:string,value:string>>")
     attributes = F.transform(
         F.map_entries("attributes"),
         lambda e: F.struct(cut(e["key"], listed).alias("key"), cut(e["value"], listed).alias("value")),
@@ -110,7 +119,5 @@ def _texts(prompt: PromptConfig) -> list[Column]:
         cut(F.col("query"), title).alias("query"),
         cut(F.col("ad_title"), title).alias("ad_title"),
         (cut(F.col("ad_text"), text) if text else F.lit(None).cast("string")).alias("ad_text"),
-        (attributes if prompt.attributes else F.lit(None).cast("array<struct<key:string,value:string>>")).alias(
-            "attributes"
-        ),
+        (F.coalesce(attributes, none) if prompt.attributes else none).alias("attributes"),
     ]

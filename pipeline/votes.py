@@ -48,9 +48,8 @@ class AnswerReader:
     def __init__(self, tokenizer: Any, num_grades: int) -> None:
         self._tokenizer = tokenizer
         self._num_grades = num_grades
-        self._spelt: dict[int, str] = {}
-        # What a token means at the answer, and where the digit is from the end: the same few over and over.
-        self._grades: dict[tuple[int, int], dict[int, int]] = {}
+        # What tokens mean at the answer, and where the digit is from the end: the same few over and over.
+        self._grades: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._places: dict[tuple[int, ...], int] = {}
 
     def read(self, completion: Completion) -> Sample:
@@ -69,32 +68,36 @@ class AnswerReader:
         if place is None or place >= len(completion.top_logprobs):
             return None
         chosen = (completion.token_ids[place], grade)
-        grades = self._grades.get(chosen)
-        if grades is None:
-            if str(grade) not in self._spell(chosen[0]):
-                return None
-            grades = self._grades[chosen] = {}
+        if chosen not in self._grades:
+            self._grades[chosen] = self._grades_beside(*chosen)
+        grades = self._grades[chosen]
+        if not grades:
+            return None
+        logprobs = completion.top_logprobs[place]
         mass = [0.0] * self._num_grades
-        for token, logprob in completion.top_logprobs[place].items():
-            other = grades.get(token)
-            if other is None:
-                other = grades[token] = self._grade_of(token, chosen)
-            if other >= 0:
-                mass[other] += math.exp(logprob)
+        for token, other in grades:
+            if token in logprobs:
+                mass[other] += math.exp(logprobs[token])
         mass = [value if value > FLOOR else FLOOR for value in mass]
         total = sum(mass)
         return [value / total for value in mass]
 
-    def _grade_of(self, token: int, chosen: tuple[int, int]) -> int:
-        """The grade that `token` would have answered in the place of `chosen` (a token and its grade), or −1."""
-        # The digit may share its token with its neighbours, as in ">3": the other grades are spelt the same way.
-        head, _, _ = self._spell(chosen[0]).rpartition(str(chosen[1]))
-        spelt = self._spell(token)
-        if not spelt.startswith(head):
-            return -1
-        other, rest = spelt[len(head) : len(head) + 1], spelt[len(head) + 1 :]
-        known = other and other in "0123456789"[: self._num_grades] and _TAIL.startswith(rest)
-        return int(other) if known else -1
+    def _grades_beside(self, token: int, grade: int) -> list[tuple[int, int]]:
+        """The tokens that answer in the place of `token`, which answered `grade`, each with its grade; itself among them.
+
+        Empty when `token` does not show the grade.
+        """
+        # As the vocabulary writes it: decoding would lose a leading space, which makes another token. The digit may share
+        # its token with its neighbours, as in ">3" or "3</": the other grades are spelt the same way or end elsewhere.
+        head, digit, _ = str(self._tokenizer.convert_ids_to_tokens(token)).rpartition(str(grade))
+        if not digit:
+            return []
+        ends = [_TAIL[:length] for length in range(len(_TAIL) + 1)]
+        spelt = {f"{head}{other}{end}": other for other in range(self._num_grades) for end in ends}
+        found = {text: self._tokenizer.convert_tokens_to_ids(text) for text in spelt}
+        # What the vocabulary lacks comes back as its unknown token, or as None.
+        known = [(text, t) for text, t in found.items() if t is not None and self._tokenizer.convert_ids_to_tokens(t) == text]
+        return [(t, spelt[text]) for text, t in known]
 
     def _answer_place(self, token_ids: Sequence[int]) -> int | None:
         """Index of the token that brings the answer's digit: the shortest tail that shows the digit starts with it."""
@@ -112,12 +115,6 @@ class AnswerReader:
                     self._places[end] = -len(tail)
                 return place
         return None
-
-    def _spell(self, token: int) -> str:
-        # As the vocabulary writes it: decoding would lose a leading space, which makes another token.
-        if token not in self._spelt:
-            self._spelt[token] = str(self._tokenizer.convert_ids_to_tokens(token))
-        return self._spelt[token]
 
 
 def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:

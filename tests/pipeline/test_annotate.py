@@ -34,6 +34,9 @@ class CharTokenizer:
     def convert_ids_to_tokens(self, token):
         return chr(token)
 
+    def convert_tokens_to_ids(self, spelt):
+        return ord(spelt) if len(spelt) == 1 else None
+
 
 class FakeEngine:
     """A made-up engine: answers with the grade that the prompt's last character spells, `at_once` prompts at a time."""

@@ -21,6 +21,9 @@ class WordTokenizer:
     def convert_ids_to_tokens(self, token):
         return VOCABULARY[token]
 
+    def convert_tokens_to_ids(self, spelt):
+        return VOCABULARY.index(spelt) if spelt in VOCABULARY else 0  # as tokenizers do that have an unknown token
+
 
 def completion(pieces, answer_logprobs=None, answer_at=None, finish="stop"):
     ids = [VOCABULARY.index(piece) for piece in pieces]
