@@ -89,15 +89,15 @@ class AnswerReader:
         """
         # As the vocabulary writes it: decoding would lose a leading space, which makes another token. The digit may share
         # its token with its neighbours, as in ">3" or "3</": the other grades are spelt the same way or end elsewhere.
-        head, digit, _ = str(self._tokenizer.convert_ids_to_tokens(token)).rpartition(str(grade))
+        spell, find = self._tokenizer.convert_ids_to_tokens, self._tokenizer.convert_tokens_to_ids
+        head, digit, _ = str(spell(token)).rpartition(str(grade))
         if not digit:
             return []
         ends = [_TAIL[:length] for length in range(len(_TAIL) + 1)]
         spelt = {f"{head}{other}{end}": other for other in range(self._num_grades) for end in ends}
-        found = {text: self._tokenizer.convert_tokens_to_ids(text) for text in spelt}
+        found = {text: find(text) for text in spelt}
         # What the vocabulary lacks comes back as its unknown token, or as None.
-        known = [(text, t) for text, t in found.items() if t is not None and self._tokenizer.convert_ids_to_tokens(t) == text]
-        return [(t, spelt[text]) for text, t in known]
+        return [(t, spelt[text]) for text, t in found.items() if t is not None and spell(t) == text]
 
     def _answer_place(self, token_ids: Sequence[int]) -> int | None:
         """Index of the token that brings the answer's digit: the shortest tail that shows the digit starts with it."""
