@@ -108,16 +108,17 @@ def _texts(prompt: PromptConfig) -> list[Column]:
 
     title, text = prompt.max_title_chars, prompt.max_text_chars
     listed = text or title
-    # A list of entries: names that are equal after the cut would be an error in a map. No attributes are an empty list, as
-    # Spark 4.3 hands a batch whose lists are all null to Python at 15 µs a row, and empty ones at less than one.
-    none = F.array().cast("array<struct<key:string,value:string>>")
+    # A list of entries: names that are equal after the cut would be an error in a map. As JSON, which Spark hands to Python
+    # faster than lists: in Spark 4.3 a batch whose lists are all null takes 15 µs a row.
     attributes = F.transform(
         F.map_entries("attributes"),
         lambda e: F.struct(cut(e["key"], listed).alias("key"), cut(e["value"], listed).alias("value")),
     )
+    attributes = F.to_json(attributes, {"ignoreNullFields": "false"})
+    nothing = F.lit(None).cast("string")
     return [
         cut(F.col("query"), title).alias("query"),
         cut(F.col("ad_title"), title).alias("ad_title"),
-        (cut(F.col("ad_text"), text) if text else F.lit(None).cast("string")).alias("ad_text"),
-        (F.coalesce(attributes, none) if prompt.attributes else none).alias("attributes"),
+        (cut(F.col("ad_text"), text) if text else nothing).alias("ad_text"),
+        (attributes if prompt.attributes else nothing).alias("attributes"),
     ]

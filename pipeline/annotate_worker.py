@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import glob
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -113,10 +114,17 @@ def annotate_partition(job: Job, batches: Iterable[pa.RecordBatch]) -> Iterator[
 
 
 def parts(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[list[Row]]:
-    """The rows of `batches` in lists of `size` (the last may be shorter); at most one Arrow batch more is held."""
+    """The rows of `batches` in lists of `size` (the last may be shorter); at most one Arrow batch more is held.
+
+    `attributes` arrive as JSON (see `annotate_plan`) and leave as a list of entries with `key` and `value`, or None.
+    """
     held: list[Row] = []
     for batch in batches:
-        held += batch.to_pylist()
+        rows = batch.to_pylist()
+        for row in rows:
+            if row["attributes"] is not None:
+                row["attributes"] = json.loads(row["attributes"])
+        held += rows
         start = 0
         while len(held) - start >= size:
             yield held[start : start + size]

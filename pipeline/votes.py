@@ -125,13 +125,13 @@ def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
     probs: the mean over the parsed samples of their distribution, or of their vote where they have none.
     reasoning: of the sample that voted for the grade with the highest probability, the first among equals.
     """
+    if len(samples) == 1 and samples[0].probs:  # what follows says the same, at some length
+        (only,) = samples
+        return Outcome(only.grade, only.probs, 1.0, only.reasoning, [only.grade], 0)  # type: ignore[list-item]
     parsed = [sample for sample in samples if sample.grade is not None]
     unparsed = len(samples) - len(parsed)
     if not parsed:
         return Outcome(None, None, None, None, [], unparsed)
-    if len(parsed) == 1 and parsed[0].probs:  # what follows says the same, at some length
-        (only,) = parsed
-        return Outcome(only.grade, only.probs, 1.0, only.reasoning, [only.grade], unparsed)  # type: ignore[list-item]
     votes: list[int] = [sample.grade for sample in parsed]  # type: ignore[misc]
     shares = [
         sample.probs or [float(g == grade) for g in range(num_grades)]

@@ -338,6 +338,19 @@ def test_missing_pairs(tmp_path, spark, loaded):
 
 
 @pytest.mark.spark
+def test_attributes_reach_the_worker_as_they_are(tmp_path, spark):
+    entries = {'"{}': "a\\b]", "fox 🦊": "two\nlines\u2028", "nothing": None}
+    rows = [pair(0) | {"attributes": list(entries.items())}, pair(1)]
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    todo, _, _ = missing(spark, AnnotateConfig(), PromptConfig(), pairs, out, KEY)
+    ((first, second),) = parts(todo.orderBy("pair_id").toArrow().to_batches(), 2)
+    assert {entry["key"]: entry["value"] for entry in first["attributes"]} == entries
+    assert second["attributes"] is None
+
+
+@pytest.mark.spark
 @pytest.mark.vllm
 def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypatch):
     rows = [pair(i, title=f"red shoes {i}", grade=i % 4) for i in range(7)]
