@@ -14,7 +14,7 @@ import numpy as np
 from data.schema import GradeScale
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
 _HASHED = ("pair_id", "status", "error", "grade", "grade_probs", "reasoning", "votes")
 _REASONS = 100  # kinds of errors that are counted apart
@@ -33,6 +33,18 @@ def annotated(spark: SparkSession, out: Path, key: str) -> DataFrame:
     return spark.read.schema(schema).option("pathGlobFilter", f"{key}-*.parquet").parquet(str(out))
 
 
+def hash_sums(*columns: str) -> list[Column]:
+    """Aggregates `hash0` and `hash1`: two 64-bit hashes of each row, added up over the rows.
+
+    Equal for equal rows in any order, and a row that is there twice counts twice. Null without rows.
+    """
+    from pyspark.sql import functions as F
+
+    # Decimals, as a sum of a few 64-bit numbers overflows.
+    hashes = [F.xxhash64(F.lit(salt), *columns).cast("decimal(20,0)") for salt in (0, 1)]
+    return [F.sum(value).alias(f"hash{i}") for i, value in enumerate(hashes)]
+
+
 def table_figures(
     spark: SparkSession, out: Path, key: str, pairs: Path, split: str
 ) -> tuple[str, dict[str, Any], Counter[str]]:
@@ -45,14 +57,12 @@ def table_figures(
     from pyspark.sql import functions as F
 
     rows = annotated(spark, out, key)
-    # Two 64-bit hashes of each row, added up: equal for equal rows in any order, and a row that is there twice counts.
-    hashes = [F.xxhash64(F.lit(salt), *_HASHED).cast("decimal(20,0)") for salt in (0, 1)]
     total = rows.agg(
         F.count("*").alias("pairs"),
         *[F.count(F.when(F.col("status") == status, 1)).alias(status) for status in ("ok", "unparsed", "failed")],
         *[F.sum(name).alias(name) for name in ("prompt_tokens", "completion_tokens", "n_samples", "n_unparsed")],
         F.avg("agreement").alias("agreement"),
-        *[F.sum(value).alias(f"hash{i}") for i, value in enumerate(hashes)],
+        *hash_sums(*_HASHED),
     ).first()
     assert total is not None  # an aggregate without groups has one row
     count = total["pairs"]

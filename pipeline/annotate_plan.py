@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.dataset as pads
 
 from data.schema import PAIRS, ContractError, check_schema
 from pipeline.annotate_config import AnnotateConfig
-from pipeline.annotate_figures import annotated
+from pipeline.annotate_figures import annotated, hash_sums
 from teacher.config import PromptConfig
 from teacher.prompt import used_chars
 
@@ -37,9 +37,9 @@ def missing(
     # These passes read the ids alone; the texts are read once, when the job runs.
     done = annotated(spark, out, key).select("pair_id")
     if any(out.glob(f"{key}-*.parquet")):
-        count, hashed = _id_sums(wanted)
-        if count and _id_sums(done) == (count, hashed):  # the same ids: known without a join
-            return wanted.select("pair_id", *_texts(prompt)).limit(0), count, 0
+        sums = _id_sums(wanted)
+        if sums[0] and sums == _id_sums(done):  # the same ids: known without a join
+            return wanted.select("pair_id", *_texts(prompt)).limit(0), sums[0], 0
         wanted, ids = wanted.join(done, "pair_id", "left_anti"), wanted.select("pair_id").distinct()
         count, left = ids.count(), ids.join(done, "pair_id", "left_anti").count()
         wanted = wanted.dropDuplicates(["pair_id"])
@@ -72,16 +72,13 @@ def in_order(todo: DataFrame, partitions: int) -> DataFrame:
     )
 
 
-def _id_sums(table: DataFrame) -> tuple[int, str]:
-    """How many rows there are, and a sum of 128-bit hashes of their ids: equal for equal ids in any order."""
+def _id_sums(table: DataFrame) -> tuple[Any, ...]:
+    """How many rows there are, and hashes of their ids added up: equal for equal ids in any order."""
     from pyspark.sql import functions as F
 
-    sums = [F.sum(F.xxhash64(F.lit(salt), "pair_id").cast("decimal(20,0)")) for salt in (0, 1)]
-    row = table.agg(
-        F.count("*").alias("count"), F.concat_ws(" ", *[F.format_string("%s", each) for each in sums]).alias("sums")
-    ).first()
+    row = table.agg(F.count("*"), *hash_sums("pair_id")).first()
     assert row is not None  # an aggregate without groups has one row
-    return row["count"], row["sums"]
+    return row
 
 
 def _counted(table: DataFrame) -> tuple[int, bool]:
