@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.dataset as pads
 
@@ -14,7 +14,7 @@ from teacher.config import PromptConfig
 from teacher.prompt import used_chars
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, Row, SparkSession
 
 _LONGEST = 2**20  # bytes; texts beyond this count as equally long
 
@@ -38,8 +38,8 @@ def missing(
     done = annotated(spark, out, key).select("pair_id")
     if any(out.glob(f"{key}-*.parquet")):
         sums = _id_sums(wanted)
-        if sums[0] and sums == _id_sums(done):  # the same ids: known without a join
-            return wanted.select("pair_id", *_texts(prompt)).limit(0), sums[0], 0
+        if sums["rows"] and sums == _id_sums(done):  # the same ids: known without a join
+            return wanted.select("pair_id", *_texts(prompt)).limit(0), sums["rows"], 0
         wanted, ids = wanted.join(done, "pair_id", "left_anti"), wanted.select("pair_id").distinct()
         count, left = ids.count(), ids.join(done, "pair_id", "left_anti").count()
         wanted = wanted.dropDuplicates(["pair_id"])
@@ -72,11 +72,11 @@ def in_order(todo: DataFrame, partitions: int) -> DataFrame:
     )
 
 
-def _id_sums(table: DataFrame) -> tuple[Any, ...]:
-    """How many rows there are, and hashes of their ids added up: equal for equal ids in any order."""
+def _id_sums(table: DataFrame) -> Row:
+    """How many `rows` there are, and hashes of their ids added up: equal for equal ids in any order."""
     from pyspark.sql import functions as F
 
-    row = table.agg(F.count("*"), *hash_sums("pair_id")).first()
+    row = table.agg(F.count("*").alias("rows"), *hash_sums("pair_id")).first()
     assert row is not None  # an aggregate without groups has one row
     return row
 
@@ -100,8 +100,8 @@ def _texts(prompt: PromptConfig) -> list[Column]:
 
     def cut(column: Column, limit: int) -> Column:
         # Bytes are known, characters must be counted: most texts have no more bytes than they may have characters.
-        short = F.octet_length(column) <= used_chars(limit)
-        return F.make_valid_utf8(F.when(short, column).otherwise(F.substring(column, 1, used_chars(limit))))
+        used = used_chars(limit)
+        return F.make_valid_utf8(F.when(F.octet_length(column) <= used, column).otherwise(F.substring(column, 1, used)))
 
     title, text = prompt.max_title_chars, prompt.max_text_chars
     listed = text or title

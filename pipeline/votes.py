@@ -68,9 +68,9 @@ class AnswerReader:
         if place is None or place >= len(completion.top_logprobs):
             return None
         chosen = (completion.token_ids[place], grade)
-        if chosen not in self._grades:
-            self._grades[chosen] = self._grades_beside(*chosen)
-        grades = self._grades[chosen]
+        grades = self._grades.get(chosen)
+        if grades is None:
+            grades = self._grades[chosen] = self._grades_beside(*chosen)
         if not grades:
             return None
         logprobs = completion.top_logprobs[place]
