@@ -32,8 +32,8 @@ import pyspark
 from benchmarks.annotate_kills import compare, rows_in
 from benchmarks.annotate_scale import make_pairs
 from benchmarks.replay import load_replay, make_teacher
-from pipeline.annotate import annotate
-from pipeline.annotate_config import AnnotateConfig
+from pipeline.annotation.config import AnnotateConfig
+from pipeline.annotation.job import annotate
 from pipeline.spark import SparkConfig, start_spark
 from pipeline.stages import spark_session
 from teacher.engines.base import EngineConfig

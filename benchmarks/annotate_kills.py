@@ -113,9 +113,9 @@ def prove(
 
 def run(step: str, work: Path, out: Path, pairs: int, window: int) -> None:
     """In a process of its own: make the table of pairs, or annotate it with the slow or the fast teacher."""
-    from data.schema import ContractError
-    from pipeline.annotate import annotate
-    from pipeline.annotate_config import AnnotateConfig
+    from data.contracts import ContractError
+    from pipeline.annotation.config import AnnotateConfig
+    from pipeline.annotation.job import annotate
     from pipeline.spark import SparkConfig, start_spark
     from teacher.prompt import load_prompt
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.children import TORCH, answer, ask
 from benchmarks.replay import pool_rows
-from pipeline.annotate_worker import Job, Teacher, start_teacher
+from pipeline.annotation.worker import Job, Teacher, start_teacher
 from teacher.engines.base import EngineConfig, Sampling
 
 _ENGINE = EngineConfig(max_model_len=512)
@@ -67,8 +67,8 @@ def main() -> None:
 
 def job(options: argparse.Namespace) -> dict[str, Any]:
     """The job, from the moment that its engine is ready."""
-    from pipeline.annotate import annotate
-    from pipeline.annotate_config import AnnotateConfig
+    from pipeline.annotation.config import AnnotateConfig
+    from pipeline.annotation.job import annotate
     from pipeline.spark import SparkConfig, start_spark
 
     config = AnnotateConfig(

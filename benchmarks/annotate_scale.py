@@ -101,8 +101,8 @@ def _session(options: argparse.Namespace, folder: Path) -> Iterator[Any]:
 
 
 def _step(options: argparse.Namespace, work: Path, step: str, size: str, spark: Any, begin: float) -> dict[str, Any]:
-    from pipeline.annotate import annotate
-    from pipeline.annotate_config import AnnotateConfig
+    from pipeline.annotation.config import AnnotateConfig
+    from pipeline.annotation.job import annotate
     from teacher.prompt import load_prompt
 
     started = time.monotonic()
@@ -114,7 +114,7 @@ def _step(options: argparse.Namespace, work: Path, step: str, size: str, spark: 
     # Few enough files that every size from 10^5 on merges them: memory is compared between jobs that do the same.
     config = AnnotateConfig(n=options.samples, window=options.window, engines=options.engines, max_files=10)
     rates: list[float] = []
-    logging.getLogger("pipeline.annotate").addFilter(lambda record: _note(record, rates))
+    logging.getLogger("pipeline.annotation.job").addFilter(lambda record: _note(record, rates))
     figures = annotate(config, work / "teacher", pairs, out, spark, load_replay).figures
     done = time.monotonic()
     if figures["pairs"] != int(size) or figures["n_new"] != (int(size) if step == "run" else 0):

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks.sampling import Sampled, sample
-from data.schema import ContractError
+from data.contracts import ContractError, MetricsLog
 from teacher.config import AGPOConfig, EvaluationConfig, GuardConfig, TeacherConfig, WarmStartConfig
 from teacher.examples import Example, Problem
-from teacher.metrics_log import MetricsLog
 from teacher.policy import train_policy
 from teacher.train import load_model, save_model
 from teacher.verifier import Judge
@@ -62,9 +61,7 @@ def run_method(options: argparse.Namespace, method: str, seed: int) -> None:
         task.base(seed, base)
         model, tokenizer = load_model(base, config)
         if examples := task.warm(tokenizer):
-            warm_start(
-                config, model, tokenizer, examples, place / "warm-checkpoints", MetricsLog(place / "warm.jsonl", None)
-            )
+            warm_start(config, model, tokenizer, examples, place / "warm-checkpoints", MetricsLog(place / "warm.jsonl"))
         save_model(model, tokenizer, warm)
         shutil.rmtree(place / "warm-checkpoints", ignore_errors=True)
     model, tokenizer = load_model(base if method == "base" else warm, config)
@@ -110,7 +107,7 @@ def _train(task: Task, config: TeacherConfig, method: str, model: Any, tokenizer
     }
     settings = AGPOConfig(**{**config.agpo.model_dump(), **changed})
     name = result_file(Path(), method, 0).stem
-    out, log = place / f"train-{name}", MetricsLog(place / f"{name}.jsonl", None)
+    out, log = place / f"train-{name}", MetricsLog(place / f"{name}.jsonl")
     began = time.monotonic()
     stopped = train_policy(
         config.model_copy(update={"agpo": settings}),
@@ -180,7 +177,7 @@ def _countdown(options: argparse.Namespace) -> Task:
             update={"seed": seed, "warm_start": WarmStartConfig(epochs=3, batch_size=128, learning_rate=3e-3)}
         )
         model, tokenizer = load_model(out, config)
-        log = MetricsLog(out.parent / "base.jsonl", None)
+        log = MetricsLog(out.parent / "base.jsonl")
         warm_start(pretraining, model, tokenizer, examples, out.parent / "base-checkpoints", log)
         shutil.rmtree(out.parent / "base-checkpoints", ignore_errors=True)
         save_model(model, tokenizer, out)
@@ -199,7 +196,7 @@ def _countdown(options: argparse.Namespace) -> Task:
 
 def _relevance(options: argparse.Namespace) -> Task:
     """The demo's teacher: a decoder made from scratch, which is also the base."""
-    from data.schema import GradeScale
+    from data.contracts import GradeScale
     from pipeline.settings import load_preset
     from teacher.examples import load_examples
     from teacher.prompt import Prompt

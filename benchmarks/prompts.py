@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.replay import pool_rows
-from pipeline.annotate_worker import Row
+from pipeline.annotation.worker import Row
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.annotate_worker import Job, Row, Teacher
+from pipeline.annotation.worker import Job, Row, Teacher
 from teacher.engines.base import Completion, EngineConfig, Result, Sampling, generate_all, open_engine
 
 RECORDING = "recording.jsonl"
@@ -84,8 +84,8 @@ def load_replay(job: Job) -> Teacher:
     """The teacher of a folder that `make_teacher` made."""
     from transformers import AutoTokenizer
 
-    from pipeline.votes import AnswerReader
     from teacher.prompt import PromptWriter, load_prompt
+    from teacher.reading import AnswerReader
 
     folder = Path(job.teacher)
     options = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def pool_rows(pairs: Path, count: int) -> list[Row]:
     """The first `count` pairs of the pool by id, as the annotation job hands them to a `PromptWriter`."""
     import pyarrow.dataset as pads
 
-    from data.schema import PAIRS, read_table
+    from data.contracts import PAIRS, read_table
 
     table = read_table(pairs / "pairs", PAIRS, where=pads.field("split") == "pool").sort_by("pair_id")
     return [

@@ -74,8 +74,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace, name: str) -> None:
     """Train and measure one student; does nothing when its result is there."""
-    from data.schema import GradeScale
-    from student.checkpoint import MetricsLog
+    from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
     from student.dataset import read_examples, read_training
     from student.distill import calibrate, predict_probs
@@ -122,7 +121,7 @@ def run(options: argparse.Namespace, name: str) -> None:
         valid,
         scale,
         folder=place / "checkpoints",
-        metrics=MetricsLog(place / "metrics.jsonl", None),
+        metrics=MetricsLog(place / "metrics.jsonl"),
         phase="student",
         device="cpu",
     )
@@ -139,7 +138,7 @@ def run(options: argparse.Namespace, name: str) -> None:
 
 def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
     """Write the oracle's annotations of `count` pairs of the pool; smaller counts are parts of larger ones."""
-    from data.schema import ANNOTATIONS, PAIRS, GradeScale, read_table
+    from data.contracts import ANNOTATIONS, PAIRS, GradeScale, read_table
     from student.baselines import words
 
     scale = GradeScale.load(pairs)
@@ -181,7 +180,7 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
 def summarise(options: argparse.Namespace) -> dict[str, Any]:
     """Measures of every student, and paired differences in ROC-AUC: from 2,000 human labels alone, and of those with
     another objective from the one without it."""
-    from data.schema import GradeScale
+    from data.contracts import GradeScale
     from student.evaluation import compare_students
 
     relevant_from = GradeScale.load(options.pairs).relevant_from

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from data.schema import GradeScale
+from data.contracts import GradeScale
 from student.config import ExportConfig
 from student.dataset import read_examples
 from student.export import export_student
 from student.metrics import roc_auc
-from student.serve import Scorer, softmax
+from student.scorer import Scorer, softmax
 
 BATCH_SIZES = (8, 16, 32, 64)  # pairs for the peer, 24 tokens each for ours
 

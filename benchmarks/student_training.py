@@ -62,7 +62,7 @@ def main() -> None:
 
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """One epoch with `student.fit`."""
-    from student.checkpoint import MetricsLog
+    from data.contracts import MetricsLog
     from student.config import StudentConfig
     from student.fit import fit
     from student.model import keep_tokenizer
@@ -79,8 +79,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         tokenizer = keep_tokenizer(options.base, out / "tokenizer", options.max_length)
-        losses: list[float] = []
-        metrics = MetricsLog(out / "metrics.jsonl", lambda step, values: losses.append(values.get("student/loss", -1)))
+        metrics = MetricsLog(out / "metrics.jsonl")
         begin = time.perf_counter()
         fit(
             config,
@@ -95,7 +94,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
             device="cpu",
         )
         seconds = time.perf_counter() - begin
-    known = [loss for loss in losses if loss >= 0]
+        known = [line["loss"] for line in metrics.read("student") if "loss" in line]
     return {"pairs_per_second": len(rows) / seconds, "last_loss": float(np.mean(known[-max(1, len(known) // 10) :]))}
 
 
@@ -138,7 +137,7 @@ def peer(options: argparse.Namespace) -> dict[str, float]:
 
 def _examples(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The scale, the first rows of train in an order drawn once, and a few of valid."""
-    from data.schema import GradeScale
+    from data.contracts import GradeScale
     from student.dataset import read_examples
 
     scale = GradeScale.load(options.pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from data.schema import SPLITS
+from data.contracts import SPLITS
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from data.schema import SPLITS
+from data.contracts import SPLITS
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from data.config import DataConfig
 from data.contract import row_contract, with_fault
+from data.contracts import ContractError, GradeScale
 from data.keys import keys_function
 from data.maps import map_of
-from data.schema import ContractError, GradeScale
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from data.schema import SPLITS, STRATA, Config, Grade
+from data.contracts import SPLITS, STRATA, Config, Grade
 
 Column = Literal["query", "ad_title", "ad_text", "attributes", "grade", "rationale"]
 LogColumn = Literal["query", "ad_title", "ad_text", "attributes", "frequency"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from data.schema import GradeScale
+from data.contracts import GradeScale
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from data.schema import SPLITS
+from data.contracts import SPLITS
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

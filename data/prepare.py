@@ -20,9 +20,9 @@ from data.balance import grade_balance, split_counts
 from data.card import languages, texts_and_labels, write_card
 from data.check import check_rows, refuse_too_many, rejected_rows
 from data.config import DataConfig
+from data.contracts import PAIRS, SPLITS, ContractError, GradeScale
 from data.leaks import leakage
 from data.merge import merged_pairs
-from data.schema import PAIRS, SPLITS, ContractError, GradeScale
 from data.sources import describe_source, read_source
 from data.sources.delimited import LONGEST_FIELD
 from data.split import split_column, within_limits

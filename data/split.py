@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from data.schema import SPLITS
+from data.contracts import SPLITS
 from data.text import stable_hash
 
 if TYPE_CHECKING:

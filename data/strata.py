@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from data.schema import STRATA
+from data.contracts import STRATA
 from data.split import within_limits
 
 if TYPE_CHECKING:

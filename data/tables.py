@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.dataset as pads
 
-from data.schema import DISAGREEMENT, FREQUENCIES, PAIRS, RATIONALES, GradeScale, check_schema
+from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, RATIONALES, GradeScale, check_schema
 from data.sources.paths import spark_paths
 
 if TYPE_CHECKING:

@@ -132,9 +132,9 @@ def plain(text: object) -> str:
 def _publish(summary: dict[str, Any]) -> None:
     from prefect.artifacts import create_link_artifact, create_table_artifact
 
-    from pipeline.report_student import evaluation_table
+    from pipeline.report.student import evaluation_table
+    from pipeline.report.summary import stage_rows
     from pipeline.stages import STAGES
-    from pipeline.summary import stage_rows
 
     key, run = artifact_key(summary["run"]), plain(summary["run"])
     stages = [dict(zip(("stage", "status", "seconds", "key figures"), row, strict=True)) for row in stage_rows(summary)]

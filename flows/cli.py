@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HELP = """Run one of this project's flows here and now. Without a name: list the flows.
 
-Stages whose inputs, settings and code have not changed are reused, those of other runs too; an interrupted run resumes when
+Stages whose inputs and settings have not changed are reused, those of other runs too; an interrupted run resumes when
 it is run again.
 """
 
@@ -91,7 +91,7 @@ NO_OPTIONS = Options()
 def run(flow: Annotated[str, Parameter(show=False)] = "", /, *, options: Options = NO_OPTIONS) -> None:
     """Run one of this project's flows here and now. Without a name: list the flows.
 
-    Stages whose inputs, settings and code have not changed are reused, those of other runs too; an interrupted run resumes
+    Stages whose inputs and settings have not changed are reused, those of other runs too; an interrupted run resumes
     when it is run again.
     """
     if flow or options.resume:
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def _start(flow: str, options: Options) -> None:
-    from data.schema import ContractError
+    from data.contracts import ContractError
 
     try:
         flow, settings = _chosen(flow, options)
@@ -164,7 +164,7 @@ def _start(flow: str, options: Options) -> None:
 
 def _chosen(flow: str, options: Options) -> tuple[str, PipelineConfig]:
     """The flow and its settings; raises `ContractError` for a command that is wrong."""
-    from data.schema import ContractError
+    from data.contracts import ContractError
     from pipeline.settings import apply_overrides, build_settings, choose, nearest
 
     if flow and flow not in FLOWS:
@@ -183,7 +183,7 @@ def _chosen(flow: str, options: Options) -> tuple[str, PipelineConfig]:
 
 def _help(flow: str, options: Options) -> None:
     """The options, then every setting of the flow's own stages with its type, its value and its help."""
-    from data.schema import ContractError
+    from data.contracts import ContractError
     from flows.settings_help import show_settings
 
     run_app.help_print([flow])
@@ -203,7 +203,7 @@ def _show_plan(flow: str, settings: PipelineConfig) -> None:
 
 
 def _run(flow: str, settings: PipelineConfig) -> None:
-    from data.schema import ContractError
+    from data.contracts import ContractError, first_line
     from flows.local_server import ensure_server
     from flows.terminal import progress_view
 
@@ -218,7 +218,7 @@ def _run(flow: str, settings: PipelineConfig) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; the same command resumes", 130)
     except Exception as error:  # Prefect has logged it, with its traceback
-        _fail(f"{flow} failed: {type(error).__name__}: {_first_line(error)}", 1)
+        _fail(f"{flow} failed: {type(error).__name__}: {first_line(error)}", 1)
     _show(summary)
 
 
@@ -232,11 +232,6 @@ def _show(summary: dict[str, Any]) -> None:
     for stage, sentence in summary.get("untracked", {}).items():
         print(f"{stage} is {sentence}")
     print(f"again: {summary['command']}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else ""
 
 
 def _fail(message: str, code: int) -> NoReturn:

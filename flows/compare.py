@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
-    from pipeline.compare import RunComparison
+    from pipeline.report.compare import RunComparison
 
 
 def compare(
@@ -40,9 +40,9 @@ def compare(
     seed
         Seed of the resampling.
     """
-    from data.schema import ContractError
-    from pipeline.compare import compare_runs, find_run
-    from pipeline.compare_page import save_comparison
+    from data.contracts import ContractError
+    from pipeline.report.compare import compare_runs, find_run
+    from pipeline.report.compare_page import save_comparison
 
     try:
         if len(runs) != 2:
@@ -72,7 +72,7 @@ def _tables(found: RunComparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.compare_page import difference_rows, figure_rows, measure_rows
+    from pipeline.report.compare_page import difference_rows, figure_rows, measure_rows
 
     console = Console()
     for title, heads, rows in (
@@ -92,7 +92,7 @@ def _tables(found: RunComparison) -> None:
 
 
 def _lines(found: RunComparison) -> None:
-    from pipeline.compare_page import difference_rows, figure_rows, measure_rows
+    from pipeline.report.compare_page import difference_rows, figure_rows, measure_rows
 
     for name, a, b, change, limits, verdict in measure_rows(found):
         print(f"{name}: {a} and {b}, difference {change} {limits} ({verdict})")

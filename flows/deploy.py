@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from pipeline.redact import hidden_keys
 from pipeline.settings import choose
 

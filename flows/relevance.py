@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.tasks import exponential_backoff
 
-from data.schema import Unavailable
+from data.contracts import Unavailable
 from flows.catalog import FLOWS
 from flows.runtime import connect_logging, share_cores
 from pipeline.artifacts import StageRecord
@@ -61,7 +61,7 @@ _TASKS = {name: _stage_task(name) for name in ("data", "teacher", "annotate", "s
 
 @task(name="report", task_run_name=f"report of {_RUN_NAME}", cache_policy=NO_CACHE, persist_result=False)
 def _finish(settings: PipelineConfig, flow_name: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
-    from pipeline.summary import finish_run
+    from pipeline.report.summary import finish_run
 
     return finish_run(settings, flow_name, records, spent)
 
@@ -69,9 +69,9 @@ def _finish(settings: PipelineConfig, flow_name: str, records: list[StageRecord]
 def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     """Run a flow's stages and those they need, reusing what is unchanged; returns the content of `summary.json`."""
     from flows.artifacts import publish
-    from pipeline.flow_tracking import log_summary, track_flow
     from pipeline.resume import remember
     from pipeline.stages import with_upstream
+    from pipeline.tracking.flow_tracking import log_summary, track_flow
 
     share_cores()
     connect_logging()

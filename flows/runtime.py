@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from data.schema import ContractError
+from data.contracts import ContractError
 
 ROOMS = ("data", "teacher", "student", "pipeline", "flows")
 

@@ -135,7 +135,7 @@ def stages_table(summary: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.summary import stage_rows
+    from pipeline.report.summary import stage_rows
 
     table = Table(title=f"{summary['flow']}, run '{summary['run']}'", caption=f"{summary['seconds']:.0f} s in all")
     for heading, justify in (("stage", "left"), ("status", "left"), ("seconds", "right"), ("key figures", "left")):

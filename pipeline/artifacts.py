@@ -1,32 +1,31 @@
-"""A stage of a run: its folder, the key that says whether its output can be reused, and its manifest.
+"""A stage of a run: its folder, the recipe that says whether its output can be reused, and its manifest.
 
 A stage's manifest, `_stage.json`, is written last, so its existence means that the stage completed. A run owns its folder:
-what another run has made under the same key comes into it as links and copies, so that either can be deleted.
+what another run has made from the same recipe comes into it as links and copies, so that either can be deleted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from data.schema import Config, ContractError
+from data.contracts import Config, ContractError, digest, write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
-UNTRACKED = "_untracked.jsonl"  # see pipeline.outbox
+UNTRACKED = "_untracked.jsonl"  # see pipeline.tracking.outbox
 # Big files, which no stage changes once it has finished: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
 
@@ -55,6 +54,8 @@ class StageRecord(BaseModel):
     folder: Path
     config: dict[str, Any]
     inputs: dict[str, str]
+    version: int = 1
+    """The version of the stage that made it; records without one are from before there were versions."""
     fingerprint: str
     figures: dict[str, Any]
     seconds: float
@@ -64,51 +65,44 @@ class StageRecord(BaseModel):
     reused: bool = False
 
 
-def digest(value: object) -> str:
-    """SHA-256 (first 16 hex digits) of a JSON-able value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+@dataclass(frozen=True)
+class Recipe:
+    """What a stage's output depends on: its config, the fingerprints of its inputs, its version; never its source text."""
+
+    stage: str
+    config: Config
+    inputs: dict[str, str]
+    version: int = 1
+
+    @property
+    def key(self) -> str:
+        """A digest of the recipe."""
+        values = {"config": self.config.model_dump(mode="json"), "inputs": self.inputs, "version": self.version}
+        return digest({"stage": self.stage, **values})
+
+    def made(self, record: StageRecord) -> bool:
+        """Whether `record` is of an output that this recipe would make again.
+
+        The recorded config is read as today's: a setting that was added since counts as its default.
+        """
+        if (record.version, record.inputs) != (self.version, self.inputs):
+            return False
+        try:
+            return type(self.config).model_validate(record.config) == self.config
+        except ValidationError:  # a setting that no longer exists, or no longer has such values
+            return False
 
 
-def code_version(modules: Iterable[str]) -> str:
-    """Fingerprint of the source files of the named modules or packages (a package: all its `.py` files)."""
-    hashed = hashlib.sha256()
-    for name in sorted(modules):
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(name)
-        origin = Path(spec.origin)
-        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-        for file in files:
-            hashed.update(file.name.encode())
-            hashed.update(file.read_bytes())
-    return hashed.hexdigest()[:16]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def stage_key(stage: str, config: Config, inputs: dict[str, str], code: Iterable[str]) -> str:
-    """The key under which a stage's output may be reused: its config, its inputs' fingerprints, its code."""
-    return digest(
-        {"stage": stage, "config": config.model_dump(mode="json"), "inputs": inputs, "code": code_version(code)}
-    )
-
-
-def completed(folder: Path, key: str) -> StageRecord | None:
-    """The record of the stage completed in `folder` under `key`, or None if there is none."""
+def completed(folder: Path, recipe: Recipe) -> StageRecord | None:
+    """The record of the stage completed in `folder` from `recipe`, or None if there is none."""
     record = read_record(folder)
-    if record is None or record.key != key:
+    if record is None or not recipe.made(record):
         return None
     return record.model_copy(update={"reused": True, "folder": folder})
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The manifest of `folder`, whatever its key; None when the stage has not completed there."""
+    """The manifest of `folder`, whatever its recipe; None when the stage has not completed there."""
     try:
         return StageRecord.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,12 +111,12 @@ def read_record(folder: Path) -> StageRecord | None:
         raise ContractError(f"{folder / MANIFEST} is damaged ({error}); delete it to run the stage again") from None
 
 
-def reusable(folder: Path, key: str, *, incremental: bool = False, share: bool = True) -> StageRecord | None:
-    """The finished output under `key`: that of `folder`, else (with `share`) the newest of another run beside this one.
+def reusable(folder: Path, recipe: Recipe, *, incremental: bool = False, share: bool = True) -> StageRecord | None:
+    """The finished output of `recipe`: that of `folder`, else (with `share`) the newest of another run beside this one.
 
     `folder` is RUNS/RUN/STAGE. The output of an `incremental` stage that has begun here is not replaced by another's.
     """
-    done = completed(folder, key)
+    done = completed(folder, recipe)
     if done is not None or not share or (incremental and folder.exists()):
         return done
     found = []
@@ -130,7 +124,7 @@ def reusable(folder: Path, key: str, *, incremental: bool = False, share: bool =
         if other.parent.name == folder.parent.name:
             continue
         try:
-            record = completed(other, key)
+            record = completed(other, recipe)
         except ContractError:  # another run's damage is not this one's
             continue
         if record is not None:
@@ -140,23 +134,20 @@ def reusable(folder: Path, key: str, *, incremental: bool = False, share: bool =
 
 def run_stage(
     folder: Path,
-    *,
-    stage: str,
-    config: Config,
-    inputs: dict[str, str],
-    code: Iterable[str],
+    recipe: Recipe,
     work: Callable[[Path], Output],
+    *,
     incremental: bool = False,
     share: bool = True,
 ) -> StageRecord:
-    """Run `work(folder)` unless it has completed there, or in a run beside this one, under the same key; return its record.
+    """Run `work(folder)` unless it, or a run beside this one, has the output of this recipe already; return its record.
 
-    An interrupted stage of the same key finds its folder as it left it, so `work` can resume. When the key has changed, the
-    old output is kept once, as `NAME.previous`, unless the stage is `incremental` (its output is keyed row by row, so it
-    stays and grows).
+    An interrupted stage of the same recipe finds its folder as it left it, so `work` can resume. When the recipe has
+    changed, the old output is kept once, as `NAME.previous`, unless the stage is `incremental` (its output is keyed row by
+    row, so it stays and grows).
     """
-    key = stage_key(stage, config, inputs, code)
-    done = reusable(folder, key, incremental=incremental, share=share)
+    key = recipe.key
+    done = reusable(folder, recipe, incremental=incremental, share=share)
     if done is not None and (done.folder == folder or _take(done, folder)):
         return done.model_copy(update={"folder": folder})
     started = folder / STARTED
@@ -164,15 +155,16 @@ def run_stage(
         _put_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_json(started, {"stage": stage, "key": key, "pid": os.getpid()})
+    write_json(started, {"stage": recipe.stage, "key": key, "pid": os.getpid()})
     begin = time.monotonic()
     output = work(folder)
     record = StageRecord(
-        stage=stage,
+        stage=recipe.stage,
         key=key,
         folder=folder,
-        config=config.model_dump(mode="json"),
-        inputs=inputs,
+        config=recipe.config.model_dump(mode="json"),
+        inputs=recipe.inputs,
+        version=recipe.version,
         fingerprint=output.fingerprint,
         figures=output.figures,
         seconds=round(time.monotonic() - begin, 1),

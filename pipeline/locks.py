@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from data.schema import ContractError
+from data.contracts import ContractError
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel
 
-from pipeline.artifacts import StageRecord, read_record, reusable, stage_key
+from pipeline.artifacts import Recipe, StageRecord, read_record, reusable
 from pipeline.redact import flatten
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, held_record, stage_config, stage_folder, stage_inputs
@@ -21,7 +19,7 @@ class Planned(BaseModel):
 
 
 def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
-    """The fate of every stage in `names` (in running order). Reads manifests and code only, starts nothing."""
+    """The fate of every stage in `names` (in running order). Reads manifests only, starts nothing."""
     rows: list[Planned] = []
     known: dict[str, StageRecord] = {}  # stages that are done, here or in another run, and so have fingerprints
     for name in names:
@@ -38,8 +36,8 @@ def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
             rows.append(Planned(stage=name, action="run", reason=reason))
             continue
         inputs = stage_inputs(settings, name, known)
-        key = stage_key(name, stage_config(settings, name), inputs, stage.code)
-        done = reusable(folder, key, incremental=stage.incremental, share=settings.share)
+        recipe = Recipe(name, stage_config(settings, name), inputs, stage.version)
+        done = reusable(folder, recipe, incremental=stage.incremental, share=settings.share)
         if done is not None:
             known[name] = done
             reason = "unchanged since" if done.folder == folder else f"run '{done.made_by}' has made the same on"
@@ -47,17 +45,21 @@ def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
         elif record is None:
             rows.append(Planned(stage=name, action="run", reason="it has not completed in this run"))
         else:
-            reason = _difference(record, stage_config(settings, name).model_dump(mode="json"), inputs)
+            reason = _difference(record, recipe)
             rows.append(Planned(stage=name, action="run", reason=reason))
     return rows
 
 
-def _difference(record: StageRecord, config: dict[str, Any], inputs: dict[str, str]) -> str:
-    """Why a completed stage does not count: its settings, its inputs, or else its code."""
-    before, now = flatten(record.config), flatten(config)
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+def _difference(record: StageRecord, recipe: Recipe) -> str:
+    """Why a completed stage does not count: its settings, its inputs, or else its version."""
+    before, now = flatten(record.config), flatten(recipe.config.model_dump(mode="json"))
+    changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
+    changed += sorted(before.keys() ^ now.keys())  # settings that came or went with a newer version
+    if record.version != recipe.version:
+        return f"version {recipe.version} of the stage, made by version {record.version}"
     if changed:
         shown = ", ".join(f"{record.stage}.{key}" for key in changed[:3])
         return f"changed settings: {shown}{' and more' if len(changed) > 3 else ''}"
+    inputs = recipe.inputs
     moved = sorted(key for key in record.inputs.keys() | inputs.keys() if record.inputs.get(key) != inputs.get(key))
-    return f"changed inputs: {', '.join(moved)}" if moved else "its code changed"
+    return f"changed inputs: {', '.join(moved)}"

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.schema import ContractError
-from pipeline.artifacts import write_json
+from data.contracts import ContractError, write_json
 from pipeline.redact import hidden_keys, redact
 from pipeline.settings import PipelineConfig, nearest
 

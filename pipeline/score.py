@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from data.schema import PAIRS, SCORES, ContractError, check_schema
-from pipeline.artifacts import StageOutput, digest
+from data.contracts import PAIRS, SCORES, ContractError, check_schema, digest
+from pipeline.artifacts import StageOutput
 from pipeline.progress import duration, watched
 from student.config import ScoreConfig
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from student.serve import Scorer
+    from student.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def score(config: ScoreConfig, export: Path, pairs: Path, out: Path, spark: Spar
     """
     from pyspark.sql import functions as F
 
-    from student.serve import MODEL_FILES
+    from student.scorer import MODEL_FILES
 
     try:
         fingerprint = json.loads((export / "student.json").read_text(encoding="utf-8"))["fingerprint"]
@@ -114,7 +114,7 @@ class _Job:
 
 
 def _scorer(export: str, precision: str, threads: int) -> Scorer:
-    from student.serve import Scorer
+    from student.scorer import Scorer
 
     key = (export, precision, threads)
     if key not in _scorers:

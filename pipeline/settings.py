@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.config import DataConfig
-from data.schema import Config, ContractError
-from pipeline.annotate_config import AnnotateConfig
+from data.contracts import Config, ContractError
+from pipeline.annotation.config import AnnotateConfig
 from pipeline.redact import holds_secret, is_secret
 from pipeline.spark import SparkConfig
 from student.config import ExportConfig, ScoreConfig, StudentConfig
@@ -77,7 +77,7 @@ class PipelineConfig(Config):
     """Stages that stay as they are once they have completed in this run, whatever has changed before them: with
     `hold=["teacher"]` new labels wait for the next training, and new pairs are annotated with the teacher that is there."""
     share: bool = True
-    """Take a stage that another run in the same folder of runs has made from the same inputs, settings and code."""
+    """Take a stage that another run in the same folder of runs has made from the same inputs and settings."""
     data: DataConfig = DataConfig()
     """The source of pairs, and how they are split."""
     teacher: TeacherConfig = TeacherConfig()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from data.schema import Config, ContractError
+from data.contracts import Config, ContractError, first_line
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -101,7 +101,7 @@ def start_spark(config: SparkConfig) -> SparkSession:
         except Exception as error:  # Py4J, Spark and the operating system each have their own family
             raise ContractError(
                 f"Spark cannot start with master '{config.master}' and driver_memory '{config.driver_memory}' "
-                f"({_first_line(error)}); check the Java installation (17 or newer) and the `spark` settings"
+                f"({first_line(error)}); check the Java installation (17 or newer) and the `spark` settings"
             ) from error
 
 
@@ -135,8 +135,3 @@ def _require_java() -> None:
             raise ContractError(f"JAVA_HOME is '{home}', which holds no bin/java; point it at Java 17 or newer")
     elif shutil.which("java") is None:
         raise ContractError("Spark needs Java and none was found; install Java 17 or newer, or set JAVA_HOME")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""The stages of a run: which folder, which config, which inputs, which code, and the call that joins them.
+"""The stages of a run: which folder, which config, which inputs, which version, and the call that joins them.
 
 A stage here is the room's plain function plus reuse by content and tracking. A room's heavy modules are imported when
 its stage has work to do, so that a run that reuses everything starts neither Spark nor torch.
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.schema import Config, ContractError
-from pipeline.artifacts import Output, StageRecord, read_record, run_stage
+from data.contracts import Config, ContractError, digest, metric_lines
+from pipeline.artifacts import Output, Recipe, StageRecord, read_record, run_stage
 from pipeline.locks import own_gpus
 from pipeline.settings import PipelineConfig
 from pipeline.spark import SparkConfig
-from pipeline.tracking import Tracker, note_reused, track
+from pipeline.tracking.tracker import Tracker, note_reused, track
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -39,51 +39,24 @@ class Stage:
     name: str
     folder: str
     needs: tuple[str, ...]
-    code: tuple[str, ...]
-    """Modules whose change makes the stage's output stale."""
+    version: int
+    """Raised by hand when the same config and inputs would give an output of another meaning."""
     incremental: bool = False
     title: str = ""
 
 
-_READS_PAIRS = ("data.schema",)
 # New pairs in the pool leave the teacher as it is, so that they alone are annotated.
 _READS_LABELS_ONLY = ("teacher", "export")
-_ANSWERS = ("teacher.prompt", "teacher.verifier")
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("data", "pairs", (), ("data",), title="Pairs"),
-        Stage("teacher", "teacher", ("data",), (*_READS_PAIRS, "teacher"), title="Teacher"),
-        Stage(
-            "annotate",
-            "annotations",
-            ("data", "teacher"),
-            (
-                *_READS_PAIRS,
-                *_ANSWERS,
-                "teacher.engines",
-                "pipeline.annotate",
-                "pipeline.annotate_commit",
-                "pipeline.annotate_compact",
-                "pipeline.annotate_figures",
-                "pipeline.annotate_plan",
-                "pipeline.annotate_worker",
-                "pipeline.votes",
-            ),
-            incremental=True,
-            title="Annotations",
-        ),
-        Stage("student", "student", ("data", "annotate"), (*_READS_PAIRS, "student"), title="Student"),
-        Stage("export", "export", ("data", "student"), (*_READS_PAIRS, "student"), title="Export"),
-        Stage(
-            "score",
-            "scores",
-            ("data", "export"),
-            (*_READS_PAIRS, "student.serve", "pipeline.score"),
-            incremental=True,
-            title="Scores",
-        ),
+        Stage("data", "pairs", (), 1, title="Pairs"),
+        Stage("teacher", "teacher", ("data",), 1, title="Teacher"),
+        Stage("annotate", "annotations", ("data", "teacher"), 1, incremental=True, title="Annotations"),
+        Stage("student", "student", ("data", "annotate"), 1, title="Student"),
+        Stage("export", "export", ("data", "student"), 1, title="Export"),
+        Stage("score", "scores", ("data", "export"), 1, incremental=True, title="Scores"),
     )
 }
 
@@ -168,7 +141,8 @@ def run_teacher(settings: PipelineConfig) -> StageRecord:
             cache=settings.weights_cache.expanduser(),
             seed=settings.teacher.seed,
         )
-        result = train_teacher(settings.teacher, base, pairs, out, tracker.log)
+        result = train_teacher(settings.teacher, base, pairs, out)
+        _replay(out, tracker)
         tracker.artifact(out / "metrics.jsonl")
         tracker.artifact(out / "evaluation.json")
         tracker.artifact(out / "model" / "model_card.md")
@@ -185,7 +159,7 @@ def run_annotate(settings: PipelineConfig) -> StageRecord:
     pairs, teacher = _finished(settings, "data"), _finished(settings, "teacher") / "model"
 
     def work(out: Path, tracker: Tracker) -> Output:
-        from pipeline.annotate import annotate
+        from pipeline.annotation.job import annotate
 
         with spark_session(settings.spark) as spark:
             return annotate(settings.annotate, teacher, pairs, out, spark)
@@ -208,7 +182,8 @@ def run_student(settings: PipelineConfig) -> StageRecord:
             cache=settings.weights_cache.expanduser(),
             seed=settings.student.seed,
         )
-        result = distill(_with_key(settings, annotations), base, pairs, annotations, out, tracker.log)
+        result = distill(_with_key(settings, annotations), base, pairs, annotations, out)
+        _replay(out, tracker)
         for name in (
             "metrics.jsonl",
             "evaluation.json",
@@ -300,6 +275,13 @@ def stage_sources(settings: PipelineConfig, name: str) -> dict[str, str | Path]:
     return sources
 
 
+def _replay(out: Path, tracker: Tracker) -> None:
+    for line in metric_lines(out / "metrics.jsonl"):
+        phase, step = line.pop("phase"), line.pop("step")
+        line.pop("time", None)
+        tracker.log(step, {f"{phase}/{name}": value for name, value in line.items()})
+
+
 @contextmanager
 def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
@@ -342,11 +324,8 @@ def _run(
 
     record = run_stage(
         stage_folder(settings, name),
-        stage=name,
-        config=config,
-        inputs=inputs,
-        code=stage.code,
-        work=tracked,
+        Recipe(name, config, inputs, stage.version),
+        tracked,
         incremental=stage.incremental,
         share=settings.share,
     )
@@ -379,8 +358,6 @@ def _finished(settings: PipelineConfig, name: str) -> Path:
 
 
 def _folder_stamp(folder: Path) -> str:
-    from pipeline.artifacts import digest
-
     def stamp(path: Path) -> list[Any]:
         found = path.stat()
         return [path.name, found.st_size, found.st_mtime_ns]

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from data.schema import ContractError
-from pipeline.artifacts import digest, read_record, write_json
+from data.contracts import ContractError, digest, first_line, write_json
+from pipeline.artifacts import read_record
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _from_hub(name: str, out: Path) -> None:
         )
     except Exception as error:  # the hub has many error types, and none of them needs a traceback
         raise ContractError(
-            f"cannot download '{name}' from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}); check "
+            f"cannot download '{name}' from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); check "
             "the name and the network (HF_HUB_OFFLINE must not be 1), or give a local folder as path:DIR"
         ) from error
     shutil.rmtree(out / ".cache", ignore_errors=True)
@@ -226,7 +226,7 @@ def dequantise(gguf: Path, out: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ContractError(f"{gguf.name} cannot be dequantised: {_first_line(error)}") from error
+        raise ContractError(f"{gguf.name} cannot be dequantised: {first_line(error)}") from error
     # The converted tokenizer guesses its special tokens; the file's own metadata, kept in the config, is right.
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token_id = getattr(model.config, f"{name}_id", None)
@@ -240,11 +240,6 @@ def dequantise(gguf: Path, out: Path) -> None:
     model.config.name_or_path = ""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def cache_folder(configured: Path | None) -> Path:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from student.dataset import Tokens
 from student.model import quiet_transformers
-from student.serve import batches_by_length
+from student.scorer import batches_by_length
 
 Array = np.ndarray
 # Words, and single characters of scripts that are written without spaces.

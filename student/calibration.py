@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import minimize
 from sklearn.metrics import precision_recall_curve
 
-from student.serve import softmax
+from student.scorer import softmax
 
 Array = np.ndarray
 

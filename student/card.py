@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.schema import GradeScale
+from data.contracts import GradeScale
 
 _TITLES = {
     "roc_auc": "ROC-AUC",

@@ -6,7 +6,6 @@ kept. Randomness needs no state: every epoch seeds its own.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -78,43 +77,6 @@ def load_best(folder: Path, progress: Progress, model: nn.Module) -> None:
     """Put the weights of the best epoch into `model`."""
     device = str(next(model.parameters()).device)
     model.load_state_dict(load_file(_place(folder, progress.best_epoch) / "model.safetensors", device=device))
-
-
-class MetricsLog:
-    """Appends `{"step", "phase", name: value}` lines to a file and hands `phase/name` values to `listener`.
-
-    A listener that fails (a tracking server that is down) must not stop the training: it is dropped with a warning.
-    """
-
-    def __init__(self, path: Path, listener: object) -> None:
-        self.path = path
-        self.listener = listener if callable(listener) else None
-
-    def write(self, phase: str, step: int, values: dict[str, float]) -> None:
-        """Record `values` of `step`."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "phase": phase, **values}) + "\n")
-        if self.listener is None:
-            return
-        try:
-            self.listener(step, {f"{phase}/{name}": value for name, value in values.items()})
-        except Exception as error:  # any failure of the listener: it is not the training's
-            logger.warning("metrics are only kept in %s from here on: %s", self.path, error)
-            self.listener = None
-
-    def rewind(self, phase: str, step: int) -> None:
-        """Drop the lines of `phase` after `step`: a resumed training writes them anew."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the line that a kill cut short
-                continue
-            if entry["phase"] != phase or entry["step"] <= step:
-                kept.append(line + "\n")
-        self.path.write_text("".join(kept), encoding="utf-8")
 
 
 def _place(folder: Path, epoch: int) -> Path:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from data.schema import Config
+from data.contracts import Config
 
 Precision = Literal["fp32", "int8"]
 

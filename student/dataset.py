@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from tokenizers import Tokenizer
 
-from data.schema import ANNOTATIONS, PAIRS, ContractError, GradeScale, read_table
+from data.contracts import ANNOTATIONS, PAIRS, ContractError, GradeScale, read_table
 from student.config import StudentConfig
 from student.ratings import rating_targets
-from student.serve import ad_text, pad, query_text
+from student.scorer import ad_text, pad, query_text
 
 Array = np.ndarray
 

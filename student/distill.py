@@ -16,11 +16,10 @@ import torch
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
-from data.schema import PAIRS, ContractError, GradeScale, read_table
+from data.contracts import PAIRS, ContractError, GradeScale, MetricsLog, read_table, write_json
 from student import baselines
 from student.calibration import best_f1_threshold, fit_calibration
 from student.card import student_card
-from student.checkpoint import MetricsLog
 from student.config import StudentConfig
 from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, tokenize
 from student.evaluation import System, curves, evaluate_systems, graded, write_predictions
@@ -36,11 +35,10 @@ from student.model import (
     quiet_transformers,
 )
 from student.objective import objective_name
-from student.serve import ad_text, softmax
+from student.scorer import ad_text, softmax
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
-Log = Callable[[int, dict[str, float]], None]
 
 
 class StudentResult(BaseModel):
@@ -61,9 +59,7 @@ class Calibrated:
     valid_roc_auc: float
 
 
-def distill(
-    config: StudentConfig, base: Path, pairs: Path, annotations: Path | None, out: Path, log: Log | None
-) -> StudentResult:
+def distill(config: StudentConfig, base: Path, pairs: Path, annotations: Path | None, out: Path) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
 
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
@@ -83,7 +79,7 @@ def distill(
     logger.info(
         "student: %d rows to learn from (%d human grades, %d annotations)", len(rows), rows.n_gold, rows.n_annotated
     )
-    metrics = MetricsLog(out / "metrics.jsonl", log)
+    metrics = MetricsLog(out / "metrics.jsonl")
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = keep_tokenizer(base, building, config.max_length)
@@ -122,12 +118,12 @@ def distill(
 
     figures = key_figures(evaluation, card) | {"test_ece_before": before, "valid_roc_auc": student.valid_roc_auc}
     figures = {name: value for name, value in figures.items() if value is not None and value == value}
-    _write_json(building / "metrics.json", figures)
+    write_json(building / "metrics.json", figures)
     (building / "model_card.md").write_text(student_card(card, scale, evaluation), encoding="utf-8")
     write_predictions(out, test, systems[0].score)
     drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
-    _write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
-    _write_json(out / "evaluation.json", evaluation)
+    write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
+    write_json(out / "evaluation.json", evaluation)
     metrics.rewind("test", -1)
     metrics.write("test", student.fitted.steps, {k: v for k, v in figures.items() if isinstance(v, float)})
     shutil.rmtree(out / "model", ignore_errors=True)
@@ -266,9 +262,5 @@ def _save(
         "objective": objective_name(config),
         "config": config.model_dump(mode="json"),
     }
-    _write_json(folder / "student.json", card)
+    write_json(folder / "student.json", card)
     return card
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

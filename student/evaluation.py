@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from student.baselines import overlap, words
 from student.dataset import Examples
 from student.metrics import ECE_BINS, Comparison, Evaluation, compare, evaluate, evaluate_ranking

@@ -19,15 +19,15 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from data.schema import ContractError, GradeScale
-from student import serve
+from data.contracts import ContractError, GradeScale, write_json
+from student import scorer
 from student.card import export_card
 from student.config import ExportConfig
 from student.dataset import Examples, read_examples, tokenize
 from student.first_token import first_token_only
 from student.metrics import compare, roc_auc
 from student.model import load_classifier, model_folder, predict_logits
-from student.serve import MODEL_FILES, Scorer, load_tokenizer, softmax
+from student.scorer import MODEL_FILES, Scorer, load_tokenizer, softmax
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
@@ -55,7 +55,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     rows = _sample(pairs, scale, config)
     for name in ("tokenizer.json", "scale.json", "student.json"):
         shutil.copyfile(source / name, out / name)
-    shutil.copyfile(serve.__file__, out / "score.py")
+    shutil.copyfile(scorer.__file__, out / "score.py")
     model = load_classifier(source, scale, max_length=card["max_length"], seed=0)
     logger.info("export: tracing the model")
     write_onnx(model, card["inputs"], card["max_length"], out / MODEL_FILES["fp32"])
@@ -81,7 +81,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     parity["int8_auc_loss"] = {"value": loss.difference, "low": loss.low, "high": loss.high}
     fault = _fault(parity, config)
     parity["passed"] = fault is None
-    _write_json(out / "export.json", parity)
+    write_json(out / "export.json", parity)
     if fault is not None:
         for name in MODEL_FILES.values():
             (out / name).unlink(missing_ok=True)
@@ -230,7 +230,3 @@ def _fingerprint(out: Path) -> str:
     for name in (*MODEL_FILES.values(), "tokenizer.json", "student.json", "scale.json"):
         hashed.update((out / name).read_bytes())
     return hashed.hexdigest()[:16]
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -14,15 +14,15 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from data.schema import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale, MetricsLog
 from student import checkpoint
-from student.checkpoint import MetricsLog, Progress
+from student.checkpoint import Progress
 from student.config import StudentConfig
 from student.dataset import Examples, Tokens, length_grouped, query_grouped, tokenize
 from student.metrics import roc_auc
 from student.model import load_classifier, pad_token_id, predict_logits, weights_digest
 from student.objective import Objective
-from student.serve import softmax
+from student.scorer import softmax
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from student.resampling import Measures, bootstrap, limits, limits_of, ranked, summed, sums_by_query
 
 Array = np.ndarray

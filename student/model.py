@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from data.schema import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale, first_line
 from student.dataset import Tokens
-from student.serve import batches_by_length, load_tokenizer
+from student.scorer import batches_by_length, load_tokenizer
 
 Array = np.ndarray
 
@@ -47,7 +47,7 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
             )
         except (OSError, ValueError) as error:
             raise ContractError(
-                f"{base} cannot be loaded as an encoder ({_first_line(error)}); choose a folder with the config and "
+                f"{base} cannot be loaded as an encoder ({first_line(error)}); choose a folder with the config and "
                 "safetensors weights of an encoder that transformers can classify with"
             ) from None
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -84,9 +84,7 @@ def keep_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ContractError(
-            f"{base} holds no usable tokenizer ({_first_line(error)}); add its tokenizer.json"
-        ) from None
+        raise ContractError(f"{base} holds no usable tokenizer ({first_line(error)}); add its tokenizer.json") from None
     tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").exists():
         raise ContractError(f"the tokenizer in {base} cannot be saved as tokenizer.json; choose an encoder with one")
@@ -155,8 +153,3 @@ def pad_token_id(config: Any) -> int:
 
 def _inputs(model: PreTrainedModel, batch: dict[str, Array], device: str) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

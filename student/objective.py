@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from student.config import StudentConfig
 from student.dataset import Examples, Tokens, with_reasons
 from student.losses import (

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from data.schema import PAIRS, ContractError, read_table
+from data.contracts import PAIRS, ContractError, read_table
 from student.dataset import tokenize
 from student.model import quiet_transformers
-from student.serve import ad_text, load_tokenizer, query_text
+from student.scorer import ad_text, load_tokenizer, query_text
 
 logger = logging.getLogger(__name__)
 

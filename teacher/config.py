@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from data.schema import Config
+from data.contracts import Config
 
 
 class PromptConfig(Config):

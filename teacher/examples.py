@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.dataset as pads
 
-from data.schema import PAIRS, RATIONALES, ContractError, read_table
+from data.contracts import PAIRS, RATIONALES, ContractError, read_table
 from teacher.prompt import Prompt
 from teacher.rationale import lexical_rationale
 from teacher.verifier import ANSWER

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from teacher.config import TeacherConfig
-from teacher.metrics_log import Log, MetricsLog
-from teacher.ranks import is_main, world_size
+from teacher.distributed import is_main, world_size
 
 
-def launch(config: TeacherConfig, base: Path, pairs: Path, out: Path, log: Log | None) -> dict[str, Any]:
+def launch(config: TeacherConfig, base: Path, pairs: Path, out: Path) -> dict[str, Any]:
     """Run `train_teacher` in `config.processes` processes; returns the fields of its `TeacherResult`.
-
-    Metrics reach `log` when the training has ended: while it runs they are in `out/metrics.jsonl`.
 
     Raises:
         RuntimeError: a process failed; its own message stands above in the log.
@@ -41,7 +38,6 @@ def launch(config: TeacherConfig, base: Path, pairs: Path, out: Path, log: Log |
             f"the training in {config.processes} processes failed with exit code {done.returncode}: see its messages above; "
             "running it again resumes from the last checkpoint"
         )
-    MetricsLog(out / "metrics.jsonl", log).replay()
     found = json.loads(result.read_text(encoding="utf-8"))
     task.unlink()
     result.unlink()

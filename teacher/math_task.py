@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from teacher.examples import Problem
 from teacher.verifier import Judge
 

@@ -19,13 +19,12 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
-from data.schema import ContractError
+from data.contracts import ContractError, MetricsLog
 from teacher.advantages import ESTIMATORS, agpo
+from teacher.collapse_detector import collapse
 from teacher.config import AGPOConfig, TeacherConfig
+from teacher.distributed import is_main, wait_for_all, world_size
 from teacher.examples import Problem
-from teacher.guard import collapse
-from teacher.metrics_log import MetricsLog
-from teacher.ranks import is_main, wait_for_all, world_size
 from teacher.trainer import Advantages, AGPOTrainer
 from teacher.verifier import Judge, reward
 

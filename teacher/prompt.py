@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.schema import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale
 from teacher.config import PromptConfig
 from teacher.rationale import compare_words
 
 TEACHER_FILE = "teacher.json"
+PROMPT_FORMAT = 1
+"""Raised by hand when the text that a teacher sees for some pair changes (`messages`, `as_data`, `compare_words`, `render`):
+annotations under the old text are then made anew."""
 
 # For a base model that brings no chat template of its own.
 PLAIN_CHAT_TEMPLATE = (
@@ -44,7 +47,7 @@ class Prompt:
     def version(self) -> str:
         """A hash of everything that decides the prompt's text."""
         sample = self.messages("query", "title", "text", {"name": "value"}, ())
-        text = json.dumps([sample, self.config.model_dump(mode="json")], sort_keys=True)
+        text = json.dumps([PROMPT_FORMAT, sample, self.config.model_dump(mode="json")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def system(self) -> str:

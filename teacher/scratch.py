@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.schema import PAIRS, RATIONALES, ContractError, read_table
+from data.contracts import PAIRS, RATIONALES, ContractError, read_table
 from teacher.rationale import lexical_rationale
 from teacher.verifier import ANSWER
 

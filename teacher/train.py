@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,17 +16,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from data.schema import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale, MetricsLog, digest_files
 from teacher.card import write_card
 from teacher.config import TeacherConfig
+from teacher.distributed import is_main, local_rank, wait_for_all, world_size
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import Evaluation, evaluate
 from teacher.examples import Example, load_examples
 from teacher.launch import launch
-from teacher.metrics_log import Log, MetricsLog
 from teacher.policy import require_rollouts, train_policy
 from teacher.prompt import PLAIN_CHAT_TEMPLATE, Prompt, save_prompt
-from teacher.ranks import is_main, local_rank, wait_for_all, world_size
 from teacher.verifier import grade_judge
 from teacher.warm_start import warm_start
 
@@ -44,7 +42,7 @@ class TeacherResult:
     figures: dict[str, Any]
 
 
-def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log: Log | None = None) -> TeacherResult:
+def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path) -> TeacherResult:
     """Train a teacher from the model folder `base` on the labelled pairs, into `out/model`.
 
     `out` also gets `metrics.jsonl` (every logged step), `evaluation.json` and, while training, `checkpoints/`, from which an
@@ -56,12 +54,12 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path, log
     """
     require_rollouts(config.agpo)
     if config.processes > 1 and world_size() == 1:
-        return TeacherResult(**launch(config, base, pairs, out, log))
+        return TeacherResult(**launch(config, base, pairs, out))
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     disable_progress_bar()  # of saving and loading weights; our own lines say how far it is
-    metrics = MetricsLog(out / "metrics.jsonl", log)
+    metrics = MetricsLog(out / "metrics.jsonl")
     scale = GradeScale.load(pairs)
     prompt = Prompt(config.prompt, scale, config.max_completion_tokens)
     warm = out / "checkpoints" / "warm_start_done"
@@ -155,17 +153,8 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
 
 def weights_fingerprint(folder: Path) -> str:
     """SHA-256 (16 hex digits) over names and bytes of a model folder's weights and tokenizer files."""
-    hashed = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors" or file.name in (
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-        ):
-            hashed.update(file.name.encode())
-            with file.open("rb") as stream:
-                hashed.update(hashlib.file_digest(stream, "sha256").digest())
-    return hashed.hexdigest()[:16]
+    named = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return digest_files(f for f in sorted(folder.iterdir()) if f.suffix == ".safetensors" or f.name in named)
 
 
 def _trainable(model: Any, config: TeacherConfig) -> Any:

@@ -15,10 +15,10 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from data.contracts import MetricsLog
 from teacher.config import TeacherConfig
+from teacher.distributed import world_size
 from teacher.examples import Example
-from teacher.metrics_log import MetricsLog
-from teacher.ranks import world_size
 
 logger = logging.getLogger(__name__)
 

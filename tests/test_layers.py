@@ -32,4 +32,4 @@ def test_no_import_points_up(file):
     ours = {name for name in imported(file) if name.split(".")[0] in MAY_IMPORT}
     assert {name.split(".")[0] for name in ours} <= MAY_IMPORT[room]
     if room in ("teacher", "student"):
-        assert {name for name in ours if name.startswith("data")} <= {"data.schema"}
+        assert {name for name in ours if name.startswith("data")} <= {"data.contracts"}

@@ -8,16 +8,14 @@ synthetic source instead exposes `SCALE` and `generate(rows, seed)`, and needs n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data.schema import GradeScale
+from data.contracts import GradeScale, digest_files
 from data.sources.log import read_log
 from data.sources.paths import list_files
 
@@ -90,15 +88,4 @@ def input_fingerprint(config: DataConfig) -> str:
     files = [] if config.source == "synthetic" else import_module(SOURCES[config.source]).input_files(config)
     if config.log is not None:
         files = [*files, *list_files(config.log.path)]
-    if not files:
-        return ""
-    hashed = hashlib.sha256()
-    for path in files:
-        hashed.update(path.name.encode("utf-8", "surrogateescape"))
-        hashed.update(_file_hash(path))
-    return hashed.hexdigest()[:16]
-
-
-def _file_hash(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return digest_files(files) if files else ""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.contracts import Grade, GradeScale
 from data.html import visible_text_column
-from data.schema import Grade, GradeScale
 from data.sources.files import read_columns
 from data.sources.labels import graded_rows, number
 from data.sources.paths import one_file

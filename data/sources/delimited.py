@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from data.sources.paths import open_text, require_columns, spark_paths
 
 if TYPE_CHECKING:

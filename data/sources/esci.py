@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.contracts import ContractError, Grade, GradeScale
 from data.html import visible_text_column
 from data.maps import map_of
-from data.schema import ContractError, Grade, GradeScale
 from data.sources.files import read_columns
 from data.sources.joins import one_for_each, with_match
 from data.sources.labels import graded_rows, named_label

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from data.sources.delimited import read_delimited
 from data.sources.paths import list_files, open_text, require_columns, spark_paths
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from data.schema import ContractError
+from data.contracts import ContractError
 
 
 def list_files(path: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.schema import Grade, GradeScale
+from data.contracts import Grade, GradeScale
 from data.sources.files import json_names, read_columns
 from data.sources.labels import graded_rows, number
 from data.sources.paths import one_file, public_file

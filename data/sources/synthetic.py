@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data.schema import Grade, GradeScale
+from data.contracts import Grade, GradeScale
 
 LICENCE = "the project's own, Apache-2.0"
 GRADING = "a grade follows from what the query asks and what the ad offers"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.contracts import ContractError, GradeScale
 from data.html import visible_text_column
-from data.schema import ContractError, GradeScale
 from data.sources.files import read_columns
 from data.sources.labels import named_label, number, threshold_grade
 from data.sources.paths import list_files

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from data.schema import Config, ContractError
+from data.contracts import Config, ContractError
 
 
 @dataclass(frozen=True)

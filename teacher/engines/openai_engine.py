@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from data.schema import ContractError, Unavailable
+from data.contracts import ContractError, Unavailable
 from teacher.engines.base import (
     Completion,
     EngineConfig,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from teacher.engines.base import Completion, EngineConfig, Result, Sampling, check_lengths, prompt_seed
 
 MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all

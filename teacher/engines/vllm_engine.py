@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from teacher.engines.base import (
     Completion,
     EngineConfig,

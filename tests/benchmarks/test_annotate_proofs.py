@@ -17,9 +17,9 @@ import pytest
 from benchmarks.annotate_kills import compare, python_workers, rows_in
 from benchmarks.annotate_scale import make_pairs
 from benchmarks.replay import load_replay, make_teacher
-from data.schema import PAIRS, ContractError, Grade, GradeScale
-from pipeline.annotate import annotate
-from pipeline.annotate_config import AnnotateConfig
+from data.contracts import PAIRS, ContractError, Grade, GradeScale
+from pipeline.annotation.config import AnnotateConfig
+from pipeline.annotation.job import annotate
 from teacher.config import PromptConfig
 from teacher.prompt import Prompt, save_prompt
 from teacher.scratch import make_decoder

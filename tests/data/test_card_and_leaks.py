@@ -10,9 +10,9 @@ import pytest
 from data.balance import grade_balance
 from data.card import card_markdown
 from data.config import DataConfig
+from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, ContractError, read_table
 from data.html import visible_text
 from data.prepare import prepare
-from data.schema import DISAGREEMENT, FREQUENCIES, PAIRS, ContractError, read_table
 from data.text import near_key, normalise_key
 
 GRADES = [

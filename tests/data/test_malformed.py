@@ -12,8 +12,8 @@ import pytest
 
 from data.check import check_rows
 from data.config import DataConfig
+from data.contracts import PAIRS, ContractError, read_table
 from data.prepare import prepare
-from data.schema import PAIRS, ContractError, read_table
 from data.sources import read_source
 
 pytestmark = pytest.mark.spark

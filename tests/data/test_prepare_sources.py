@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.config import DataConfig
+from data.contracts import PAIRS, RATIONALES, SPLITS, ContractError, GradeScale, read_table
 from data.prepare import prepare
-from data.schema import PAIRS, RATIONALES, SPLITS, ContractError, GradeScale, read_table
 from data.sources import home_depot
 from data.sources.paths import public_file
 from data.text import near_key, normalise_key

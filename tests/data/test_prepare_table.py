@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from data.config import DataConfig
+from data.contracts import PAIRS, RATIONALES, ContractError, GradeScale, read_table
 from data.prepare import prepare
-from data.schema import PAIRS, RATIONALES, ContractError, GradeScale, read_table
 from data.sources import input_fingerprint
 from data.text import normalise_key, pair_id
 

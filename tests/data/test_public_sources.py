@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from data.check import check_rows
 from data.config import DataConfig
+from data.contracts import DISAGREEMENT, PAIRS, ContractError, read_table
 from data.prepare import prepare
-from data.schema import DISAGREEMENT, PAIRS, ContractError, read_table
 from data.sources import describe_source, input_fingerprint, read_source
 from data.text import pair_id
 

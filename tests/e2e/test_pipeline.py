@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import pyarrow.dataset as pads
 import pytest
 
-from data.schema import ANNOTATIONS, PAIRS, SCORES, read_table
+from data.contracts import ANNOTATIONS, PAIRS, SCORES, read_table
 
 pytestmark = [pytest.mark.e2e, pytest.mark.spark, pytest.mark.vllm]
 

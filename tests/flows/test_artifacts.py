@@ -155,7 +155,7 @@ def test_a_key_is_as_prefect_takes_it(name: str, key: str) -> None:
 
 def test_a_bar_follows_what_the_log_says_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "UPDATE_SECONDS", 0.0)
-    log = logging.getLogger("pipeline.annotate")
+    log = logging.getLogger("pipeline.annotation.job")
 
     @flow
     def running() -> None:

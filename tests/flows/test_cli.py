@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.catalog import FLOWS
-from pipeline.artifacts import StageOutput, run_stage
+from pipeline.artifacts import Recipe, StageOutput, run_stage
 from pipeline.settings import load_preset
 from pipeline.stages import STAGES, stage_config, stage_inputs, with_upstream
 
@@ -90,11 +90,8 @@ def test_a_dry_run_says_what_would_run_and_why(tmp_path: Path) -> None:
     for name in ("data", "teacher"):
         run_stage(
             settings.folder / STAGES[name].folder,
-            stage=name,
-            config=stage_config(settings, name),
-            inputs=stage_inputs(settings, name),
-            code=STAGES[name].code,
-            work=lambda out: StageOutput(fingerprint="f", figures={}),
+            Recipe(name, stage_config(settings, name), stage_inputs(settings, name), STAGES[name].version),
+            lambda out: StageOutput(fingerprint="f", figures={}),
         )
 
     def rows(*more: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 
-from data.schema import ContractError, Unavailable
+from data.contracts import ContractError, Unavailable
 from flows import cli, relevance
 from flows.catalog import FLOWS
 from flows.deploy import fill
@@ -23,7 +23,7 @@ from pipeline.plan import plan
 from pipeline.resume import remember
 from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import STAGES
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("server")
 ROOT = Path(__file__).parents[2]

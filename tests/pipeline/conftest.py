@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.schema import ANNOTATIONS, PAIRS, Grade, GradeScale
-from pipeline.artifacts import StageOutput, StageRecord, run_stage
+from data.contracts import ANNOTATIONS, PAIRS, Grade, GradeScale
+from pipeline.artifacts import Recipe, StageOutput, StageRecord, run_stage
 from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import STAGES, stage_config
 
@@ -49,11 +49,8 @@ def fill() -> Fill:
         return [
             run_stage(
                 settings.folder / STAGES[name].folder,
-                stage=name,
-                config=stage_config(settings, name),
-                inputs={"upstream": "1234abcd"},
-                code=["data.schema"],
-                work=makers[name],
+                Recipe(name, stage_config(settings, name), {"upstream": "1234abcd"}),
+                makers[name],
             )
             for name in stages
         ]

@@ -1,5 +1,6 @@
 """When a stage's output is used again, and what becomes of an old one."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,13 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.schema import Config
+from data.contracts import Config
 from pipeline import artifacts
-from pipeline.artifacts import MANIFEST, StageOutput, StageRecord, read_record, reusable, run_stage
+from pipeline.artifacts import MANIFEST, Recipe, StageOutput, StageRecord, read_record, reusable, run_stage
 
 
 class Settings(Config):
     value: int = 0
+
+
+def recipe(value: int, version: int = 1) -> Recipe:
+    return Recipe("s", Settings(value=value), {}, version)
 
 
 def run(folder: Path, value: int, *, fails: bool = False, **how: bool) -> StageRecord:
@@ -26,7 +31,7 @@ def run(folder: Path, value: int, *, fails: bool = False, **how: bool) -> StageR
         (out / "note.txt").write_text(str(value))
         return StageOutput(fingerprint=f"f{value}", figures={})
 
-    return run_stage(folder, stage="s", config=Settings(value=value), inputs={}, code=[], work=work, **how)
+    return run_stage(folder, recipe(value), work, **how)
 
 
 def value_in(folder: Path) -> int:
@@ -88,14 +93,14 @@ def test_a_finished_output_elsewhere_wins_over_half_of_ones_own(tmp_path: Path) 
 
 def test_what_is_not_shared(tmp_path: Path) -> None:
     mine, theirs = tmp_path / "b" / "s", tmp_path / "a" / "s"
-    key = run(theirs, 1).key
-    assert reusable(mine, key) is not None
-    assert reusable(mine, key, share=False) is None
-    assert reusable(mine, key, incremental=True) is not None
+    run(theirs, 1)
+    assert reusable(mine, recipe(1)) is not None
+    assert reusable(mine, recipe(1), share=False) is None
+    assert reusable(mine, recipe(1), incremental=True) is not None
     mine.mkdir(parents=True)  # it has begun a table of its own, which grows
-    assert reusable(mine, key, incremental=True) is None
+    assert reusable(mine, recipe(1), incremental=True) is None
     (theirs / MANIFEST).write_text("{damaged")
-    assert reusable(mine, key) is None
+    assert reusable(mine, recipe(1)) is None
 
 
 def test_an_output_that_changes_while_it_is_taken_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +119,17 @@ def test_an_output_that_changes_while_it_is_taken_is_not_taken(tmp_path: Path, m
     made = run(mine, 1)
     assert (made.reused, made.made_by, value_in(mine)) == (False, "", 1)
     assert not list((tmp_path / "b").glob(".s.*"))
+
+
+def test_a_record_without_a_version_counts_as_version_1_and_new_settings_as_their_defaults(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "s"
+    run(folder, 1)
+    record = json.loads((folder / MANIFEST).read_text())
+    del record["version"]
+    (folder / MANIFEST).write_text(json.dumps(record | {"key": "made from hashed code"}))
+    assert reusable(folder, recipe(1)) is not None
+    assert reusable(folder, recipe(1, version=2)) is None
+    (folder / MANIFEST).write_text(json.dumps(record | {"config": {}}))
+    assert reusable(folder, recipe(0)) is not None
+    (folder / MANIFEST).write_text(json.dumps(record | {"config": {"value": 1, "gone": 2}}))
+    assert reusable(folder, recipe(1)) is None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from pipeline import settings as module
 from pipeline.settings import (
     PipelineConfig,

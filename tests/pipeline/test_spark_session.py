@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from pipeline.spark import SparkConfig, start_spark
 
 
@@ -42,7 +42,7 @@ def test_the_session_is_as_asked(spark: Any) -> None:
 def test_a_bad_master_is_one_sentence_and_a_session_prints_nothing() -> None:
     code = """
 import sys
-from data.schema import ContractError
+from data.contracts import ContractError
 from pipeline.spark import SparkConfig, start_spark
 try:
     start_spark(SparkConfig(master="nonsense"))

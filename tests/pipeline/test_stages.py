@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from pipeline import stages
-from pipeline.artifacts import StageOutput, code_version, run_stage
+from pipeline.artifacts import Recipe, StageOutput, run_stage
 from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import RUNNERS, STAGES, stage_config, stage_folder, stage_inputs, with_upstream
 
@@ -20,19 +20,16 @@ def settings(tmp_path: Path) -> PipelineConfig:
 def complete(settings: PipelineConfig, name: str, fingerprint: str = "f", **figures: object) -> None:
     run_stage(
         stage_folder(settings, name),
-        stage=name,
-        config=stage_config(settings, name),
-        inputs={},
-        code=[],
-        work=lambda out: StageOutput(fingerprint=fingerprint, figures=figures),
+        Recipe(name, stage_config(settings, name), {}),
+        lambda out: StageOutput(fingerprint=fingerprint, figures=figures),
     )
 
 
-def test_every_stage_has_a_config_a_runner_and_code_that_exists(settings: PipelineConfig) -> None:
+def test_every_stage_has_a_config_a_runner_and_a_version(settings: PipelineConfig) -> None:
     assert list(RUNNERS) == list(STAGES)
     for name, stage in STAGES.items():
         assert stage_config(settings, name) is not None
-        assert code_version(stage.code)
+        assert stage.version >= 1
         assert set(stage.needs) <= set(STAGES)
         # In the order of the table, what a stage needs comes before it.
         assert list(with_upstream((name,)))[-1] == name

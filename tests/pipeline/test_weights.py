@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.schema import PAIRS, ContractError
+from data.contracts import PAIRS, ContractError
 from pipeline import weights
 from pipeline.weights import check_model_folder, check_sha256, dequantise, resolve_model, unpack_model
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.schema import ANNOTATIONS, PAIRS, Grade, GradeScale
+from data.contracts import ANNOTATIONS, PAIRS, Grade, GradeScale
 from student.config import StudentConfig
 
 THINGS = ("kettle", "sofa", "tent", "lamp", "phone", "bicycle")
@@ -120,5 +120,5 @@ def distilled(
     from student.distill import distill
 
     out = tmp_path_factory.mktemp("distilled")
-    distill(quick(gold_only_baseline=True, epochs=6), tiny["base"], tiny["pairs"], tiny["annotations"], out, None)
+    distill(quick(gold_only_baseline=True, epochs=6), tiny["base"], tiny["pairs"], tiny["annotations"], out)
     return out

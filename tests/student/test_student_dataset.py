@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from data.schema import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale
 from student.config import StudentConfig
 from student.dataset import length_grouped, query_grouped, read_annotated, read_examples, read_training
-from student.serve import ad_text, batches_by_tokens, load_tokenizer
+from student.scorer import ad_text, batches_by_tokens, load_tokenizer
 
 from .conftest import annotate_pool, annotation, make_rows, write_annotations, write_pairs
 
@@ -123,7 +123,7 @@ def test_batches_hold_every_row_once():
 
 def test_a_reason_follows_query_and_ad_in_the_second_segment(tiny):
     from student.dataset import tokenize, with_reasons
-    from student.serve import load_tokenizer
+    from student.scorer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny["base"] / "tokenizer.json", 12)
     plain = tokenize(tokenizer, ["red kettle"] * 2, ["blue sofa number number number number number number"] * 2, 0)

@@ -9,15 +9,15 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from data.schema import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale, MetricsLog, metric_lines
 from student import fit as fit_module
 from student.baselines import Bm25, words
 from student.dataset import read_examples, tokenize
 from student.distill import distill
 from student.evaluation import compare_students
 from student.model import load_classifier, predict_logits
+from student.scorer import load_tokenizer, softmax
 from student.scratch import _stands_on_other_side, make_encoder
-from student.serve import load_tokenizer, softmax
 
 from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 
@@ -67,9 +67,7 @@ def test_the_saved_model_is_the_calibrated_one(distilled, tiny):
 
 
 def test_it_learns(tiny, quick, tmp_path):
-    figures = distill(
-        quick(epochs=25, patience=25), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None
-    ).figures
+    figures = distill(quick(epochs=25, patience=25), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path).figures
     assert figures["valid_roc_auc"] > 0.8
 
 
@@ -78,7 +76,7 @@ def test_test_labels_change_no_parameter(distilled, tiny, quick, tmp_path):
     flipped = [row | ({"grade": 2 - row["grade"]} if row["split"] == "test" else {}) for row in rows]
     pairs = write_pairs(tmp_path / "pairs", flipped)
     out = tmp_path / "out"
-    distill(quick(gold_only_baseline=True, epochs=6), tiny["base"], pairs, tiny["annotations"], out, None)
+    distill(quick(gold_only_baseline=True, epochs=6), tiny["base"], pairs, tiny["annotations"], out)
     for name in ("model.safetensors", "student.json", "tokenizer.json"):
         assert (out / "model" / name).read_bytes() == (distilled / "model" / name).read_bytes(), name
     before, after = (json.loads((p / "evaluation.json").read_text()) for p in (distilled, out))
@@ -90,7 +88,7 @@ def test_test_labels_change_no_parameter(distilled, tiny, quick, tmp_path):
 def test_valid_labels_do_change_the_calibration(distilled, tiny, quick, tmp_path):
     rows = [row | ({"grade": 2 - row["grade"]} if row["split"] == "valid" else {}) for row in make_rows()]
     pairs = write_pairs(tmp_path / "pairs", rows)
-    distill(quick(epochs=6), tiny["base"], pairs, tiny["annotations"], tmp_path / "out", None)
+    distill(quick(epochs=6), tiny["base"], pairs, tiny["annotations"], tmp_path / "out")
     cards = [json.loads((p / "model" / "student.json").read_text()) for p in (distilled, tmp_path / "out")]
     assert cards[0]["temperature"] != cards[1]["temperature"]
 
@@ -107,7 +105,7 @@ def test_the_rate_rises_stays_and_falls():
 def test_a_killed_training_ends_as_an_uninterrupted_one(tiny, quick, tmp_path, monkeypatch):
     config = quick(epochs=4, patience=4)
     arguments = (config, tiny["base"], tiny["pairs"], tiny["annotations"])
-    whole = distill(*arguments, tmp_path / "whole", None)
+    whole = distill(*arguments, tmp_path / "whole")
     real = fit_module._epoch
 
     def killed(*args):
@@ -117,7 +115,7 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(tiny, quick, tmp_path, m
 
     monkeypatch.setattr(fit_module, "_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
-        distill(*arguments, tmp_path / "cut", None)
+        distill(*arguments, tmp_path / "cut")
     seen = []
 
     def counted(*args):
@@ -125,19 +123,19 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(tiny, quick, tmp_path, m
         return real(*args)
 
     monkeypatch.setattr(fit_module, "_epoch", counted)
-    resumed = distill(*arguments, tmp_path / "cut", None)
+    resumed = distill(*arguments, tmp_path / "cut")
     assert seen == [2, 3]
     assert resumed == whole
-    lines = [(p / "metrics.jsonl").read_text() for p in (tmp_path / "whole", tmp_path / "cut")]
-    assert lines[0] == lines[1]
+    lines = [metric_lines(p / "metrics.jsonl") for p in (tmp_path / "whole", tmp_path / "cut")]
+    assert [line | {"time": 0} for line in lines[0]] == [line | {"time": 0} for line in lines[1]]
     assert not (tmp_path / "cut" / "checkpoints").exists()
     # Other settings do not go on from a checkpoint that is not theirs.
     monkeypatch.setattr(fit_module, "_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
-        distill(*arguments, tmp_path / "other", None)
+        distill(*arguments, tmp_path / "other")
     monkeypatch.setattr(fit_module, "_epoch", counted)
     seen.clear()
-    distill(quick(epochs=3, seed=1), *arguments[1:], tmp_path / "other", None)
+    distill(quick(epochs=3, seed=1), *arguments[1:], tmp_path / "other")
     assert seen == [0, 1, 2]
 
 
@@ -150,7 +148,7 @@ def test_early_stopping_keeps_the_best_epoch(tiny, quick, tmp_path, monkeypatch)
         return next(scores), {"valid_loss": 1.0}
 
     monkeypatch.setattr(fit_module, "_validate", validate)
-    distill(quick(epochs=5, patience=2), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None)
+    distill(quick(epochs=5, patience=2), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
     card = json.loads((tmp_path / "model" / "student.json").read_text())
     assert (card["epochs"], card["best_epoch"]) == (4, 2)
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -159,11 +157,8 @@ def test_early_stopping_keeps_the_best_epoch(tiny, quick, tmp_path, monkeypatch)
 
 def test_margin_balance_and_temperature_options_run(tiny, quick, tmp_path):
     config = quick(epochs=1, margin_weight=0.5, class_balance=0.5, distill_temperature=2.0)
-    seen: list[dict[str, float]] = []
-    distill(
-        config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, lambda step, values: seen.append(values)
-    )
-    assert any("student/valid_roc_auc" in values for values in seen)
+    distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
+    assert any("valid_roc_auc" in line for line in MetricsLog(tmp_path / "metrics.jsonl").read("student"))
 
 
 def test_reasons_teach_and_are_not_needed_afterwards(tiny, quick, tmp_path):
@@ -173,7 +168,7 @@ def test_reasons_teach_and_are_not_needed_afterwards(tiny, quick, tmp_path):
 
     def weights(name: str, annotations: list[dict], chosen=config) -> dict[str, np.ndarray]:
         folder = write_annotations(tmp_path / f"annotations-{name}", annotations)
-        distill(chosen, tiny["base"], tiny["pairs"], folder, tmp_path / name, None)
+        distill(chosen, tiny["base"], tiny["pairs"], folder, tmp_path / name)
         return load_file(tmp_path / name / "model" / "model.safetensors")
 
     with_reasons = weights("right", right)
@@ -190,27 +185,17 @@ def test_reasons_longer_than_the_encoder_reads_are_refused(tiny, quick, tmp_path
     rows = [row | {"reasoning": "kettle " * 600} for row in annotate_pool(make_rows())]
     annotations = write_annotations(tmp_path / "annotations", rows)
     with pytest.raises(ContractError, match=r"lower student.reason_length"):
-        distill(
-            quick(contrastive_weight=1.0, reason_length=512), tiny["base"], tiny["pairs"], annotations, tmp_path, None
-        )
-
-
-def test_a_failing_listener_stops_nothing(tiny, quick, tmp_path):
-    def down(step, values):
-        raise OSError("no server")
-
-    distill(quick(epochs=1), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, down)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) > 1
+        distill(quick(contrastive_weight=1.0, reason_length=512), tiny["base"], tiny["pairs"], annotations, tmp_path)
 
 
 def test_gold_only_and_annotations_only(tiny, quick, tmp_path):
     rows = make_rows()
-    gold = distill(quick(epochs=1), tiny["base"], tiny["pairs"], None, tmp_path / "gold", None).figures
+    gold = distill(quick(epochs=1), tiny["base"], tiny["pairs"], None, tmp_path / "gold").figures
     assert (gold["n_gold"], gold["n_annotated"]) == (48, 0)
     no_gold = [row | ({"grade": None} if row["split"] == "train" else {}) for row in rows]
     pairs = write_pairs(tmp_path / "pairs", no_gold)
     config = quick(epochs=1, gold_only_baseline=True)
-    soft = distill(config, tiny["base"], pairs, tiny["annotations"], tmp_path / "soft", None).figures
+    soft = distill(config, tiny["base"], pairs, tiny["annotations"], tmp_path / "soft").figures
     assert (soft["n_gold"], soft["n_annotated"]) == (0, 48)
     assert "gold_only_roc_auc" not in soft
 
@@ -219,7 +204,7 @@ def test_the_teacher_is_measured_where_it_annotated_test_rows(tiny, quick, tmp_p
     rows = make_rows()
     test_rows = [row | {"split": "pool"} for row in rows if row["split"] == "test"][:20]
     annotations = write_annotations(tmp_path / "annotations", annotate_pool(rows) + annotate_pool(test_rows))
-    distill(quick(epochs=1), tiny["base"], tiny["pairs"], annotations, tmp_path / "out", None)
+    distill(quick(epochs=1), tiny["base"], tiny["pairs"], annotations, tmp_path / "out")
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     teacher = next(s for s in evaluation["systems"] if s["name"] == "teacher")
     assert teacher["n"] == 20
@@ -230,13 +215,13 @@ def test_the_teacher_is_measured_where_it_annotated_test_rows(tiny, quick, tmp_p
 def test_without_grades_to_measure_against_it_says_so(tiny, quick, tmp_path, split):
     rows = [row | ({"grade": None} if row["split"] == split else {}) for row in make_rows()]
     with pytest.raises(ContractError, match=f"split '{split}'"):
-        distill(quick(), tiny["base"], write_pairs(tmp_path / "p", rows), tiny["annotations"], tmp_path / "out", None)
+        distill(quick(), tiny["base"], write_pairs(tmp_path / "p", rows), tiny["annotations"], tmp_path / "out")
 
 
 def test_valid_of_one_class_still_trains(tiny, quick, tmp_path):
     rows = [row | ({"grade": 2} if row["split"] == "valid" else {}) for row in make_rows()]
     pairs = write_pairs(tmp_path / "p", rows)
-    figures = distill(quick(epochs=1), tiny["base"], pairs, tiny["annotations"], tmp_path / "out", None).figures
+    figures = distill(quick(epochs=1), tiny["base"], pairs, tiny["annotations"], tmp_path / "out").figures
     assert "valid_roc_auc" not in figures
     assert "test_roc_auc" in figures
 
@@ -250,17 +235,17 @@ def test_bad_bases_are_refused_in_one_sentence(tiny, quick, tmp_path):
             make_encoder(tiny["pairs"], base, "tiny", 0)
             (base / "config.json").write_text(json.dumps(text))
         with pytest.raises(ContractError):
-            distill(config, base, tiny["pairs"], tiny["annotations"], tmp_path / "out", None)
+            distill(config, base, tiny["pairs"], tiny["annotations"], tmp_path / "out")
 
 
 def test_a_diverging_training_stops(tiny, quick, tmp_path):
     config = quick(epochs=3, log_every=1).model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
     with pytest.raises(ContractError, match="learning_rate"):
-        distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None)
+        distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
 
 
 def test_two_students_are_compared_on_shared_rows(distilled, tiny, quick, tmp_path):
-    distill(quick(epochs=1, seed=3), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path, None)
+    distill(quick(epochs=1, seed=3), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
     found = compare_students(distilled, tmp_path, relevant_from=1, n_boot=100)
     assert found.n == 48
     assert found.low <= found.difference <= found.high

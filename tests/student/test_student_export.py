@@ -11,14 +11,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from data.schema import ContractError, read_table
+from data.contracts import ContractError, read_table
 from student import export as export_module
-from student import serve
+from student import scorer
 from student.config import ExportConfig, ScoreConfig
 from student.dataset import read_examples
 from student.export import export_student
 from student.model import load_classifier, predict_logits
-from student.serve import Scorer, softmax
+from student.scorer import Scorer, softmax
 
 from .conftest import make_rows, write_pairs
 
@@ -61,7 +61,7 @@ def test_batch_and_length_are_dynamic(exported, distilled, tiny, batch, length):
     got = session.run(None, inputs)[0]
     import torch
 
-    from data.schema import GradeScale
+    from data.contracts import GradeScale
 
     model = load_classifier(distilled / "model", GradeScale.load(tiny["pairs"]), max_length=32, seed=0)
     with torch.inference_mode():
@@ -121,11 +121,11 @@ def test_the_folder_scores_without_the_product(exported, tmp_path):
 )
 def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(exported, monkeypatch, capsys, line, told):
     good = b'{"query": "red kettle", "ad_title": "red kettle", "ad_text": null, "attributes": {"colour": "red"}}'
-    monkeypatch.setattr(serve, "__file__", str(exported[0] / "score.py"))
+    monkeypatch.setattr(scorer, "__file__", str(exported[0] / "score.py"))
     monkeypatch.setattr(sys, "argv", ["score.py"])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(good + b"\n" + line + b"\n" + good)))
     with pytest.raises(SystemExit, match=re.escape(told)) as stopped:
-        serve.main()
+        scorer.main()
     assert "\n" not in str(stopped.value)
     assert len(capsys.readouterr().out.splitlines()) == 1
 
@@ -133,7 +133,7 @@ def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(exp
 def test_the_command_names_an_unknown_precision(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["score.py", "int4"])
     with pytest.raises(SystemExit, match="no precision 'int4'; give fp32 or int8"):
-        serve.main()
+        scorer.main()
 
 
 def test_a_moved_probability_fails_the_export(distilled, tiny, tmp_path, monkeypatch):
@@ -183,9 +183,9 @@ def test_a_folder_that_is_no_student_is_refused(tiny, tmp_path):
 
 
 def test_prediction_does_not_depend_on_the_batch(distilled, tiny):
-    from data.schema import GradeScale
+    from data.contracts import GradeScale
     from student.dataset import tokenize
-    from student.serve import load_tokenizer
+    from student.scorer import load_tokenizer
 
     scale = GradeScale.load(tiny["pairs"])
     rows = read_examples(tiny["pairs"], scale, "test")
@@ -197,7 +197,7 @@ def test_prediction_does_not_depend_on_the_batch(distilled, tiny):
 
 @pytest.mark.spark
 def test_spark_scores_a_table_once(spark, exported, tiny, tmp_path):
-    from data.schema import SCORES
+    from data.contracts import SCORES
     from pipeline.score import score
 
     export, _ = exported

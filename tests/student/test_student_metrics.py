@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, ndcg_score, roc_auc_score
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from student import metrics
 from student.calibration import best_f1_threshold, fit_calibration
 from student.resampling import ranked
-from student.serve import softmax
+from student.scorer import softmax
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.schema import PAIRS, RATIONALES
+from data.contracts import PAIRS, RATIONALES
 
 
 def write_pairs(folder, rows=300):

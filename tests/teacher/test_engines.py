@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from teacher.engines.base import EngineConfig, Sampling, open_engine, prompt_seed
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45, 46, 47, 48], [9], [100, 101, 102, 103, 104]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from teacher.math_task import load_problems, math_judge
 
 MATH = Path(__file__).resolve().parents[3] / "shared" / "data" / "math"

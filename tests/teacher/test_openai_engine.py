@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from teacher.engines.base import EngineConfig, Sampling, open_engine
 from teacher.engines.transformers_engine import load_transformers
 

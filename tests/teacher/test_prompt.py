@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.schema import PAIRS, ContractError, Grade, GradeScale
+from data.contracts import PAIRS, ContractError, Grade, GradeScale
 from teacher.config import PromptConfig
 from teacher.prompt import Prompt, PromptWriter, as_data, load_prompt, save_prompt, special_tokens
 from teacher.rationale import compare_words

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
-from data.schema import ContractError
+from data.contracts import ContractError
 from teacher.advantages import ESTIMATORS
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
 from teacher.policy import estimator
@@ -100,8 +100,7 @@ def test_the_loss_gets_our_advantages(decoder, tmp_path):
 
 
 def test_train_teacher_leaves_a_complete_folder(decoder, pairs, tmp_path):
-    heard = []
-    result = train_teacher(TINY, decoder, pairs, tmp_path, lambda step, values: heard.append((step, values)))
+    result = train_teacher(TINY, decoder, pairs, tmp_path)
     names = {file.name for file in (tmp_path / "model").iterdir()}
     assert {
         "model.safetensors",
@@ -115,7 +114,6 @@ def test_train_teacher_leaves_a_complete_folder(decoder, pairs, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["phase"] == "agpo"] == [1, 2, 3, 4]
     assert {"accuracy", "entropy", "parse_rate", "groups/mixed"} <= set(lines[-2])
-    assert len(heard) == len(lines)
     assert json.loads((tmp_path / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
     assert {"base/accuracy", "warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
 
@@ -141,15 +139,21 @@ def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(decoder
     script = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
+        from data.contracts import MetricsLog
         from teacher.config import TeacherConfig
         from teacher.train import train_teacher
 
-        def die(step, values):
-            if step == 3 and any(name.startswith("agpo/") for name in values):
+        write = MetricsLog.write
+
+        def die(self, phase, step, values):
+            write(self, phase, step, values)
+            if (phase, step) == ("agpo", 3):
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        MetricsLog.write = die
+
         config = TeacherConfig.model_validate_json({TINY.model_dump_json()!r})
-        train_teacher(config, Path({str(decoder)!r}), Path({str(pairs)!r}), Path({str(broken)!r}), die)
+        train_teacher(config, Path({str(decoder)!r}), Path({str(pairs)!r}), Path({str(broken)!r}))
     """)
     killed = subprocess.run([sys.executable, "-c", script], check=False, env=dict(os.environ), capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
@@ -250,16 +254,14 @@ def test_a_rollout_server_is_refused_without_a_gpu(decoder, pairs, tmp_path):
 
 def test_two_processes_train_one_teacher(decoder, pairs, tmp_path):
     """Through accelerate, on the CPU (gloo) as on several GPUs (NCCL)."""
-    heard = []
     agpo = TINY.agpo.model_copy(update={"micro_batch": 4})
     config = TINY.model_copy(update={"processes": 2, "agpo": agpo})
-    result = train_teacher(config, decoder, pairs, tmp_path, lambda step, values: heard.append((step, values)))
+    result = train_teacher(config, decoder, pairs, tmp_path)
     assert {"warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
     assert json.loads((tmp_path / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["phase"] == "agpo"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]  # by one process, not by each
-    assert len(heard) == len(lines)
     # a step is still 8 completions of 2 prompts, of which each process made one
     assert steps[0]["sampled_tokens"] == 8 * steps[0]["completions/mean_length"]
     assert not (tmp_path / "launch.json").exists()

@@ -1,0 +1,52 @@
+"""What every room agrees on: errors, the config base, table schemas, the scale, files, the metrics log, progress.
+
+The one package of this room that other rooms import; light on purpose (pyarrow and pydantic only).
+"""
+
+from data.contracts.config import Config
+from data.contracts.errors import ContractError, Unavailable, first_line
+from data.contracts.files import digest, digest_files, read_json, write_json, write_text
+from data.contracts.metrics_log import MetricsLog, metric_lines
+from data.contracts.progress import OnProgress, log_progress, on_progress
+from data.contracts.scale import Grade, GradeScale
+from data.contracts.tables import (
+    ANNOTATIONS,
+    DISAGREEMENT,
+    FREQUENCIES,
+    PAIRS,
+    RATIONALES,
+    SCORES,
+    SPLITS,
+    STRATA,
+    check_schema,
+    read_table,
+)
+
+__all__ = [
+    "ANNOTATIONS",
+    "DISAGREEMENT",
+    "FREQUENCIES",
+    "PAIRS",
+    "RATIONALES",
+    "SCORES",
+    "SPLITS",
+    "STRATA",
+    "Config",
+    "ContractError",
+    "Grade",
+    "GradeScale",
+    "MetricsLog",
+    "OnProgress",
+    "Unavailable",
+    "check_schema",
+    "digest",
+    "digest_files",
+    "first_line",
+    "log_progress",
+    "metric_lines",
+    "on_progress",
+    "read_json",
+    "read_table",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,17 @@
+"""The errors that are messages for a person."""
+
+from __future__ import annotations
+
+
+class ContractError(ValueError):
+    """Input that a person must mend: one sentence with the cause and the remedy, shown without a traceback."""
+
+
+class Unavailable(ContractError):
+    """An outside service does not answer: the same work may succeed later, and what was done so far is kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 300 characters; its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,51 @@
+"""Small files and fingerprints: JSON that is there whole or not at all, digests of values and of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data.contracts.errors import ContractError
+
+
+def digest(value: object) -> str:
+    """SHA-256 (first 16 hex digits) of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """SHA-256 (first 16 hex digits) over the names and the content of files, in the order given."""
+    hashed = hashlib.sha256()
+    for file in files:
+        hashed.update(file.name.encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            hashed.update(hashlib.file_digest(content, "sha256").digest())
+    return hashed.hexdigest()[:16]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises `FileNotFoundError`, and `ContractError` when the file is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ContractError(f"{path} is damaged ({error}); run its stage again") from None
+    if not isinstance(found, dict):
+        raise ContractError(f"{path} is damaged (no JSON object); run its stage again")
+    return found

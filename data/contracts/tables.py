@@ -1,0 +1,129 @@
+"""The tables that pass between the rooms: their Arrow schemas, and reading one that must match its schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from data.contracts.errors import ContractError
+
+SPLITS = ("train", "valid", "test", "pool")
+STRATA = ("head", "torso", "tail")
+
+PAIRS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("ad_title", pa.string(), nullable=False),
+        pa.field("ad_text", pa.string()),
+        pa.field("attributes", pa.map_(pa.string(), pa.string())),
+        pa.field("grade", pa.int32()),
+        pa.field("grade_raw", pa.float64()),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+# Optional companion of `pairs`: the source's own reason for a label. Only rows of split `train` have one.
+RATIONALES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("reasoning", pa.string(), nullable=False),
+    ]
+)
+
+# Optional companion of `pairs`: what is left of several labels of one pair, or of a source that publishes their variance.
+DISAGREEMENT = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("n_labels", pa.int32(), nullable=False),
+        pa.field("grade_min", pa.int32()),
+        pa.field("grade_max", pa.int32()),
+        pa.field("rating_variance", pa.float64()),
+    ]
+)
+
+# Optional companion of `pairs`: how often a pair from a log was seen, and the stratum of its query.
+FREQUENCIES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("frequency", pa.float64(), nullable=False),
+        pa.field("stratum", pa.string(), nullable=False),
+    ]
+)
+
+ANNOTATIONS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("annotation_key", pa.string(), nullable=False),
+        pa.field("grade", pa.int32()),
+        pa.field("grade_probs", pa.list_(pa.float64())),
+        pa.field("reasoning", pa.string()),
+        pa.field("votes", pa.list_(pa.int32()), nullable=False),
+        pa.field("agreement", pa.float64()),
+        pa.field("n_samples", pa.int32(), nullable=False),
+        pa.field("n_unparsed", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("prompt_tokens", pa.int64(), nullable=False),
+        pa.field("completion_tokens", pa.int64(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("p_relevant", pa.float64(), nullable=False),
+        pa.field("grade_probs", pa.list_(pa.float64()), nullable=False),
+        pa.field("model_version", pa.string(), nullable=False),
+    ]
+)
+
+
+def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Raise `ContractError` naming the first column of `expected` that `found` lacks or holds with another type.
+
+    Extra columns are refused too: a table is exactly its contract. Nullability is not compared, since Parquet writers
+    differ in what they declare.
+    """
+    for field in expected:
+        index = found.get_field_index(field.name)
+        if index < 0:
+            raise ContractError(f"{where}: column '{field.name}' is missing (expected {field.type})")
+        actual = found.field(index).type
+        if actual != field.type and not _same_up_to_child_names(actual, field.type):
+            raise ContractError(f"{where}: column '{field.name}' is {actual}, expected {field.type}")
+    for name in found.names:
+        if name not in expected.names:
+            raise ContractError(f"{where}: unexpected column '{name}'")
+
+
+def read_table(
+    path: Path, schema: pa.Schema, *, columns: list[str] | None = None, where: pads.Expression | None = None
+) -> pa.Table:
+    """Read a Parquet file or folder that must match `schema`; raises `ContractError` otherwise.
+
+    Parameters: `columns` keeps only those, `where` is an Arrow filter that is pushed down to the files.
+    """
+    if not path.exists():
+        raise ContractError(f"{path} does not exist")
+    # Names starting with "_" or "." are markers and files being written; Arrow skips them.
+    dataset = pads.dataset(path, format="parquet")
+    if not dataset.files:
+        return schema.empty_table().select(columns or schema.names)
+    check_schema(dataset.schema, schema, str(path))
+    return dataset.to_table(columns=columns or schema.names, filter=where)
+
+
+def _same_up_to_child_names(a: pa.DataType, b: pa.DataType) -> bool:
+    """List and map children are named differently by Spark and Arrow ("element" and "item"): compare their types."""
+    if pa.types.is_list(a) and pa.types.is_list(b):
+        return a.value_type == b.value_type
+    if pa.types.is_map(a) and pa.types.is_map(b):
+        return a.key_type == b.key_type and a.item_type == b.item_type
+    if pa.types.is_timestamp(a) and pa.types.is_timestamp(b):
+        return a.tz == b.tz  # Spark and pandas choose different units
+    return False

@@ -1,0 +1,1 @@
+"""The annotation job: a teacher labels pairs, as a Spark job over engines."""

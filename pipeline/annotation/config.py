@@ -1,0 +1,46 @@
+"""Settings of the annotation job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from data.contracts import Config
+from teacher.engines.base import EngineConfig
+
+
+class AnnotateConfig(Config):
+    split: Literal["train", "valid", "test", "pool"] = "pool"
+    """Which pairs the teacher labels."""
+    limit: int = Field(default=0, ge=0)
+    """At most so many pairs, the first in the order of their ids; 0 takes all."""
+    n: int = Field(default=4, ge=1, le=256)
+    """Completions sampled for a pair; their grades are its votes."""
+    temperature: float = Field(default=0.7, ge=0, le=5)
+    """Sampling temperature; 0 is greedy (then one sample is enough)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probabilities reach this sum."""
+    max_tokens: int = Field(default=0, ge=0, le=100_000)
+    """Longest completion in tokens; 0 takes the length that the teacher was trained with."""
+    window: int = Field(default=512, ge=1, le=1_000_000)
+    """Pairs that an engine has under way, started and not yet committed: what a kill loses at most. They are committed in
+    files of a quarter of it. An engine is kept busy by at least twice `max_num_seqs` / n (or, of servers, twice
+    `concurrency` × servers)."""
+    engines: int = Field(default=1, ge=1, le=10_000)
+    """Engines at work at the same time, one partition and one worker process each; on GPUs one for each."""
+    partitions: int = Field(default=0, ge=0, le=1_000_000)
+    """Partitions of the job; 0 makes one for each engine. A few times as many even out engines of unequal speed, on a
+    cluster that has no more task slots than engines (a worker keeps its engine for its next partition)."""
+    engine: EngineConfig = EngineConfig()
+    """Which engine, and its memory."""
+    max_files: int = Field(default=1000, ge=1)
+    """When a run has finished and its annotations lie in more files than this, small ones are merged."""
+    file_rows: int = Field(default=1_000_000, ge=2)
+    """Rows of a merged file, about."""
+    max_failed_share: float = Field(default=0.05, ge=0, le=1)
+    """The job fails (after keeping everything it made) when more than this share of its pairs failed."""
+    retry_failed: bool = False
+    """First drop the rows with status `failed`, so that they are tried again."""
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Seed of the sampling; with the same seed a pair gets the same completions again."""

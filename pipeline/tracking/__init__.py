@@ -1,0 +1,1 @@
+"""The record of runs in MLflow: runs, datasets, registered models, the champion."""

@@ -1,0 +1,405 @@
+"""The annotation job: windows, commits, reruns, bad rows, figures; and once for real, Spark over vLLM."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.contracts import ANNOTATIONS, PAIRS, ContractError, Grade, GradeScale, read_table
+from pipeline.annotation import job as job_module
+from pipeline.annotation import worker
+from pipeline.annotation.config import AnnotateConfig
+from pipeline.annotation.job import annotation_key, drop_failed
+from pipeline.annotation.metrics import quality, table_figures
+from pipeline.annotation.plan import missing
+from pipeline.annotation.store import TEMPORARY, files_of, part_path, take_over
+from pipeline.annotation.worker import Job, Stream, Teacher, annotate_partition, parts
+from teacher.config import PromptConfig
+from teacher.engines.base import Completion, EngineConfig, Sampling
+from teacher.reading import AnswerReader
+
+SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in range(4)), relevant_from=2)
+KEY = "0123456789abcdef"
+
+
+class CharTokenizer:
+    """A made-up tokenizer: one token for each character."""
+
+    def decode(self, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
+        return "".join(chr(i) for i in ids)
+
+    def convert_ids_to_tokens(self, token):
+        return chr(token)
+
+    def convert_tokens_to_ids(self, spelt):
+        return ord(spelt) if len(spelt) == 1 else None
+
+
+class FakeEngine:
+    """A made-up engine: answers with the grade that the prompt's last character spells, `at_once` prompts at a time."""
+
+    max_model_len = 60
+
+    def __init__(self, refuses=lambda text: False, at_once=3):
+        self.seen: list[str] = []
+        self.refuses = refuses
+        self.at_once = at_once
+        self.queue: list = []
+        self.most = 0
+
+    def submit(self, tag, prompt, sampling):
+        self.queue.append((tag, "".join(map(chr, prompt)), sampling))
+        self.most = max(self.most, len(self.queue))
+
+    def finished(self):
+        batch, self.queue = self.queue[: self.at_once], self.queue[self.at_once :]
+        self.seen += [text for _, text, _ in batch]
+        return [
+            (tag, ValueError("refused") if self.refuses(text) else [self.answer(text[-1])] * sampling.n)
+            for tag, text, sampling in reversed(batch)
+        ]
+
+    def answer(self, letter):
+        text = f"why <answer>{letter}</answer>"
+        return Completion(text, [ord(c) for c in text], "stop", None)
+
+    def cancel(self):
+        self.queue = []
+
+    def close(self): ...
+
+
+def texts_of(rows):
+    return [[ord(c) for c in f"{row['query']}|{row['ad_title']}"] for row in rows]
+
+
+def made_up_teacher(prompts=texts_of, **how) -> Teacher:
+    return Teacher(FakeEngine(**how), prompts, AnswerReader(CharTokenizer(), 4), 4)
+
+
+def job_for(out: Path, window: int = 16) -> Job:
+    """A job in a folder that it owns; its parts are of a quarter of the window."""
+    sampling = Sampling(n=2, max_tokens=20)
+    return Job(KEY, "teacher", str(out), take_over(out), EngineConfig(), sampling, window, 1, worker.start_teacher)
+
+
+def annotated_rows(out: Path, teacher: Teacher, rows: list[dict]) -> list[dict]:
+    """The rows that come of one part."""
+    stream = Stream(job_for(out), teacher)
+    stream.put(out / "part.parquet", rows)
+    assert stream.advance() == [len(rows)]
+    return pq.read_table(out / "part.parquet", schema=ANNOTATIONS).to_pylist()
+
+
+def visible(out: Path) -> list[Path]:
+    return sorted(out.glob("[!_]*"))
+
+
+def pair(number: int, title: str = "ad 3", query: str | None = None, grade: int | None = None) -> dict:
+    return {
+        "pair_id": f"p{number:04d}",
+        "query": query or f"query {number}",
+        "ad_title": title,
+        "ad_text": None,
+        "attributes": None,
+        "grade": grade,
+        "grade_raw": None,
+        "split": "pool",
+        "source": "test",
+    }
+
+
+def batches(rows: list[dict], size: int = 3):
+    return pa.Table.from_pylist(rows, schema=PAIRS).to_batches(max_chunksize=size)
+
+
+def write_pairs(folder: Path, rows: list[dict]) -> Path:
+    (folder / "pairs").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), folder / "pairs" / "part.parquet")
+    SCALE.save(folder)
+    return folder
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    teacher = made_up_teacher()
+    monkeypatch.setattr(worker, "load_teacher", lambda job: teacher)
+    return teacher
+
+
+def test_parts_cut_across_batches():
+    found = [[row["pair_id"] for row in part] for part in parts(batches([pair(i) for i in range(11)]), 4)]
+    assert [len(part) for part in found] == [4, 4, 3]
+    assert [name for part in found for name in part] == [f"p{i:04d}" for i in range(11)]
+
+
+def test_every_part_is_a_file_of_the_contract(tmp_path, loaded):
+    summaries = list(annotate_partition(job_for(tmp_path), batches([pair(i) for i in range(10)])))
+    assert sorted(batch["rows"][0].as_py() for batch in summaries) == [2, 4, 4]
+    assert len(files_of(tmp_path, KEY)) == len(visible(tmp_path)) == 3
+    table = read_table(tmp_path, ANNOTATIONS)
+    assert sorted(table["pair_id"].to_pylist()) == [f"p{i:04d}" for i in range(10)]
+    row = table.to_pylist()[0]
+    assert (row["status"], row["grade"], row["votes"], row["agreement"], row["error"]) == ("ok", 3, [3, 3], 1.0, "")
+    assert row["grade_probs"] == [0, 0, 0, 1]
+    assert row["reasoning"] == "why"
+
+
+def test_the_engine_is_fed_across_parts_and_no_more_than_a_window_is_under_way(tmp_path, loaded):
+    rows = [pair(i) for i in range(50)]
+    job = job_for(tmp_path)
+    waiting, committed = [], 0
+    finished = loaded.engine.finished
+
+    def watched():
+        waiting.append(len(loaded.engine.queue))
+        assert len(loaded.engine.seen) + waiting[-1] - committed <= job.window
+        return finished()
+
+    loaded.engine.finished = watched
+    for summary in annotate_partition(job, batches(rows)):
+        committed += summary["rows"][0].as_py()
+    # Until the last prompts go in there is always more waiting than the engine takes: it never runs dry between parts.
+    assert min(waiting[:-4]) > loaded.engine.at_once
+    assert loaded.engine.most == job.window
+
+
+def test_a_kill_loses_at_most_a_window_and_a_retry_repeats_none(tmp_path, loaded, monkeypatch):
+    rows = [pair(i) for i in range(48)]
+    real, committed = worker.commit, []
+
+    def dying_commit(path, table, run):
+        if len(committed) == 7:
+            (path.parent / f"{TEMPORARY}half").write_bytes(b"PAR1 and then the power went")
+            raise KeyboardInterrupt
+        committed.append(path)
+        real(path, table, run)
+
+    monkeypatch.setattr(worker, "commit", dying_commit)
+    with pytest.raises(KeyboardInterrupt):
+        list(annotate_partition(job_for(tmp_path), batches(rows)))
+    assert read_table(tmp_path, ANNOTATIONS).num_rows == 28  # and the half file is not seen
+    assert not loaded.engine.queue  # nothing of the dead task is left in the engine, which lives on
+    before = {file: file.stat().st_mtime_ns for file in committed}
+    first = list(loaded.engine.seen)
+    assert len(first) - 28 <= 16
+    monkeypatch.setattr(worker, "commit", real)
+    list(annotate_partition(job_for(tmp_path), batches(rows)))
+    assert len(loaded.engine.seen) == len(first) + 20
+    assert not list(tmp_path.glob(f"{TEMPORARY}*"))
+    assert {file: file.stat().st_mtime_ns for file in committed} == before
+    assert Counter(read_table(tmp_path, ANNOTATIONS)["pair_id"].to_pylist()) == {f"p{i:04d}": 1 for i in range(48)}
+
+
+def test_bad_rows_are_rows(tmp_path):
+    def prompts(rows):
+        made = texts_of(rows)
+        return ["no words" if row["ad_title"] == "none" else ids for row, ids in zip(rows, made, strict=True)]
+
+    teacher = made_up_teacher(prompts, refuses=lambda text: "bad" in text)
+    rows = [pair(i, title="ad 2") for i in range(8)]
+    rows[3] = pair(3, title="bad 1")
+    rows[4] = pair(4, title="long" * 20)
+    rows[5] = pair(5, title="ad 9")
+    rows[6] = pair(6, title="none")
+    made = annotated_rows(tmp_path, teacher, rows)
+    assert [row["pair_id"] for row in made] == [row["pair_id"] for row in rows]
+    assert [row["status"] for row in made] == ["ok", "ok", "ok", "failed", "failed", "unparsed", "failed", "ok"]
+    assert made[3]["error"] == "engine: ValueError: refused"
+    assert made[4]["error"].startswith("too long: ")
+    assert (made[5]["n_unparsed"], made[5]["votes"], made[5]["grade"]) == (2, [], None)
+    assert made[5]["error"] == "no grade in 2 samples, of which 0 were cut off at 20 tokens"
+    assert made[6]["error"] == "prompt: no words"
+
+
+def test_an_error_that_quotes_a_lone_surrogate_can_be_stored(tmp_path):
+    (made,) = annotated_rows(tmp_path, made_up_teacher(lambda rows: ["odd \ud800"]), [pair(0)])
+    assert made["error"] == "prompt: odd ?"
+
+
+def test_an_engine_that_always_fails_stops_the_job(tmp_path):
+    teacher = made_up_teacher(refuses=lambda text: True)
+    with pytest.raises(ContractError, match=r"the engine failed on 32 prompts in a row.*refused"):
+        annotated_rows(tmp_path, teacher, [pair(i) for i in range(40)])
+    # Single prompts that fail are no such thing, however many they are.
+    teacher = made_up_teacher(refuses=lambda text: int(text.split()[1][:-3]) % 3 > 0)
+    made = annotated_rows(tmp_path, teacher, [pair(i) for i in range(60)])
+    assert Counter(row["status"] for row in made) == {"failed": 40, "ok": 20}
+
+
+def test_equal_prompts_are_generated_once(tmp_path, loaded):
+    rows = [pair(i, query="same" if i < 13 else None) for i in range(20)]
+    list(annotate_partition(job_for(tmp_path), batches(rows)))
+    assert Counter(loaded.engine.seen)["same|ad 3"] == 1
+    assert len(loaded.engine.seen) == 8
+    made = read_table(tmp_path, ANNOTATIONS).to_pylist()
+    assert sorted((row["pair_id"], row["grade"]) for row in made) == [(f"p{i:04d}", 3) for i in range(20)]
+
+
+@pytest.mark.spark
+def test_figures_and_fingerprint_do_not_depend_on_the_files(tmp_path, spark, loaded):
+    rows = [pair(i, title=f"ad {i % 4}", grade=(i % 4 if i < 6 else 0)) for i in range(8)]
+    rows.append(pair(8, title="long" * 20))
+    pairs = write_pairs(tmp_path / "data", rows)
+    prints = []
+    for name, size, order in (("a", 8, 1), ("b", 20, -1)):
+        out = tmp_path / name
+        list(annotate_partition(job_for(out, window=size), batches(rows[::order])))
+        fingerprint, figures, reasons = table_figures(spark, out, KEY, pairs, "pool")
+        prints.append(fingerprint)
+        assert (figures["pairs"], figures["ok"], figures["failed"], figures["unparsed"]) == (9, 8, 1, 0)
+        assert figures["accuracy"] == pytest.approx(6 / 8)
+        assert figures["n_graded"] == 8
+        assert figures["agreement"] == 1.0
+        assert reasons == {"too long: # prompt tokens and # for the answer exceed #": 1}
+    assert prints[0] == prints[1]
+    file = files_of(out, KEY)[0]
+    changed = pq.read_table(file, schema=ANNOTATIONS).to_pylist()
+    changed[0]["reasoning"] = "another"
+    pq.write_table(pa.Table.from_pylist(changed, schema=ANNOTATIONS), file)
+    assert table_figures(spark, out, KEY, pairs, "pool")[0] != prints[0]
+    pq.write_table(pa.Table.from_pylist([*changed, changed[0]], schema=ANNOTATIONS), file)
+    assert table_figures(spark, out, KEY, pairs, "pool")[0] not in prints
+
+
+def test_quality_by_hand():
+    judged = [(0, 0, 0.0, 1), (2, 1, 0.4, 1), (3, 3, 1.0, 1), (1, 1, 0.0, 1)]
+    found = quality(judged, SCALE)
+    assert found["accuracy"] == 0.75
+    assert found["auc"] == 1.0
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
+    assert quality([], SCALE) == {}
+    assert "auc" not in quality(judged[:1], SCALE)
+    many = quality([(*row[:3], 10) for row in judged], SCALE)
+    assert many == pytest.approx({**found, "n_graded": 40.0})
+
+
+def test_failed_rows_are_dropped_to_be_tried_again(tmp_path):
+    teacher = made_up_teacher(refuses=lambda text: "bad" in text)
+    stream = Stream(job_for(tmp_path), teacher)
+    for rows in ([pair(0), pair(1, title="bad 1"), pair(2)], [pair(3, title="bad 2")]):
+        stream.put(part_path(tmp_path, KEY, [row["pair_id"] for row in rows]), rows)
+        stream.advance()
+    run = take_over(tmp_path)
+    assert drop_failed(tmp_path, KEY, run) == 2
+    assert sorted(read_table(tmp_path, ANNOTATIONS)["pair_id"].to_pylist()) == ["p0000", "p0002"]
+    assert len(visible(tmp_path)) == 1
+    assert drop_failed(tmp_path, KEY, run) == 0
+
+
+def make_teacher(pairs: Path, folder: Path) -> Path:
+    from teacher.prompt import Prompt, save_prompt
+    from teacher.scratch import make_decoder
+
+    make_decoder(pairs, folder, "tiny", 0)
+    save_prompt(Prompt(PromptConfig(), SCALE, max_completion_tokens=8), folder, fingerprint="f1")
+    return folder
+
+
+def test_the_key_follows_teacher_prompt_sampling_and_scale(tmp_path):
+    pairs = write_pairs(tmp_path / "data", [pair(i) for i in range(5)])
+    teacher = make_teacher(pairs, tmp_path / "teacher")
+    keys = {annotation_key(teacher, Sampling(n=n, seed=seed)) for n in (1, 2) for seed in (0, 1)}
+    keys.add(annotation_key(teacher, Sampling()))
+    content = json.loads((teacher / "teacher.json").read_text())
+    for change in ({"fingerprint": "f2"}, {"prompt": content["prompt"] | {"guideline": "Be kind."}}):
+        (teacher / "teacher.json").write_text(json.dumps(content | change))
+        keys.add(annotation_key(teacher, Sampling()))
+    (teacher / "teacher.json").write_text(json.dumps(content))
+    SCALE.model_copy(update={"relevant_from": 1}).save(teacher)
+    keys.add(annotation_key(teacher, Sampling()))
+    assert len(keys) == 7  # Sampling() is Sampling(n=1, seed=0)
+
+
+@pytest.mark.spark
+def test_missing_pairs(tmp_path, spark, loaded):
+    rows = [pair(i) for i in range(9)]
+    rows[8]["split"] = "test"
+    pairs, out = write_pairs(tmp_path / "data", rows), tmp_path / "out"
+    out.mkdir()
+    (out / "_stage.json").write_text("{}")
+    config, prompt = AnnotateConfig(), PromptConfig()
+
+    def ids(todo):
+        return sorted(row["pair_id"] for row in todo.collect())
+
+    assert ids(missing(spark, config, prompt, pairs, out, KEY)[0]) == [f"p{i:04d}" for i in range(8)]
+    list(annotate_partition(job_for(out), batches(rows[:4])))
+    todo, wanted, count = missing(spark, config, prompt, pairs, out, KEY)
+    assert (ids(todo), wanted, count) == ([f"p{i:04d}" for i in range(4, 8)], 8, 4)
+    todo, wanted, count = missing(spark, AnnotateConfig(limit=5), prompt, pairs, out, KEY)
+    assert (ids(todo), wanted, count) == (["p0004"], 5, 1)
+    assert missing(spark, config, prompt, pairs, out, "f" * 16)[2] == 8  # another key: all again
+    with pytest.raises(ContractError, match=r"split 'valid' .* has no pairs"):
+        missing(spark, AnnotateConfig(split="valid"), prompt, pairs, out, KEY)
+
+
+@pytest.mark.spark
+def test_attributes_reach_the_worker_as_they_are(tmp_path, spark):
+    entries = {'"{}': "a\\b]", "fox 🦊": "two\nlines\u2028", "nothing": None}
+    rows = [pair(0) | {"attributes": list(entries.items())}, pair(1)]
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    todo, _, _ = missing(spark, AnnotateConfig(), PromptConfig(), pairs, out, KEY)
+    ((first, second),) = parts(todo.orderBy("pair_id").toArrow().to_batches(), 2)
+    assert {entry["key"]: entry["value"] for entry in first["attributes"]} == entries
+    assert second["attributes"] is None
+
+
+@pytest.mark.spark
+@pytest.mark.vllm
+def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypatch):
+    rows = [pair(i, title=f"red shoes {i}", grade=i % 4) for i in range(7)]
+    pairs = write_pairs(tmp_path / "data", rows)
+    teacher = make_teacher(pairs, tmp_path / "teacher")
+    out = tmp_path / "annotations"
+    config = AnnotateConfig(n=2, window=12, engine=EngineConfig(max_model_len=512, max_num_seqs=8))
+    made = job_module.annotate(config, teacher, pairs, out, spark)
+    table = read_table(out, ANNOTATIONS)
+    assert sorted(table["pair_id"].to_pylist()) == [row["pair_id"] for row in rows]
+    # An untrained model cannot answer: its completions are cut off or rubbish, and counted as that.
+    assert set(table["status"].to_pylist()) <= {"unparsed", "ok"}
+    assert made.figures["n_new"] == 7
+    assert made.figures["pairs"] == 7
+    assert made.figures["unparsed"] >= 5
+    assert made.figures["completion_tokens"] > 0
+    assert json.loads((out / "_annotations.json").read_text())["annotation_key"] == made.figures["annotation_key"]
+    files = visible(out)
+
+    def no_engine(*_):
+        raise AssertionError("an engine was started for nothing")
+
+    monkeypatch.setattr(job_module, "_run", no_engine)
+    again = job_module.annotate(config, teacher, pairs, out, spark)
+    assert again.fingerprint == made.fingerprint
+    assert (again.figures["n_new"], again.figures["n_reused"]) == (0, 7)
+    assert visible(out) == files
+
+
+@pytest.mark.spark
+def test_too_many_failures_fail_the_job_after_committing(tmp_path, spark):
+    rows = [pair(i, title="word " * 200) for i in range(3)]
+    pairs = write_pairs(tmp_path / "data", rows)
+    teacher = make_teacher(pairs, tmp_path / "teacher")
+    out = tmp_path / "annotations"
+    config = AnnotateConfig(n=1, engine=EngineConfig(kind="transformers", max_model_len=64))
+    for _ in range(2):  # the second time nothing is left to do, and it is no success either
+        with pytest.raises(ContractError, match=r"3 of 3 annotations failed.*3 × too long: # prompt tokens"):
+            job_module.annotate(config, teacher, pairs, out, spark)
+    assert read_table(out, ANNOTATIONS)["status"].to_pylist() == ["failed"] * 3
+    roomy = AnnotateConfig(n=1, engine=EngineConfig(kind="transformers"), retry_failed=True)
+    figures = job_module.annotate(roomy, teacher, pairs, out, spark).figures
+    assert (figures["failed"], figures["pairs"], figures["n_new"]) == (0, 3, 3)
+
+
+@pytest.mark.spark
+def test_an_error_of_the_contract_in_a_worker_is_one_sentence(tmp_path, spark):
+    pairs = write_pairs(tmp_path / "data", [pair(1)])
+    teacher = make_teacher(pairs, tmp_path / "teacher")
+    config = AnnotateConfig(engine=EngineConfig(kind="openai", urls=("http://127.0.0.1:9/v1",), retries=0))
+    with pytest.raises(ContractError, match=r"^no server answers any more \(http://127.0.0.1:9/v1: [^\n]*\)[^\n]*$"):
+        job_module.annotate(config, teacher, pairs, tmp_path / "out", spark)

@@ -1,0 +1,99 @@
+"""How annotations get into their folder: whole or not at all, from one run at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.contracts import ANNOTATIONS, ContractError, read_table
+from pipeline.annotation.store import DAMAGED, TEMPORARY, commit, files_of, part_path, take_over
+from pipeline.annotation.worker import Answer, table_of
+
+KEY = "0123456789abcdef"
+
+
+def rows(count: int, size: int = 0) -> pa.Table:
+    """Failed rows whose errors are of `size` random letters, which do not compress."""
+    answers = [Answer(None, os.urandom(size).hex(), 0) for _ in range(count)]
+    return table_of(KEY, [f"p{i}" for i in range(count)], answers)
+
+
+def test_a_part_is_named_by_its_pairs(tmp_path: Path):
+    assert part_path(tmp_path, KEY, ["a", "b"]) == part_path(tmp_path, KEY, ["b", "a"])
+    assert part_path(tmp_path, KEY, ["a", "b"]) != part_path(tmp_path, KEY, ["a"])
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path: Path):
+    first = take_over(tmp_path)
+    commit(tmp_path / f"{KEY}-1.parquet", rows(2), first)
+    second = take_over(tmp_path)
+    with pytest.raises(ContractError, match=r"another run .* has taken .* over"):
+        commit(tmp_path / f"{KEY}-2.parquet", rows(2), first)
+    commit(tmp_path / f"{KEY}-3.parquet", rows(2), second)
+    assert [file.name for file in files_of(tmp_path, KEY)] == [f"{KEY}-1.parquet", f"{KEY}-3.parquet"]
+    assert not list(tmp_path.glob(f"{TEMPORARY}*"))
+
+
+def test_what_is_half_written_goes_and_what_is_damaged_is_set_aside(tmp_path: Path):
+    run = take_over(tmp_path)
+    for name in "abc":
+        commit(tmp_path / f"{KEY}-{name}.parquet", rows(50), run)
+    (tmp_path / f"{TEMPORARY}x").write_bytes(b"PAR1")
+    whole = (tmp_path / f"{KEY}-b.parquet").read_bytes()
+    (tmp_path / f"{KEY}-b.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / f"{KEY}-c.parquet").write_bytes(b"")
+    take_over(tmp_path)
+    assert [file.name for file in files_of(tmp_path, KEY)] == [f"{KEY}-a.parquet"]
+    assert read_table(tmp_path, ANNOTATIONS).num_rows == 50
+    assert len(list(tmp_path.glob(f"{DAMAGED}*"))) == 2
+    assert not list(tmp_path.glob(f"{TEMPORARY}*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 1 MiB, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_only_whole_files(small_disk: Path):
+    run = take_over(small_disk)
+
+    def fill() -> None:
+        for number in range(100):
+            commit(small_disk / f"{KEY}-{number}.parquet", rows(10, 10_000), run)
+
+    with pytest.raises(ContractError, match=r"^the disk of .* is full; free some space"):
+        fill()
+    assert not list(small_disk.glob(f"{TEMPORARY}*"))
+    kept = files_of(small_disk, KEY)
+    assert len(kept) >= 3
+    assert read_table(small_disk, ANNOTATIONS).num_rows == 10 * len(kept)
+    kept[0].unlink()
+    kept[1].unlink()
+    commit(small_disk / f"{KEY}-again.parquet", rows(10, 10_000), take_over(small_disk))
+
+
+def test_an_owner_is_told_by_its_process(tmp_path: Path):
+    take_over(tmp_path)
+    code = "import sys, pathlib, pipeline.annotation.store as c; c.take_over(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert json.loads((tmp_path / "_owner.json").read_text())["pid"] != os.getpid()
+
+
+def test_files_of_another_key_are_not_mine(tmp_path: Path):
+    pq.write_table(rows(1), tmp_path / "fedcba9876543210-1.parquet")
+    assert files_of(tmp_path, KEY) == []
+    assert ANNOTATIONS.equals(pq.read_schema(tmp_path / "fedcba9876543210-1.parquet"))
