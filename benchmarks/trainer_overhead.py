@@ -67,7 +67,7 @@ def measure(side: str, steps: int) -> dict[str, Any]:
     from benchmarks import countdown
     from teacher.advantages import agpo
     from teacher.config import TeacherConfig
-    from teacher.train import load_model
+    from teacher.model import load_model
     from teacher.trainer import AGPOTrainer
 
     torch.manual_seed(0)

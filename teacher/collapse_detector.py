@@ -1,4 +1,4 @@
-"""The collapse guard: says when a policy's training has gone wrong, from what was logged.
+"""The collapse detector: says when a policy's training has gone wrong, from what was logged.
 
 Policy gradients on verifiable rewards fail in known ways: the policy repeats one completion (entropy to 0), it dissolves
 into noise (entropy up, answers no longer parse), or the reward falls for good (the paper reports this after hundreds of
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from teacher.config import GuardConfig
+from teacher.config import CollapseConfig
 
 
-def collapse(history: Sequence[dict[str, float]], config: GuardConfig) -> str | None:
+def collapse(history: Sequence[dict[str, float]], config: CollapseConfig) -> str | None:
     """Why the training should stop, in a sentence; None while it may go on.
 
     Args:
         history: the logged values of every step so far, in order: `entropy` (nats per token), `parse_rate` and `accuracy`
-            are looked at, each where it is logged.
+            are judged, each where it is logged.
         config: window and limits. The first window is the measure for the later ones.
     """
     window = config.window

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,9 +39,9 @@ class WarmStartConfig(Config):
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
 
 
-class GuardConfig(Config):
+class CollapseConfig(Config):
     window: int = Field(default=10, ge=0)
-    """Steps whose mean is judged; 0 turns the guard off."""
+    """Steps whose mean is judged; 0 turns the detector off."""
     min_entropy: float = Field(default=0.05, ge=0)
     """Stop when entropy falls below this share of the first window's."""
     max_entropy: float = Field(default=5.0, gt=1)
@@ -53,6 +53,8 @@ class GuardConfig(Config):
 
 
 class AGPOConfig(Config):
+    renamed: ClassVar[dict[str, str]] = {"guard": "collapse"}
+
     steps: int = Field(default=100, ge=0)
     """Optimiser steps; 0 keeps the warm start as it is."""
     max_sampled_tokens: int = Field(default=0, ge=0)
@@ -100,8 +102,8 @@ class AGPOConfig(Config):
     """Where `trl vllm-serve` listens, for rollouts = "vllm-server"."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which an interrupted training resumes."""
-    guard: GuardConfig = GuardConfig()
-    """When to stop a training that collapses; the best evaluated weights are kept then."""
+    collapse: CollapseConfig = CollapseConfig()
+    """When to stop a training that collapses; the teacher then gets the best evaluated weights."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> AGPOConfig:

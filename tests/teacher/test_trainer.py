@@ -19,8 +19,9 @@ from trl import GRPOConfig, GRPOTrainer
 from data.contracts import ContractError
 from teacher.advantages import ESTIMATORS
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
+from teacher.model import load_model
 from teacher.policy import estimator
-from teacher.train import load_model, train_teacher
+from teacher.train import train_teacher
 from teacher.trainer import AGPOTrainer, group_statistics
 
 TINY = TeacherConfig(

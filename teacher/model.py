@@ -1,0 +1,80 @@
+"""The teacher's model folder: loading, adapters, saving, and the fingerprint of its weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.contracts import ContractError, digest_files
+from teacher.config import TeacherConfig
+from teacher.distributed import is_main, local_rank
+from teacher.prompt import PLAIN_CHAT_TEMPLATE
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
+    """The causal language model and tokenizer in `folder`; no remote code, safetensors only.
+
+    Raises `ContractError` when the folder holds no such model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=getattr(torch, config.dtype)
+        )
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+    tokenizer.padding_side = "left"
+    if tokenizer.eos_token_id is None:
+        raise ContractError(f"the tokenizer in {folder} has no end-of-sequence token; choose another model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    if torch.cuda.is_available():
+        model = model.to(f"cuda:{local_rank()}")
+    return model, tokenizer
+
+
+def add_adapters(model: Any, config: TeacherConfig) -> Any:
+    """`model` with LoRA adapters on all linear layers, or as it is when the config asks for none."""
+    if not config.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)
+
+
+def merge_adapters(model: Any) -> Any:
+    """The plain model, with what its adapters learnt added to its weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model folder under a temporary name, then rename: its existence means that it is whole.
+
+    In a training of several processes only the main one writes.
+    """
+    if not is_main():
+        return
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 (16 hex digits) over names and bytes of a model folder's weights and tokenizer files."""
+    return digest_files(f for f in sorted(folder.iterdir()) if f.suffix == ".safetensors" or f.name in _TOKENIZER_FILES)
