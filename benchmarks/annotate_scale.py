@@ -157,9 +157,11 @@ def make_pairs(spark: Any, size: int, out: Path) -> None:
     def word(salt: int) -> Any:
         return F.element_at(words, (F.abs(F.hash("id", F.lit(salt))) % F.lit(11)).cast("int") + 1)
 
+    query = F.concat_ws(" ", word(1), word(2), (F.col("id") % 100_000).cast("string"))
     table = spark.range(size).select(
         F.substring(F.sha2(F.col("id").cast("string"), 256), 1, 20).alias("pair_id"),
-        F.concat_ws(" ", word(1), word(2), (F.col("id") % 100_000).cast("string")).alias("query"),
+        F.substring(F.sha2(query, 256), 1, 20).alias("query_id"),
+        query.alias("query"),
         F.concat_ws(" ", word(3), word(4), word(5), F.lit("best price"), F.col("id").cast("string")).alias("ad_title"),
         F.lit("Order today and get it within two days.").alias("ad_text"),
         F.lit(None).cast("map<string,string>").alias("attributes"),

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as pads
+from data.contracts import SPLITS, write_json, write_text
 
-from data.contracts import SPLITS
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
-
-LANGUAGE_SAMPLE = 2000
-"""Pairs whose language is guessed: the first in id order, which is a random sample, since ids are hashes."""
-
-_LANGUAGE_CHARS = 500
-_LANGUAGES = [
-    *("ar", "bg", "cs", "da", "de", "el", "en", "es", "et", "fa", "fi", "fr", "he", "hi", "hr", "hu", "id", "it", "ja"),
-    *("ko", "lt", "lv", "ms", "nl", "no", "pl", "pt", "ro", "ru", "sk", "sl", "sv", "th", "tr", "uk", "vi", "zh"),
-]
 _ESCAPES = {"<": "&lt;", "&": "&amp;"}
-_TEXTS = ("query", "ad_title", "ad_text")
 
 
 @dataclass(frozen=True)
@@ -40,63 +22,10 @@ class CardTable:
     rows: list[tuple[Any, ...]]
 
 
-def texts_and_labels(pairs: DataFrame) -> dict[str, dict[str, Any]]:
-    """`lengths` in characters of each text (rows that have it, mean, median, 95th percentile, longest), and `labels`: pairs
-    with several ones, with conflicting ones, and with ones more than a grade apart."""
-    from pyspark.sql import functions as F
-
-    apart = F.col("grade_max") - F.col("grade_min")
-    columns = [
-        F.count_if(F.col("n_labels") > 1).alias("several"),
-        F.count_if(apart > 0).alias("conflicting"),
-        F.count_if(apart > 1).alias("far_apart"),
-    ]
-    for name in _TEXTS:
-        length = F.length(name)
-        columns += [
-            F.count(name).alias(f"{name} n"),
-            F.sum(length).alias(f"{name} sum"),
-            F.percentile(length, F.array(F.lit(0.5), F.lit(0.95))).alias(f"{name} percentiles"),
-            F.max(length).alias(f"{name} max"),
-        ]
-    row = pairs.agg(*columns).collect()[0]
-    lengths = {}
-    for name in _TEXTS:
-        if n := row[f"{name} n"]:
-            median, p95 = row[f"{name} percentiles"]
-            mean = round(row[f"{name} sum"] / n, 2)
-            lengths[name] = {"n": n, "mean": mean, "median": median, "p95": p95, "max": row[f"{name} max"]}
-    return {"lengths": lengths, "labels": {name: row[name] for name in ("several", "conflicting", "far_apart")}}
-
-
-def languages(folder: Path) -> dict[str, int]:
-    """Languages of a sample of the ads, by py3langid over title and text; short titles are often taken for a neighbour's."""
-    columns = ["pair_id", "ad_title", "ad_text"]
-    # Every file is sorted by id, so its head is enough.
-    heads = [
-        part.head(LANGUAGE_SAMPLE, columns=columns) for part in pads.dataset(folder, format="parquet").get_fragments()
-    ]
-    if not heads:
-        return {}
-    identifier = _identifier()
-    sample = pa.concat_tables(heads).sort_by("pair_id").slice(0, LANGUAGE_SAMPLE).to_pylist()
-    texts = (f"{row['ad_title']} {row['ad_text'] or ''}"[:_LANGUAGE_CHARS] for row in sample)
-    return dict(Counter(str(identifier.classify(text)[0]) for text in texts).most_common())
-
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    identifier.set_languages(_LANGUAGES)
-    return identifier
-
-
 def write_card(out: Path, card: dict[str, Any]) -> None:
     """Write `card.json` and `card.md`."""
-    (out / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "card.md").write_text(card_markdown(card), encoding="utf-8")
+    write_json(out / "card.json", card)
+    write_text(out / "card.md", card_markdown(card))
 
 
 def card_markdown(card: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ class DataConfig(Config):
 
     path: Path | None = None
     """File to read (`table`: a folder of such files too; `wands`, `esci`: the folder with the published files). `home_depot`
-    and `qbqtc` find theirs without it, in `$ADS_RELEVANCE_DATA` or `../shared/data`."""
+    and `qbqtc` find theirs without it where the environment variable ADS_RELEVANCE_DATA names the folder."""
 
     format: Format = "auto"
     """Format of a `table`; `auto` goes by the file's name: .csv, .tsv, .jsonl (each with .gz too), .parquet."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.dataset as pads
 
-from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, RATIONALES, GradeScale, check_schema
+from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, RATIONALES, GradeScale, check_schema, digest_bytes
 from data.sources.paths import spark_paths
 
 if TYPE_CHECKING:
@@ -24,13 +23,13 @@ def write_tables(pairs: DataFrame, source: str, out: Path, rows: int) -> None:
     from pyspark.sql import functions as F
 
     write_table(pairs.withColumn("source", F.lit(source)).select(*PAIRS.names), out / "pairs", rows)
-    reasoned = pairs.where((F.col("split") == "train") & F.col("rationale").isNotNull())
-    spread = pairs.where((F.col("n_labels") > 1) | F.col("rating_variance").isNotNull())
-    write_table(reasoned.select("pair_id", F.col("rationale").alias("reasoning")), out / "rationales", rows)
-    write_table(spread.select(*DISAGREEMENT.names), out / "disagreement", rows)
+    with_reason = pairs.where((F.col("split") == "train") & F.col("rationale").isNotNull())
+    write_table(with_reason.select("pair_id", F.col("rationale").alias("reasoning")), out / "rationales", rows)
+    labelled_often = pairs.where((F.col("n_labels") > 1) | F.col("rating_variance").isNotNull())
+    write_table(labelled_often.select(*DISAGREEMENT.names), out / "disagreement", rows)
     if "stratum" in pairs.columns:
-        seen = pairs.where(F.col("frequency").isNotNull())
-        write_table(seen.select(*FREQUENCIES.names), out / "frequencies", rows)
+        from_log = pairs.where(F.col("frequency").isNotNull())
+        write_table(from_log.select(*FREQUENCIES.names), out / "frequencies", rows)
 
 
 def write_table(frame: DataFrame, folder: Path, rows: int) -> None:
@@ -46,7 +45,7 @@ def write_table(frame: DataFrame, folder: Path, rows: int) -> None:
     frame.write.mode("overwrite").parquet(f"file://{folder.resolve()}")
 
 
-def on_disk(frame: DataFrame, folder: Path) -> DataFrame:
+def materialised(frame: DataFrame, folder: Path) -> DataFrame:
     """`frame` as a table in `folder`, for what is read several times.
 
     Spark's own cache would fill the memory of a small machine, and keep a plan behind it that every job analyses anew.
@@ -55,7 +54,7 @@ def on_disk(frame: DataFrame, folder: Path) -> DataFrame:
     return frame.sparkSession.read.schema(frame.schema).parquet(*spark_paths([folder]))
 
 
-def rows_of(folder: Path, schema: pa.Schema | None = None) -> int:
+def count_rows(folder: Path, schema: pa.Schema | None = None) -> int:
     """Rows in the files as they lie there, from their footers; raises `ContractError` when they do not match `schema`."""
     dataset = pads.dataset(folder, format="parquet")
     if schema is not None:
@@ -65,7 +64,9 @@ def rows_of(folder: Path, schema: pa.Schema | None = None) -> int:
 
 def companion_rows(out: Path) -> dict[str, int]:
     """Rows of each companion of `pairs`, 0 for one that is not there."""
-    return {name: rows_of(out / name, schema) if (out / name).exists() else 0 for name, schema in _COMPANIONS.items()}
+    return {
+        name: count_rows(out / name, schema) if (out / name).exists() else 0 for name, schema in _COMPANIONS.items()
+    }
 
 
 def tables_fingerprints(spark: SparkSession, out: Path, scale: GradeScale) -> dict[str, str]:
@@ -75,25 +76,25 @@ def tables_fingerprints(spark: SparkSession, out: Path, scale: GradeScale) -> di
     """
     from pyspark.sql import functions as F
 
-    def sums(frame: DataFrame) -> dict[bool, list[int]]:
-        row = F.sha2(F.to_json(F.struct(*frame.columns)), 256)
+    def hash_sums(name: str, schema: pa.Schema) -> dict[bool, list[int]]:
+        # query_id follows from the query, and tables from before there was one keep their fingerprint.
+        columns = [column for column in schema.names if column != "query_id"]
+        table = spark.read.parquet(*spark_paths([out / name])).select(*columns)
+        row_hash = F.sha2(F.to_json(F.struct(*columns)), 256)
         # 2 × 60 bits of each row's hash; the sum of 10¹⁰ rows fits a decimal of 30 digits.
-        words = [F.conv(F.substring(row, at, 15), 16, 10).cast("decimal(20,0)") for at in (1, 16)]
-        pool = F.col("split") == "pool" if "split" in frame.columns else F.lit(False)
-        found = frame.groupBy(pool.alias("pool")).agg(F.count("*").alias("n"), *[F.sum(word) for word in words])
-        return {each[0]: [int(number) for number in each[1:]] for each in found.collect()}
+        words = [F.conv(F.substring(row_hash, at, 15), 16, 10).cast("decimal(20,0)") for at in (1, 16)]
+        pool = F.col("split") == "pool" if "split" in columns else F.lit(False)
+        sums = table.groupBy(pool.alias("pool")).agg(F.count("*").alias("n"), *[F.sum(word) for word in words])
+        return {row[0]: [int(number) for number in row[1:]] for row in sums.collect()}
 
-    tables = [
-        sums(spark.read.parquet(*spark_paths([out / name])).select(*schema.names))
-        for name, schema in (("pairs", PAIRS), ("rationales", RATIONALES))
-    ]
+    tables = [hash_sums("pairs", PAIRS), hash_sums("rationales", RATIONALES)]
 
-    def digest(parts: tuple[bool, ...]) -> str:
+    def fingerprint(*parts: bool) -> str:
         lines = [scale.model_dump_json()]
-        for found in tables:
+        for sums in tables:
             # An empty table counts as Spark's sums of it print, so that fingerprints on record stay.
-            kept = [found[part] for part in parts if part in found]
-            lines.append(" ".join(str(sum(column)) for column in zip(*kept, strict=True)) or "0 None None")
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+            present = [sums[part] for part in parts if part in sums]
+            lines.append(" ".join(str(sum(column)) for column in zip(*present, strict=True)) or "0 None None")
+        return digest_bytes(["\n".join(lines).encode()])
 
-    return {"all": digest((False, True)), "labelled": digest((False,))}
+    return {"all": fingerprint(False, True), "labelled": fingerprint(False)}

@@ -51,7 +51,7 @@ _READS_LABELS_ONLY = ("teacher", "export")
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("data", "pairs", (), 1, title="Pairs"),
+        Stage("data", "pairs", (), 2, title="Pairs"),
         Stage("teacher", "teacher", ("data",), 1, title="Teacher"),
         Stage("annotate", "annotations", ("data", "teacher"), 1, incremental=True, title="Annotations"),
         Stage("student", "student", ("data", "annotate"), 1, title="Student"),

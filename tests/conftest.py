@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,9 @@ os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Public data sets that may lie beside the repository; tests that need one skip where it is not there.
+if (PUBLIC_DATA := Path(__file__).parents[2] / "shared" / "data").is_dir():
+    os.environ.setdefault("ADS_RELEVANCE_DATA", str(PUBLIC_DATA))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ The one package of this room that other rooms import; light on purpose (pyarrow 
 
 from data.contracts.config import Config
 from data.contracts.errors import ContractError, Unavailable, first_line
-from data.contracts.files import digest, digest_files, read_json, write_json, write_text
+from data.contracts.files import digest, digest_bytes, digest_files, read_json, write_json, write_text
 from data.contracts.metrics_log import MetricsLog, metric_lines
 from data.contracts.progress import OnProgress, log_progress, on_progress
 from data.contracts.scale import Grade, GradeScale
@@ -40,6 +40,7 @@ __all__ = [
     "Unavailable",
     "check_schema",
     "digest",
+    "digest_bytes",
     "digest_files",
     "first_line",
     "log_progress",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,26 @@ from data.contracts.errors import ContractError
 def digest(value: object) -> str:
     """SHA-256 (first 16 hex digits) of a JSON-able value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return digest_bytes([text.encode("utf-8", "surrogatepass")])
 
 
 def digest_files(files: Iterable[Path]) -> str:
     """SHA-256 (first 16 hex digits) over the names and the content of files, in the order given."""
+
+    def parts() -> Iterator[bytes]:
+        for file in files:
+            yield file.name.encode("utf-8", "surrogateescape")
+            with file.open("rb") as content:
+                yield hashlib.file_digest(content, "sha256").digest()
+
+    return digest_bytes(parts())
+
+
+def digest_bytes(parts: Iterable[bytes]) -> str:
+    """SHA-256 (first 16 hex digits) of the parts, one after the other."""
     hashed = hashlib.sha256()
-    for file in files:
-        hashed.update(file.name.encode("utf-8", "surrogateescape"))
-        with file.open("rb") as content:
-            hashed.update(hashlib.file_digest(content, "sha256").digest())
+    for part in parts:
+        hashed.update(part)
     return hashed.hexdigest()[:16]
 
 

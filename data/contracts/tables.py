@@ -15,6 +15,7 @@ STRATA = ("head", "torso", "tail")
 PAIRS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
         pa.field("ad_title", pa.string(), nullable=False),
         pa.field("ad_text", pa.string()),
@@ -91,6 +92,8 @@ def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
     """
     for field in expected:
         index = found.get_field_index(field.name)
+        if index < 0 and field.name == "query_id":
+            raise ContractError(f"{where} is from a version without the column 'query_id'; run data-prepare again")
         if index < 0:
             raise ContractError(f"{where}: column '{field.name}' is missing (expected {field.type})")
         actual = found.field(index).type

@@ -48,7 +48,7 @@ _COLUMNS = {"query": "search_term", "ad_title": "product_title", "grade": "relev
 
 
 def input_files(config: DataConfig) -> list[Path]:
-    """The CSV file: `config.path`, or where the public data sets are kept."""
+    """The CSV file: `config.path`, or `home_depot/train.csv.gz` in `$ADS_RELEVANCE_DATA`."""
     return [one_file(config.path) if config.path is not None else public_file("home_depot/train.csv.gz")]
 
 

@@ -39,15 +39,12 @@ def spark_paths(files: Iterable[Path]) -> list[str]:
 
 
 def public_file(name: str) -> Path:
-    """A file of a public set where those are kept: `$ADS_RELEVANCE_DATA`, else `shared/data` beside this repository.
-
-    Raises `ContractError` when it is not there.
-    """
-    given = os.environ.get("ADS_RELEVANCE_DATA")
-    path = (Path(given) if given else Path(__file__).parents[3] / "shared" / "data") / name
-    if not path.is_file():
+    """A file of a public set in the folder `$ADS_RELEVANCE_DATA`; raises `ContractError` when it is not there."""
+    folder = os.environ.get("ADS_RELEVANCE_DATA")
+    if not folder or not (path := Path(folder, name)).is_file():
         raise ContractError(
-            f"there is no {path}; set `data.path` to the published file, or ADS_RELEVANCE_DATA to the folder with {name}"
+            f"{f'{folder} has no {name}' if folder else 'this source needs a file'}; set `data.path` to the published "
+            f"file, or the environment variable ADS_RELEVANCE_DATA to the folder with {name}"
         )
     return path
 

@@ -32,7 +32,7 @@ SCALE = GradeScale(
 
 
 def input_files(config: DataConfig) -> list[Path]:
-    """The JSONL file: `config.path`, or where the public data sets are kept."""
+    """The JSONL file: `config.path`, or `qbqtc/train.jsonl.gz` in `$ADS_RELEVANCE_DATA`."""
     return [one_file(config.path) if config.path is not None else public_file("qbqtc/train.jsonl.gz")]
 
 

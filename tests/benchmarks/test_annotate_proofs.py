@@ -32,7 +32,8 @@ SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in ran
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    row = {"pair_id": "1", "query": "red shoes", "ad_title": "Red shoes", "split": "train", "source": "test"}
+    row = {"pair_id": "1", "query_id": "1", "query": "red shoes", "ad_title": "Red shoes"}
+    row |= {"split": "train", "source": "test"}
     (folder / "pairs").mkdir()
     pq.write_table(pa.Table.from_pylist([row], schema=PAIRS), folder / "pairs" / "part.parquet")
     make_decoder(folder, folder / "model", "tiny", 0)

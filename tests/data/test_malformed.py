@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.check import check_rows
 from data.config import DataConfig
 from data.contracts import PAIRS, ContractError, read_table
 from data.prepare import prepare
 from data.sources import read_source
+from data.validation import validated
 
 pytestmark = pytest.mark.spark
 
@@ -34,7 +34,7 @@ def config(path: Path, **more: Any) -> DataConfig:
 def reasons(spark: Any, config: DataConfig) -> Counter[str | None]:
     """Rows by reason, None for sound ones."""
     frame, scale = read_source(spark, config)
-    return Counter(row["reason"] for row in check_rows(frame, config, scale).collect())
+    return Counter(row["reason"] for row in validated(frame, config, scale).collect())
 
 
 def csv_of(*lines: str) -> bytes:
@@ -81,7 +81,7 @@ def test_other_encodings_and_delimiters(spark: Any, tmp_path: Path) -> None:
         file = tmp_path / f"{encoding}.csv"
         file.write_bytes("q,t,g\ncafé,Crème brûlée,1\n".replace(",", delimiter).encode(encoding))
         frame, scale = read_source(spark, chosen := config(file, encoding=encoding, delimiter=delimiter))
-        (row,) = check_rows(frame, chosen, scale).collect()
+        (row,) = validated(frame, chosen, scale).collect()
         assert (row["query"], row["ad_title"], row["grade"], row["reason"]) == ("café", "Crème brûlée", 1, None)
 
 

@@ -1,7 +1,6 @@
 """The data stage on the synthetic source and on the real files of public sets."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ def test_synthetic(spark: Any, tmp_path: Path) -> None:
     assert figures["rows_in"] == 600
     assert figures["rejected"] == 0
     assert figures["rows"] + figures["duplicates"] == 600
+    # A changed fingerprint would train the teacher of every run on record again.
+    assert (result.fingerprint, figures["fingerprint_labelled"]) == ("8e9a9442e59577f3", "c74d1c3d1da22886")
     pairs = read_table(tmp_path / "pairs", PAIRS).to_pylist()
     scale = GradeScale.load(tmp_path)
     assert {row["grade"] for row in pairs} == set(range(scale.size))
@@ -71,9 +72,7 @@ def is_there(name: str) -> bool:
 
 
 def real(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(
-        not is_there(name), reason=f"no {name} in {os.environ.get('ADS_RELEVANCE_DATA', '../shared/data')}"
-    )
+    return pytest.mark.skipif(not is_there(name), reason=f"ADS_RELEVANCE_DATA names no folder with {name}")
 
 
 def splits_of_queries(rows: list[dict[str, Any]], key: Callable[[str], str]) -> dict[str, set[str]]:

@@ -17,7 +17,7 @@ from data.config import DataConfig
 from data.contracts import PAIRS, RATIONALES, ContractError, GradeScale, read_table
 from data.prepare import prepare
 from data.sources import input_fingerprint
-from data.text import normalise_key, pair_id
+from data.text import key_id, normalise_key, pair_id
 
 pytestmark = pytest.mark.spark
 
@@ -188,6 +188,10 @@ def test_a_query_is_in_one_split_and_unlabelled_rows_are_the_pools(spark: Any, t
     assert unlabelled
     assert all(names == {"pool"} for names in unlabelled)
     assert all(row["grade"] is not None for row in found if row["split"] != "pool")
+    # One id for each normalised query, however it is spelt.
+    assert len({row["query"] for row in found}) > len(splits)
+    assert {row["query_id"] for row in found} == {key_id(query) for query in splits}
+    assert len({(row["query_id"], normalise_key(row["query"])) for row in found}) == len(splits)
     figures = result.figures
     assert figures["rows_train"] == 20
     assert figures["beyond_limits"] > 0

@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from data.check import check_rows
 from data.config import DataConfig
 from data.contracts import DISAGREEMENT, PAIRS, ContractError, read_table
 from data.prepare import prepare
 from data.sources import describe_source, input_fingerprint, read_source
 from data.text import pair_id
+from data.validation import validated
 
 
 def checked(spark: Any, config: DataConfig) -> list[dict[str, Any]]:
     """The rows of a source after its checks."""
     frame, scale = read_source(spark, config)
-    return [row.asDict() for row in check_rows(frame, config, scale).collect()]
+    return [row.asDict() for row in validated(frame, config, scale).collect()]
 
 
 def wands_folder(folder: Path) -> Path:

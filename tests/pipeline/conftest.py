@@ -73,8 +73,9 @@ def _data(out: Path) -> StageOutput:
     (out / "card.json").write_text(json.dumps(card))
     SCALE.save(out)
     rows = [
-        {"pair_id": f"p{i:02}", "query": f"q{i} {HOSTILE}", "ad_title": f"ad {HOSTILE}", "ad_text": HOSTILE * (1 + i % 2),
-         "attributes": None, "grade": i % 2, "grade_raw": None, "split": "pool", "source": "table"}
+        {"pair_id": f"p{i:02}", "query_id": f"q{i}", "query": f"q{i} {HOSTILE}", "ad_title": f"ad {HOSTILE}",
+         "ad_text": HOSTILE * (1 + i % 2), "attributes": None, "grade": i % 2, "grade_raw": None,
+         "split": "pool", "source": "table"}
         for i in range(40)
     ]  # fmt: skip
     (out / "pairs").mkdir(exist_ok=True)

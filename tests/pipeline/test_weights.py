@@ -20,7 +20,13 @@ SHA = "0" * 64
 
 def write_pairs(folder: Path, words: str) -> Path:
     (folder / "pairs").mkdir(parents=True)
-    row = dict.fromkeys(PAIRS.names) | {"split": "train", "source": "s", "ad_title": words, "query": words}
+    row = dict.fromkeys(PAIRS.names) | {
+        "split": "train",
+        "source": "s",
+        "ad_title": words,
+        "query": words,
+        "query_id": "q",
+    }
     rows = [row | {"pair_id": str(i)} for i in range(20)]
     pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), folder / "pairs" / "part.parquet")
     return folder

@@ -24,6 +24,7 @@ def write_pairs(folder, rows=300):
             **{name: made[name] for name in ("query", "ad_title", "ad_text", "grade", "grade_raw")},
             "attributes": list(made["attributes"].items()),
             "pair_id": key,
+            "query_id": made["query"],
             "split": split,
             "source": "synthetic",
         }

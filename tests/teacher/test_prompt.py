@@ -42,7 +42,8 @@ def tokenizer(tmp_path_factory):
     from transformers import AutoTokenizer
 
     pairs = tmp_path_factory.mktemp("pairs")
-    row = {"pair_id": "1", "query": "red shoes", "ad_title": "Red shoes", "split": "train", "source": "test"}
+    row = {"pair_id": "1", "query_id": "1", "query": "red shoes", "ad_title": "Red shoes"}
+    row |= {"split": "train", "source": "test"}
     (pairs / "pairs").mkdir()
     pq.write_table(pa.Table.from_pylist([row], schema=PAIRS), pairs / "pairs" / "part.parquet")
     return AutoTokenizer.from_pretrained(make_decoder(pairs, tmp_path_factory.mktemp("model"), "tiny", 0))

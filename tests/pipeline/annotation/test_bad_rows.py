@@ -62,6 +62,7 @@ def write_pairs(folder: Path) -> Path:
     count = len(rows)
     columns = {
         "pair_id": pa.array([f"{place:020x}" for place in range(count)]),
+        "query_id": pa.array([f"q{place}" for place in range(count)]),
         "query": text_column([row["query"] for row in rows]),
         "ad_title": text_column([row["ad_title"] for row in rows]),
         "ad_text": text_column([row["ad_text"] for row in rows]),
@@ -82,7 +83,8 @@ def write_pairs(folder: Path) -> Path:
 def tiny_teacher(folder: Path) -> Path:
     words = folder / "words"
     (words / "pairs").mkdir(parents=True)
-    row = {"pair_id": "1", "query": "red shoes", "ad_title": "Red shoes", "split": "train", "source": "test"}
+    row = {"pair_id": "1", "query_id": "1", "query": "red shoes", "ad_title": "Red shoes"}
+    row |= {"split": "train", "source": "test"}
     pq.write_table(pa.Table.from_pylist([row], schema=PAIRS), words / "pairs" / "part.parquet")
     make_decoder(words, folder / "teacher", "tiny", 0)
     prompt = Prompt(PromptConfig(missing_words=True), SCALE, max_completion_tokens=32)

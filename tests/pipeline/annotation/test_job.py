@@ -101,6 +101,7 @@ def visible(out: Path) -> list[Path]:
 def pair(number: int, title: str = "ad 3", query: str | None = None, grade: int | None = None) -> dict:
     return {
         "pair_id": f"p{number:04d}",
+        "query_id": query or f"query {number}",
         "query": query or f"query {number}",
         "ad_title": title,
         "ad_text": None,

@@ -42,7 +42,9 @@ def run(tmp_path: Path) -> Path:
         "split": "pool",
         "source": "t",
     }
-    rows = [{"pair_id": name, "query": FORMULA, "grade": human, **common} for name, human, _, _ in ROWS]
+    rows = [
+        {"pair_id": name, "query_id": "q", "query": FORMULA, "grade": human, **common} for name, human, _, _ in ROWS
+    ]
     pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), pairs / "pairs" / "part.parquet")
     write_annotations(annotations, KEY)
     return tmp_path
