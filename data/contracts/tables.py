@@ -15,6 +15,7 @@ STRATA = ("head", "torso", "tail")
 PAIRS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
         pa.field("ad_title", pa.string(), nullable=False),
         pa.field("ad_text", pa.string()),

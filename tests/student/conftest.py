@@ -33,6 +33,7 @@ def make_rows(n_queries: int = 48, seed: int = 0) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "pair_id": f"p{q:03d}{a}",
+                    "query_id": f"q{q:03d}",
                     "query": f"{colour} {thing} q{q}",
                     "ad_title": title,
                     "ad_text": "free delivery" if a % 2 else None,
