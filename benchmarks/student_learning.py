@@ -3,9 +3,9 @@
     prefect run data-prepare --preset cpu-real --name home-depot --set data.max_train=null …   (see docs/results.md)
     python -m benchmarks.student_learning --pairs runs/home-depot/pairs --base DIR_OF_MINILM --out runs/student-learning
 
-The annotator is an oracle: it reads the withheld human grades of split pool and tells them with a given accuracy (a wrong
+The annotator is an oracle: it reads the withheld human grades of split pool and gives them with a given accuracy (a wrong
 grade is drawn evenly from the others; its probabilities are that accuracy). Its reason names the words of the query that the
-title has and lacks, and defines the grade that it tells. So the machinery is measured apart from what a teacher knows.
+title has and lacks, and defines the grade that it gives. So the machinery is measured apart from what a teacher knows.
 All students see the same nested samples. A run is one process and one result file: an interrupted experiment goes on.
 Out: `table.md`, `curve.png`, `summary.json`, and one JSON line. One seed; the intervals are of the test pairs, by query.
 """
@@ -76,12 +76,12 @@ def run(options: argparse.Namespace, name: str) -> None:
     """Train and measure one student; does nothing when its result is there."""
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
-    from student.dataset import read_examples, read_training
-    from student.distill import calibrate, predict_probs
+    from student.dataset import read_annotated, read_examples, read_training
+    from student.distill import calibrate, measured
     from student.evaluation import write_predictions
     from student.fit import fit
-    from student.metrics import evaluate
-    from student.model import keep_tokenizer
+    from student.metrics import Labels, evaluate
+    from student.model import Setup, save_tokenizer
 
     place = options.out / _stem(name)
     if (place / "result.json").exists():
@@ -101,38 +101,29 @@ def run(options: argparse.Namespace, name: str) -> None:
     annotations = place / "annotations" if "pool" in plan else None
     if annotations is not None:
         annotate(options.pairs, annotations, plan["pool"], plan["accuracy"])
-    rows = read_training(options.pairs, annotations, scale, config)
+    _, annotated = read_annotated(annotations, "", reasons=config.contrastive_weight > 0)
+    rows = read_training(options.pairs, annotated, scale, config)
     gold = np.random.default_rng(1).permutation(np.flatnonzero(rows.grade >= 0))[: plan["gold"]]
     rows = rows.take(np.sort(np.r_[gold, np.flatnonzero(rows.grade < 0)]))
     valid, test = (
-        found.take(np.sort(np.random.default_rng(2).permutation(len(found))[:wanted]))
-        for found, wanted in (
+        graded.take(np.sort(np.random.default_rng(2).permutation(len(graded))[:count]))
+        for graded, count in (
             (read_examples(options.pairs, scale, "valid"), options.valid_rows),
             (read_examples(options.pairs, scale, "test"), options.test_rows),
         )
     )
-    tokenizer = keep_tokenizer(options.base, place / "tokenizer", config.max_length)
+    tokenizer = save_tokenizer(options.base, place / "tokenizer", config.max_length)
+    setup = Setup(config, options.base, tokenizer, scale, "cpu")
     begin = time.monotonic()
-    fitted = fit(
-        config,
-        options.base,
-        tokenizer,
-        rows,
-        valid,
-        scale,
-        folder=place / "checkpoints",
-        metrics=MetricsLog(place / "metrics.jsonl"),
-        phase="student",
-        device="cpu",
-    )
+    metrics = MetricsLog(place / "metrics.jsonl")
+    fitted = fit(setup, rows, valid, folder=place / "checkpoints", metrics=metrics, phase="student")
     seconds = time.monotonic() - begin
-    student = calibrate(config, fitted, tokenizer, valid, scale, "cpu")
-    probs = predict_probs(config, student, tokenizer, test, "cpu")
-    found = evaluate(
-        test.grade, probs, test.query_id, relevant_from=scale.relevant_from, threshold=student.threshold, n_boot=1000
-    )
-    write_predictions(place, test, probs[:, scale.relevant_from :].sum(axis=1))
-    result = {"n_gold": rows.n_gold, "n_annotated": rows.n_annotated, "seconds": seconds, **found.model_dump()}
+    student = measured(setup, "student", calibrate(setup, fitted, valid), test)
+    assert student.probs is not None
+    labels = Labels(test.grade, test.query_id, scale.relevant_from)
+    evaluation = evaluate(labels, student.probs, threshold=student.threshold)
+    write_predictions(place, test, student.score)
+    result = {"n_gold": rows.n_gold, "n_annotated": rows.n_annotated, "seconds": seconds, **evaluation.model_dump()}
     (place / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
@@ -146,12 +137,12 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
         pairs / "pairs", PAIRS, where=(pads.field("split") == "pool") & pads.field("grade").is_valid()
     ).sort_by("pair_id")
     rng = np.random.default_rng(3)
-    order, lies = rng.permutation(table.num_rows), rng.random(table.num_rows)
+    order, chance = rng.permutation(table.num_rows), rng.random(table.num_rows)
     other = rng.integers(1, scale.size, size=table.num_rows)
     rows = []
     for i in order[:count]:
         pair = {name: table.column(name)[int(i)].as_py() for name in ("pair_id", "query", "ad_title", "grade")}
-        told = pair["grade"] if lies[i] < accuracy else (pair["grade"] + int(other[i])) % scale.size
+        grade = pair["grade"] if chance[i] < accuracy else (pair["grade"] + int(other[i])) % scale.size
         doubt = (1 - accuracy) / (scale.size - 1)
         asked, given = words(pair["query"]), set(words(pair["ad_title"]))
         has, lacks = (" ".join(w for w in asked if (w in given) is there) or "nothing" for there in (True, False))
@@ -159,10 +150,10 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
             {
                 "pair_id": pair["pair_id"],
                 "annotation_key": f"oracle-{accuracy:g}",
-                "grade": told,
-                "grade_probs": [accuracy if k == told else doubt for k in range(scale.size)],
-                "reasoning": f"There: {has}. Not there: {lacks}. {scale.grades[told].definition}",
-                "votes": [told],
+                "grade": grade,
+                "grade_probs": [accuracy if k == grade else doubt for k in range(scale.size)],
+                "reasoning": f"There: {has}. Not there: {lacks}. {scale.grades[grade].definition}",
+                "votes": [grade],
                 "agreement": 1.0,
                 "n_samples": 1,
                 "n_unparsed": 0,
@@ -187,11 +178,11 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
     students = {}
     for name in options.runs:
         place = options.out / _stem(name)
-        found = json.loads((place / "result.json").read_text("utf-8"))
-        row = {key: found[key] for key in ("n", "n_gold", "n_annotated", "seconds")}
+        result = json.loads((place / "result.json").read_text("utf-8"))
+        row = {key: result[key] for key in ("n", "n_gold", "n_annotated", "seconds")}
         row["metrics"] = {
             key: [round(interval[end], 4) for end in ("value", "low", "high")]
-            for key, interval in found["metrics"].items()
+            for key, interval in result["metrics"].items()
         }
         compared = {"gain": "gold 2k"}
         if {"pool", "config"} <= RUNS[name].keys():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ class Bm25:
         """The score's limit for this query, at which every word of it is endlessly repeated."""
         return sum(self.idf.get(w, self.unseen_idf) * (self.k1 + 1) for w in words(query))
 
-    def scores(self, queries: Sequence[str], ads: Sequence[str], *, relative: bool = False) -> Array:
+    def scores(self, queries: Collection[str], ads: Collection[str], *, relative: bool = False) -> Array:
         """Scores (N,) of N pairs. `relative` divides by the query's limit, so that long and short queries compare."""
         raw = np.array([self.score(q, a) for q, a in zip(queries, ads, strict=True)])
         if not relative:
@@ -67,7 +67,7 @@ class Bm25:
         return raw / np.maximum([self.best(q) for q in queries], 1e-9)
 
 
-def overlap(queries: Sequence[str], ads: Sequence[str]) -> Array:
+def overlap(queries: Collection[str], ads: Collection[str]) -> Array:
     """Share (N,) of each query's distinct words that its ad contains."""
     shares = []
     for query, ad in zip(queries, ads, strict=True):
@@ -77,7 +77,7 @@ def overlap(queries: Sequence[str], ads: Sequence[str]) -> Array:
 
 
 def encoder_cosine(
-    base: Path, tokenizer: Tokenizer, queries: Sequence[str], ads: Sequence[str], *, batch_size: int, device: str
+    base: Path, tokenizer: Tokenizer, queries: Collection[str], ads: Collection[str], *, batch_size: int, device: str
 ) -> Array:
     """Cosine (N,) of the mean-pooled token vectors of query and ad under the encoder in `base`, as it was given."""
     from transformers import AutoModel

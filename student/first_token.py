@@ -46,5 +46,5 @@ class _FirstTokenAttention(nn.Module):
         scores = heads(query) @ heads(key).transpose(2, 3) * size**-0.5
         if attention_mask is not None:
             scores = scores + attention_mask[:, :, :1]
-        found = (torch.softmax(scores, dim=-1) @ heads(value)).transpose(1, 2).reshape(first.shape)
-        return self.output(found, first), None
+        context = (torch.softmax(scores, dim=-1) @ heads(value)).transpose(1, 2).reshape(first.shape)
+        return self.output(context, first), None

@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from data.contracts import ContractError, GradeScale, first_line
-from student.dataset import Tokens
+from student.config import StudentConfig
+from student.dataset import Examples, Tokens, tokenize
 from student.scorer import batches_by_length, load_tokenizer
 
 Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all trainings of one student share; `base` is the encoder's folder."""
+
+    config: StudentConfig
+    base: Path
+    tokenizer: Tokenizer
+    scale: GradeScale
+    device: str
+
+    def classifier(self) -> PreTrainedModel:
+        """The untrained student, on the device."""
+        config = self.config
+        model = load_classifier(self.base, self.scale, max_length=config.max_length, seed=config.seed)
+        return model.to(self.device)
+
+    def tokens(self, model: PreTrainedModel, rows: Examples) -> Tokens:
+        """What `model` reads of these pairs."""
+        return tokenize(self.tokenizer, rows.queries, rows.ads, pad_token_id(model.config))
+
+    def logits(self, model: PreTrainedModel, rows: Examples) -> Array:
+        """Logits float64 (N, K) of these pairs."""
+        return predict_logits(model, self.tokens(model, rows), self.config.eval_batch_size, self.device)
+
+    def relevant(self, rows: Examples) -> Array:
+        """Whether each pair's human grade counts as relevant, bool (N,)."""
+        return rows.grade >= self.scale.relevant_from
+
+    def p_relevant(self, probs: Array) -> Array:
+        """Probability (N,) of a grade that counts as relevant, from those of all grades (N, K)."""
+        return probs[:, self.scale.relevant_from :].sum(axis=1)
 
 
 def pick_device(name: str) -> str:
@@ -75,7 +110,7 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def keep_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
+def save_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
     """Write the tokenizer of `base` into `out` and return the one that `out/tokenizer.json` gives.
 
     Raises `ContractError` when there is none that the tokenizers library can run.
@@ -97,17 +132,15 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     return ("input_ids", "attention_mask", "token_type_ids") if segments else ("input_ids", "attention_mask")
 
 
-def forward(model: PreTrainedModel, batch: dict[str, Array], device: str) -> torch.Tensor:
+def forward(model: PreTrainedModel, batch: dict[str, Array], device: str) -> Tensor:
     """Logits (B, K) of a padded batch."""
     return model(**_inputs(model, batch, device)).logits
 
 
-def forward_with_vector(
-    model: PreTrainedModel, batch: dict[str, Array], device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_with_vector(model: PreTrainedModel, batch: dict[str, Array], device: str) -> tuple[Tensor, Tensor]:
     """Logits (B, K) of a padded batch, and the last hidden state of the first token (B, D)."""
-    found = model(**_inputs(model, batch, device), output_hidden_states=True)
-    return found.logits, found.hidden_states[-1][:, 0]
+    output = model(**_inputs(model, batch, device), output_hidden_states=True)
+    return output.logits, output.hidden_states[-1][:, 0]
 
 
 def predict_logits(model: PreTrainedModel, tokens: Tokens, batch_size: int, device: str) -> Array:
@@ -129,15 +162,6 @@ def head_bias(model: PreTrainedModel) -> torch.nn.Parameter | None:
     return heads[-1].bias if heads else None
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """Fingerprint of all weights, the same on every machine."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        hashed.update(name.encode())
-        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return hashed.hexdigest()[:16]
-
-
 def model_folder(path: Path) -> Path:
     """The model folder at `path` or in its `model/`; raises `ContractError` when there is neither."""
     for folder in (path, path / "model"):
@@ -151,5 +175,5 @@ def pad_token_id(config: Any) -> int:
     return int(getattr(config, "pad_token_id", None) or 0)
 
 
-def _inputs(model: PreTrainedModel, batch: dict[str, Array], device: str) -> dict[str, torch.Tensor]:
+def _inputs(model: PreTrainedModel, batch: dict[str, Array], device: str) -> dict[str, Tensor]:
     return {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}

@@ -3,6 +3,7 @@
 The one package of this room that other rooms import; light on purpose (pyarrow and pydantic only).
 """
 
+from data.contracts.annotations import annotation_key_of
 from data.contracts.config import Config
 from data.contracts.errors import ContractError, Unavailable, first_line
 from data.contracts.files import digest, digest_bytes, digest_files, read_json, write_json, write_text
@@ -38,6 +39,7 @@ __all__ = [
     "MetricsLog",
     "OnProgress",
     "Unavailable",
+    "annotation_key_of",
     "check_schema",
     "digest",
     "digest_bytes",

@@ -7,6 +7,7 @@ probabilities (accuracy, macro-F1) or whose bootstrap is biased (ECE) are among 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def _measures(
         if "student" not in found:
             return [], 0, 0, f"{folder.name} has no finished student"
     from student.evaluation import shared_predictions
-    from student.metrics import compare, evaluate_ranking
+    from student.metrics import Labels, compare, evaluate
 
     students = [folder / STAGES["student"].folder for folder in (b, a)]
     try:
@@ -160,29 +161,19 @@ def _measures(
     except ContractError as error:
         return [], 0, 0, str(error)
     relevant_from = starts.pop()
-    grade, query = rows["grade"].to_numpy(), rows["query_id"].to_numpy()
+    labels = Labels(rows["grade"].to_numpy(), rows["query_id"].to_numpy(), relevant_from, n_boot, seed)
     scores = [rows["p_relevant"].to_numpy(), rows["p_relevant_old"].to_numpy()]
     thresholds = [read_json(student / "model" / "student.json").get("threshold") for student in students]
     values = [
         # The values alone: it is their difference that gets an interval.
-        evaluate_ranking(grade, score, query, relevant_from=relevant_from, threshold=threshold, n_boot=1).metrics
+        evaluate(replace(labels, n_boot=1), score, threshold=threshold).metrics
         for score, threshold in zip(scores, thresholds, strict=True)
     ]
     measures = []
     for metric in MEASURES:
         if metric == "f1" and None in thresholds:
             continue
-        change = compare(
-            scores[0],
-            scores[1],
-            grade,
-            query,
-            metric=metric,
-            thresholds=(thresholds[0], thresholds[1]),
-            relevant_from=relevant_from,
-            n_boot=n_boot,
-            seed=seed,
-        )
+        change = compare(labels, scores[0], scores[1], metric=metric, thresholds=(thresholds[0], thresholds[1]))
         measures.append(
             Measure(
                 metric=metric,
