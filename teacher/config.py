@@ -157,7 +157,9 @@ class TeacherConfig(Config):
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters on all linear layers, merged at the end; 0 trains all weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights in training; bfloat16 is for GPUs."""
+    """Number format of the computation in training; bfloat16 is for GPUs. Weights that are trained stay in float32 and take
+    16 bytes each, with gradient and Adam's moments (1.5B weights: 25 GB). With LoRA those are the adapters only; the base
+    below them is held in this format, in bfloat16 2 bytes a weight (7B: 15 GB). The teacher is saved as its base was."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     processes: int = Field(default=1, ge=1, le=64)

@@ -1,4 +1,8 @@
-"""The teacher's model folder: loading, adapters, saving, and the fingerprint of its weights."""
+"""The teacher's model folder: loading, adapters, saving, and the fingerprint of its weights.
+
+Weights that are trained are in float32 whatever the computation is in: at usual learning rates bfloat16 would round most of
+their updates away.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data.contracts import ContractError, digest_files
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, local_rank
 from teacher.prompt import PLAIN_CHAT_TEMPLATE
+from teacher.reading import end_tokens
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -21,13 +26,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     """The causal language model and tokenizer in `folder`; no remote code, safetensors only.
 
-    Raises `ContractError` when the folder holds no such model.
+    The model ends a completion at every token of `end_tokens`. Raises `ContractError` when the folder holds no such model.
     """
+    # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
+    dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype=getattr(torch, config.dtype)
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
     tokenizer.padding_side = "left"
@@ -37,9 +42,25 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    # The model's own sampling settings are not ours, and some of them cannot even be saved again.
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(end_tokens(folder, tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
     if torch.cuda.is_available():
         model = model.to(f"cuda:{local_rank()}")
     return model, tokenizer
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format of the weights in a model folder, as its config.json says; float32 where it does not."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+
+
+def positions(model: Any) -> int | None:
+    """The longest sequence that the model can take, prompt and completion; None where it knows no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def add_adapters(model: Any, config: TeacherConfig) -> Any:
@@ -59,13 +80,15 @@ def merge_adapters(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a model folder under a temporary name, then rename: its existence means that it is whole.
 
-    In a training of several processes only the main one writes.
+    With `dtype` the model is converted to it first, in place. In a training of several processes only the main one writes.
     """
     if not is_main():
         return
+    if dtype is not None:
+        model.to(dtype)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -76,7 +76,7 @@ def train_policy(
         args=_arguments(config, out),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": p.prompt, "gold": p.gold} for p in problems]),
-        reward_funcs=_verifier(tokenizer, judge),
+        reward_funcs=_verifier(frozenset(model.generation_config.eos_token_id), judge),
         advantages=estimator(config.agpo),
         dynamic_sampling=config.agpo.dynamic_sampling,
         callbacks=[watch],
@@ -93,7 +93,7 @@ def _arguments(config: TeacherConfig, out: Path) -> GRPOConfig:
     accumulation = settings.prompts_per_step * settings.group_size // (settings.micro_batch * world_size())
     return GRPOConfig(
         **shared_arguments(config, out),
-        **_rollout_arguments(settings),
+        **_rollout_arguments(config),
         per_device_train_batch_size=settings.micro_batch,
         gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation * settings.generation_batches,
@@ -117,28 +117,35 @@ def _arguments(config: TeacherConfig, out: Path) -> GRPOConfig:
     )
 
 
-def _rollout_arguments(settings: AGPOConfig) -> dict[str, Any]:
+def _rollout_arguments(config: TeacherConfig) -> dict[str, Any]:
     """GRPOConfig's settings for who samples; vLLM in this process also works with the CPU build."""
+    settings = config.agpo
     if settings.rollouts == "transformers":
         return {}
     if settings.rollouts == "vllm-server":
         return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": settings.rollout_server}
+    # The folder's own number format may be float32, for the sake of training.
+    options: dict[str, Any] = {"dtype": config.dtype}
     if not torch.cuda.is_available():
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        import trl.generation.vllm_generation as generation
         import vllm._custom_ops as ops
 
         # oneDNN packs the weights when the engine starts, so later updates would silently not arrive.
         ops._supports_onednn = False
-        if not isinstance(generation.LLM, partial):
-            generation.LLM = partial(generation.LLM, dtype="float32", enforce_eager=True)
+        options["enforce_eager"] = True
+    import trl.generation.vllm_generation as generation
+    from vllm import LLM
+
+    generation.LLM = partial(LLM, **options)
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
 
 
-def _verifier(tokenizer: Any, judge: Judge) -> Callable[..., list[float]]:
-    """The reward function that TRL calls: ±1 for each completion, and its parse and truncation shares."""
-    stops = {tokenizer.eos_token_id}
+def _verifier(ends: frozenset[int], judge: Judge) -> Callable[..., list[float]]:
+    """The reward function that TRL calls: ±1 for each completion, and its parse and truncation shares.
+
+    A completion is finished if its last token is one of `ends`.
+    """
 
     def verifier(
         completions: list[str],
@@ -147,7 +154,7 @@ def _verifier(tokenizer: Any, judge: Judge) -> Callable[..., list[float]]:
         log_metric: Callable[[str, float], None],
         **unused: Any,
     ) -> list[float]:
-        finished = [bool(ids) and ids[-1] in stops for ids in completion_ids]
+        finished = [bool(ids) and ids[-1] in ends for ids in completion_ids]
         verdicts = [judge(text, answer) for text, answer in zip(completions, gold, strict=True)]
         parsed = [done and verdict is not None for done, verdict in zip(finished, verdicts, strict=True)]
         log_metric("parse_rate", sum(parsed) / len(parsed))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,8 +20,16 @@ from teacher.config import TeacherConfig
 from teacher.distributed import is_main, launch, wait_for_all, world_size
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import evaluate
-from teacher.examples import Example, load_examples
-from teacher.model import add_adapters, load_model, merge_adapters, save_model, weights_fingerprint
+from teacher.examples import Example, drop_too_long, load_examples
+from teacher.model import (
+    add_adapters,
+    load_model,
+    merge_adapters,
+    positions,
+    save_model,
+    stored_dtype,
+    weights_fingerprint,
+)
 from teacher.policy import require_rollouts, train_policy
 from teacher.prompt import Prompt, save_prompt
 from teacher.verifier import grade_judge
@@ -129,7 +138,7 @@ class _Training:
     def save(self) -> str:
         """Write `out/model` and evaluate it on split test; returns the fingerprint of the weights."""
         config, folder, card = self.config, self.out / "model", self.pairs / "card.json"
-        save_model(self.model, self.tokenizer, folder)
+        save_model(self.model, self.tokenizer, folder, stored_dtype(self.base))
         fingerprint = weights_fingerprint(folder)
         data = str(read_json(card).get("fingerprint", "")) if card.exists() else ""
         save_prompt(
@@ -168,19 +177,21 @@ class _Training:
         return metrics
 
     def _measure(self, model: Any, examples: list[Example]) -> dict[str, float]:
-        return evaluate(
-            TransformersEngine(model, self.tokenizer, batch_size=self.config.evaluation.batch),
-            self.tokenizer,
-            examples,
-            num_grades=self.scale.size,
-            relevant_from=self.scale.relevant_from,
-            samples=self.config.evaluation.samples,
-            max_tokens=self.config.max_completion_tokens,
-            seed=self.config.seed,
-        ).figures
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return evaluate(
+                TransformersEngine(model, self.tokenizer, batch_size=self.config.evaluation.batch),
+                self.tokenizer,
+                examples,
+                num_grades=self.scale.size,
+                relevant_from=self.scale.relevant_from,
+                samples=self.config.evaluation.samples,
+                max_tokens=self.config.max_completion_tokens,
+                seed=self.config.seed,
+            ).figures
 
     def _examples(self, split: str, limit: int) -> list[Example]:
-        return load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed)
+        examples = load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed)
+        return drop_too_long(examples, self.tokenizer, positions(self.model), self.config.max_completion_tokens)
 
 
 def main() -> None:
