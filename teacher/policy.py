@@ -19,7 +19,7 @@ from trl import GRPOConfig
 
 from data.contracts import ContractError, MetricsLog
 from teacher.advantages import ESTIMATORS, agpo
-from teacher.collapse_detector import collapse
+from teacher.collapse_detector import collapse, idle_steps
 from teacher.config import AGPOConfig, TeacherConfig
 from teacher.distributed import is_main, wait_for_all, world_size
 from teacher.examples import Problem
@@ -79,6 +79,8 @@ def train_policy(
         reward_funcs=_verifier(frozenset(model.generation_config.eos_token_id), judge),
         advantages=estimator(config.agpo),
         dynamic_sampling=config.agpo.dynamic_sampling,
+        shared_prefix=config.agpo.shared_prefix,
+        micro_batch_tokens=config.agpo.micro_batch_tokens,
         callbacks=[watch],
     )
     train(trainer, log, "agpo")
@@ -90,13 +92,12 @@ def train_policy(
 
 def _arguments(config: TeacherConfig, out: Path) -> GRPOConfig:
     settings = config.agpo
-    accumulation = settings.prompts_per_step * settings.group_size // (settings.micro_batch * world_size())
     return GRPOConfig(
         **shared_arguments(config, out),
         **_rollout_arguments(config),
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=accumulation * settings.generation_batches,
+        **_loss_arguments(settings),
+        per_device_train_batch_size=settings.prompts_per_step * settings.group_size // world_size(),
+        steps_per_generation=settings.generation_batches,
         num_generations=settings.group_size,
         max_completion_length=config.max_completion_tokens,
         max_steps=settings.steps,
@@ -106,15 +107,25 @@ def _arguments(config: TeacherConfig, out: Path) -> GRPOConfig:
         max_grad_norm=settings.max_grad_norm,
         temperature=settings.temperature,
         beta=settings.kl,
-        epsilon=settings.clip_low,
-        epsilon_high=settings.clip_high,
-        loss_type="dr_grpo" if settings.estimator == "dr_grpo" else "dapo",
         mask_truncated_completions=settings.mask_truncated,
         logging_steps=1,
         save_steps=settings.checkpoint_every,
         ddp_timeout=7200,  # the others wait while the main process evaluates
         disable_dropout=True,
     )
+
+
+def _loss_arguments(settings: AGPOConfig) -> dict[str, Any]:
+    loss = settings.loss or ("dr_grpo" if settings.estimator == "dr_grpo" else "dapo")
+    return {
+        # GSPO is the mean over sequences of GRPO's loss, with one ratio for a sequence.
+        "loss_type": "grpo" if loss == "gspo" else loss,
+        "importance_sampling_level": "sequence" if loss == "gspo" else "token",
+        "epsilon": settings.clip_low,
+        # CISPO's bound is of the ratio itself.
+        "epsilon_high": settings.clip_high + (loss == "cispo"),
+        "entropy_coef": settings.entropy_bonus,
+    }
 
 
 def _rollout_arguments(config: TeacherConfig) -> dict[str, Any]:
@@ -220,6 +231,8 @@ class _Watch(StepLog):
         self._clock = (now, tokens)
         super().on_values(state, control, values)
         self.history.append(values)
+        if idle_steps(self.history) == 1:
+            logger.warning("agpo: step %d taught nothing: each group's rewards are all the same", state.global_step)
         self.collapsed = collapse(self.history, self.settings.collapse)
         if self.collapsed:
             logger.error("AGPO is stopped at step %d: %s", state.global_step, self.collapsed)

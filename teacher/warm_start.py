@@ -9,14 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import MetricsLog
 from teacher.config import TeacherConfig
 from teacher.distributed import world_size
 from teacher.examples import Example
 from teacher.loop import StepLog, shared_arguments, train
+from teacher.shared_prefix import Group, can_share, causal_lm, common_prefix, micro_batches, token_log_probs
 
 
 def warm_start(
@@ -45,14 +48,45 @@ def warm_start(
         logging_steps=max(1, steps // 20),
         save_steps=max(10, steps // 4),
     )
-    trainer = Trainer(
+    add_fused_lm_head(causal_lm(model))
+    trainer = _SharedPrefixTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         callbacks=[StepLog(log, "warm_start")],
     )
+    if config.agpo.shared_prefix and len(examples) > 1:
+        longest = sorted(dataset["input_ids"], key=len)[-1:]
+        with trainer.accelerator.autocast():
+            trainer.shared_prefix = can_share(model, longest, config.max_completion_tokens, tokenizer.pad_token_id)
     train(trainer, log, "warm_start")
+
+
+class _SharedPrefixTrainer(Trainer):
+    """A trainer that computes what all examples of a batch begin with, the guideline, once."""
+
+    shared_prefix = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The mean negative log probability of the batch's targets, over all processes."""
+        mask, labels = inputs["attention_mask"].bool(), inputs["labels"]
+        lengths = mask.sum(dim=1).tolist()
+        sequences = [ids.tolist() for ids in inputs["input_ids"][mask].split(lengths)]
+        # Targets are the end of an example, and nothing predicts a first token.
+        counts = (labels != -100).sum(dim=1).tolist()
+        starts = [max(1, length - count) for length, count in zip(lengths, counts, strict=True)]
+        shared = common_prefix(sequences) if self.shared_prefix else 0
+        hidden_size = self.model.config.get_text_config().hidden_size
+        (groups,) = micro_batches([Group(tuple(range(len(sequences))), shared)], lengths, 10**9, hidden_size)
+        log_probs, _ = token_log_probs(model, sequences, starts, groups, self.processing_class.pad_token_id)
+        if num_items_in_batch is None:
+            return -log_probs.sum() / sum(counts)
+        # The count is of all processes, over which the gradients are averaged.
+        return -log_probs.sum() / num_items_in_batch * self.accelerator.num_processes
 
 
 def _tokenised(example: Example, tokenizer: Any, loss_on_prompt: bool) -> dict[str, list[int]]:

@@ -32,7 +32,6 @@ TINY = [
     "teacher.agpo.steps=2",
     "teacher.agpo.group_size=4",
     "teacher.agpo.prompts_per_step=2",
-    "teacher.agpo.micro_batch=8",
     "teacher.evaluation.examples=8",
     "teacher.evaluation.every=0",
     "teacher.evaluation.samples=2",
