@@ -132,7 +132,7 @@ def plain(text: object) -> str:
 def _publish(summary: dict[str, Any]) -> None:
     from prefect.artifacts import create_link_artifact, create_table_artifact
 
-    from pipeline.report.student import evaluation_table
+    from pipeline.report.sections.student import evaluation_table
     from pipeline.report.summary import stage_rows
     from pipeline.stages import STAGES
 

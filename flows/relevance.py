@@ -61,7 +61,7 @@ _TASKS = {name: _stage_task(name) for name in ("data", "teacher", "annotate", "s
 
 @task(name="report", task_run_name=f"report of {_RUN_NAME}", cache_policy=NO_CACHE, persist_result=False)
 def _finish(settings: PipelineConfig, flow_name: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
-    from pipeline.report.summary import finish_run
+    from pipeline.report.page import finish_run
 
     return finish_run(settings, flow_name, records, spent)
 

@@ -6,6 +6,7 @@ say nothing about quality.
 
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -128,6 +129,27 @@ def test_every_stage_left_its_folder_and_figures(finished):
     ):
         assert (folder / name).exists(), name
     assert "export" in stdout
+
+
+def test_the_report_shows_every_section_with_its_metrics(finished):
+    folder = finished[0]
+    stages = json.loads((folder / "summary.json").read_text())["stages"]
+    metrics = {name: stage["figures"] for name, stage in stages.items()}
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Left out" not in report
+    named = re.split(r'<section id="(\w+)">', report)[1:]
+    sections = dict(zip(named[::2], named[1::2], strict=True))
+    for section, shown in {
+        "pairs": f"{metrics['data']['rows']:,}",
+        "teacher": f"{metrics['teacher']['test/completion_tokens']:.4g}",
+        "annotation": f"{metrics['annotate']['failed']:,} failed",
+        "student": f"{metrics['student']['test_roc_auc']:.3f}",
+        "export": f"{metrics['export']['int8_megabytes']:.2f}",
+        "examples": "agreement" if metrics["annotate"]["ok"] else "no usable annotation",
+        "second_look": "pairs",
+        "lineage": stages["export"]["fingerprint"],
+    }.items():
+        assert shown in sections[section], section
 
 
 def test_mlflow_has_the_runs_and_the_registered_versions(finished):
