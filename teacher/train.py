@@ -21,7 +21,7 @@ from teacher.card import write_card
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, local_rank, wait_for_all, world_size
 from teacher.engines.transformers_engine import TransformersEngine
-from teacher.evaluate import Evaluation, evaluate
+from teacher.evaluate import evaluate
 from teacher.examples import Example, load_examples
 from teacher.launch import launch
 from teacher.policy import require_rollouts, train_policy
@@ -67,10 +67,10 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path) -> 
     train = load_examples(pairs, "train", prompt, tokenizer, 10**9, config.seed)
     valid = load_examples(pairs, "valid", prompt, tokenizer, config.evaluation.examples, config.seed)
 
-    def measure(live: Any, phase: str, step: int) -> Evaluation:
+    def measure(live: Any, phase: str, step: int) -> dict[str, float]:
         result = _measure(config, live, tokenizer, valid, scale)
-        metrics.write(f"valid_{phase}", step, result.figures)
-        logger.info("valid, %s, step %d: %s", phase, step, _short(result.figures))
+        metrics.write(f"valid_{phase}", step, result)
+        logger.info("valid, %s, step %d: %s", phase, step, _short(result))
         return result
 
     phases = _Phases(out / "evaluation.json")
@@ -110,7 +110,7 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path) -> 
             grade_judge(scale.size),
             out / "checkpoints" / "agpo",
             metrics,
-            lambda live, step: measure(live, "agpo", step).figures["pass@1"],
+            lambda live, step: measure(live, "agpo", step)["pass@1"],
             phases.figures.get("warm_start", {}).get("pass@1", 0.0),
         )
     model = _merged(model)
@@ -174,7 +174,7 @@ def _merged(model: Any) -> Any:
 
 def _measure(
     config: TeacherConfig, model: Any, tokenizer: Any, examples: list[Example], scale: GradeScale
-) -> Evaluation:
+) -> dict[str, float]:
     """Evaluate a live model in place."""
     settings = config.evaluation
     was_training = model.training
@@ -206,7 +206,7 @@ class _Phases:
     def add(self, phase: str, measure: Any) -> None:
         if phase in self.figures or not is_main():
             return
-        self.figures[phase] = measure().figures
+        self.figures[phase] = measure()
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.path)

@@ -24,8 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, ContractError, GradeScale, read_table
-from pipeline.annotation.read import read_annotations
+from data.contracts import PAIRS, ContractError, GradeScale, read_annotations, read_table
 from pipeline.artifacts import read_record
 
 What = Literal["disagreements", "low-agreement", "all"]
@@ -46,7 +45,7 @@ def audit_rows(
     low: float = 0.6,
     scanned: int = 0,
 ) -> list[dict[str, Any]]:
-    """At most `limit` rows of `COLUMNS`, worst first, of the annotations under `key` (may be empty where there is one key).
+    """At most `limit` rows of `COLUMNS`, worst first, of the annotations under `key` (empty means the last one).
 
     disagreements: the human grade, where there is one, is another than the teacher's. low-agreement: at most `low` of the
     samples agree with the grade. `why` says which. `scanned` ends the search after so many annotations (0: none); ids are

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import ANNOTATIONS, PAIRS, ContractError, Grade, GradeScale
-from pipeline.annotation.read import only_key
 from pipeline.report import audit
 from pipeline.report.audit import COLUMNS, audit_rows, cell, write_csv
 from pipeline.stages import STAGES
@@ -78,18 +77,13 @@ def test_the_reason_is_named(run: Path):
     assert [row["why"] for row in rows] == ["teacher and human differ"] * 2 + ["samples disagree"] * 2
 
 
-def test_mixed_keys_are_refused(run: Path):
+def test_only_the_rows_of_one_key_are_audited(run: Path):
     annotations = run / STAGES["annotate"].folder
-    assert only_key(annotations) == KEY
     write_annotations(annotations, "f" * 16)
-    with pytest.raises(ContractError, match=r"rows of 2 annotation keys \(0123456789abcdef, ffff"):
-        audited(run)
     assert audited(run, key=KEY) == ["a", "d", "c", "b"]
     (run / "empty").mkdir()
-    with pytest.raises(ContractError, match="no rows"):
-        only_key(run / "empty")
     with pytest.raises(ContractError, match="run annotate first"):
-        only_key(run / "nothing")
+        audit_rows(run / "empty", run / STAGES["data"].folder)
 
 
 def test_a_spreadsheet_finds_no_formula(run: Path, capsys, monkeypatch):
