@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks.children import TORCH, answer, ask
 from benchmarks.replay import pool_rows
-from pipeline.annotation.worker import Job, Teacher, start_teacher
+from pipeline.annotation.worker import Job, start_annotator
+from teacher.annotator import Annotator
 from teacher.engines.base import EngineConfig, Sampling
 
 _ENGINE = EngineConfig(max_model_len=512)
@@ -72,23 +73,28 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
     from pipeline.spark import SparkConfig, start_spark
 
     config = AnnotateConfig(
-        n=options.samples, temperature=1.0, window=512, limit=options.pairs_count, engine=_ENGINE, max_failed_share=1.0
+        n=options.samples,
+        temperature=1.0,
+        max_in_flight=512,
+        limit=options.pairs_count,
+        engine=_ENGINE,
+        max_failed_share=1.0,
     )
     spark = start_spark(SparkConfig(master="local[2]"))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "annotations"
-        figures = annotate(config, options.teacher, options.pairs, out, spark, load_and_note).figures
+        metrics = annotate(config, options.teacher, options.pairs, out, spark, load_and_note).figures
         ready = float((Path(folder) / _READY).read_text(encoding="utf-8"))
         seconds = max(file.stat().st_mtime for file in out.glob("[!_]*.parquet")) - ready
-    return {"pairs_per_s": round(figures["pairs"] / seconds, 2), "tokens": figures["completion_tokens"]}
+    return {"pairs_per_s": round(metrics["pairs"] / seconds, 2), "tokens": metrics["completion_tokens"]}
 
 
-def load_and_note(job: Job) -> Teacher:
+def load_and_note(job: Job) -> Annotator:
     """The product's own teacher, warmed up, and a note of when that was done."""
-    teacher = start_teacher(job)
-    teacher.engine.generate(_warm_up(), job.sampling)
+    annotator = start_annotator(job)
+    annotator.engine.generate(_warm_up(), job.sampling)
     (Path(job.out).parent / _READY).write_text(str(time.time()), encoding="utf-8")
-    return teacher
+    return annotator
 
 
 def bare(options: argparse.Namespace) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def main() -> None:
     try:
         while killed < options.kills:
             if killed in down and server is not None:
-                server = _kill(server)
+                _kill(server)
+                server = None
             elif killed not in down and server is None:
                 server = _start_server(options.out, port)
             process = _start(command, options.out / "flow.log")
@@ -86,7 +87,6 @@ def main() -> None:
 def count(folder: Path, uri: str) -> dict[str, Any]:
     """What the run's folder and MLflow hold, and the `faults`: all 0 when everything is there exactly once."""
     from mlflow import MlflowClient
-
     from pipeline.executions import read_executions
 
     pool = read_table(folder / "pairs" / "pairs", PAIRS, columns=["pair_id"], where=pads.field("split") == "pool")

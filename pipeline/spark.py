@@ -6,6 +6,7 @@ go in `extra` as Spark's own keys and win over everything set here.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
@@ -103,6 +104,26 @@ def start_spark(config: SparkConfig) -> SparkSession:
                 f"Spark cannot start with master '{config.master}' and driver_memory '{config.driver_memory}' "
                 f"({first_line(error)}); check the Java installation (17 or newer) and the `spark` settings"
             ) from error
+
+
+def use_assigned_gpu(workers: int) -> None:
+    """In a task: show this process the GPU that Spark assigned to it or, without that, the one of its partition's number.
+
+    `workers` is how many such processes share the machine's GPUs. Does nothing outside a task.
+    """
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    if context is None:
+        return
+    assigned = context.resources().get("gpu")
+    if assigned is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.addresses)
+        return
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = listed.split(",") if listed else [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    if workers > 1 and len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[context.partitionId() % len(gpus)]
 
 
 def _settings(config: SparkConfig) -> dict[str, str]:

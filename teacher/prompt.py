@@ -133,8 +133,7 @@ class PromptWriter:
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[int] | str]:
         """For each pair its token ids, or the reason why it has none.
 
-        A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of entries with `key` and `value`; any of them
-        may be None.
+        A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of (name, value); any of them may be None.
         """
         heads: list[list[int] | None] = []
         texts: list[str] = []
@@ -161,7 +160,7 @@ class PromptWriter:
         for name, called in (("query", "query"), ("ad_title", "ad title")):
             if not as_data(pair[name] or "", self._prompt.config.max_title_chars, ()):
                 raise _NoPromptError(f"the {called} is empty or has no visible character")
-        attributes = {entry["key"]: entry["value"] for entry in pair["attributes"] or ()}
+        attributes = dict(pair["attributes"] or ())
         messages = self._prompt.messages(pair["query"], pair["ad_title"], pair["ad_text"], attributes, self._special)
         data = messages[-1]["content"]
         # A template may strip what it is given; text without spaces at its ends is the same either way.

@@ -1,4 +1,4 @@
-"""From the completions of one pair to its annotation: votes, grade, probabilities, reasoning.
+"""From the completions of one pair to votes, a grade, probabilities and reasoning, for annotation and evaluation alike.
 
 A grade's probability comes from the model's own distribution over the grade digits at the answer, averaged over the
 samples; where an engine gives no log probabilities, a sample counts as its vote.
@@ -43,6 +43,11 @@ def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
+def answer_logprobs(num_grades: int) -> int:
+    """How many log probabilities of a step to ask an engine for: the grades, and room for other spellings of them."""
+    return min(20, num_grades + 4)
+
+
 class Sample(NamedTuple):
     """One completion as read: its grade (None if unparsed or cut off), `probs` over the K grades, its reasoning."""
 
@@ -51,11 +56,11 @@ class Sample(NamedTuple):
     reasoning: str
 
 
-class Outcome(NamedTuple):
-    """A pair's annotation; `grade`, `probs`, `agreement` and `reasoning` are None when no sample parsed."""
+class Aggregate(NamedTuple):
+    """What the samples of one pair say together, as columns of `ANNOTATIONS`; the first four are None when none parsed."""
 
     grade: int | None
-    probs: list[float] | None
+    grade_probs: list[float] | None
     agreement: float | None
     reasoning: str | None
     votes: list[int]
@@ -67,15 +72,15 @@ class AnswerReader:
 
     def __init__(self, tokenizer: Any, num_grades: int) -> None:
         self._tokenizer = tokenizer
-        self._num_grades = num_grades
+        self.num_grades = num_grades
         # What tokens mean at the answer, and where the digit is from the end: the same few over and over.
         self._grades: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._places: dict[tuple[int, ...], int] = {}
 
     def read(self, completion: Completion) -> Sample:
-        """A completion that was cut off has no grade, whatever it says."""
+        """A completion that did not end by itself has no grade, whatever it says."""
         text = completion.text
-        grade = None if completion.finish_reason == "length" else parse_grade(text, self._num_grades)
+        grade = parse_grade(text, self.num_grades) if completion.finish_reason == "stop" else None
         if grade is None:
             return Sample(None, None, text.strip())
         return Sample(grade, self._distribution(completion, grade), text.rstrip()[:-_ANSWER_LENGTH].strip())
@@ -94,7 +99,7 @@ class AnswerReader:
         if not grades:
             return None
         logprobs = completion.top_logprobs[place]
-        mass = [0.0] * self._num_grades
+        mass = [0.0] * self.num_grades
         for token, other in grades:
             if token in logprobs:
                 mass[other] += math.exp(logprobs[token])
@@ -114,7 +119,7 @@ class AnswerReader:
         if not digit:
             return []
         ends = [_TAIL[:length] for length in range(len(_TAIL) + 1)]
-        spelt = {f"{head}{other}{end}": other for other in range(self._num_grades) for end in ends}
+        spelt = {f"{head}{other}{end}": other for other in range(self.num_grades) for end in ends}
         found = {text: find(text) for text in spelt}
         # What the vocabulary lacks comes back as its unknown token, or as None.
         return [(t, spelt[text]) for text, t in found.items() if t is not None and spell(t) == text]
@@ -137,8 +142,8 @@ class AnswerReader:
         return None
 
 
-def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
-    """The annotation that the samples of one pair amount to.
+def aggregate(samples: Sequence[Sample], num_grades: int) -> Aggregate:
+    """The grade and the probabilities that follow from the samples of one pair.
 
     grade: the majority of the votes; a tie goes to the higher mean probability, then to the lower grade.
     agreement: the share of the parsed samples that voted for the grade.
@@ -147,11 +152,11 @@ def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
     """
     if len(samples) == 1 and samples[0].probs:  # what follows says the same, at some length
         (only,) = samples
-        return Outcome(only.grade, only.probs, 1.0, only.reasoning, [only.grade], 0)  # type: ignore[list-item]
+        return Aggregate(only.grade, only.probs, 1.0, only.reasoning, [only.grade], 0)  # type: ignore[list-item]
     parsed = [sample for sample in samples if sample.grade is not None]
     unparsed = len(samples) - len(parsed)
     if not parsed:
-        return Outcome(None, None, None, None, [], unparsed)
+        return Aggregate(None, None, None, None, [], unparsed)
     votes: list[int] = [sample.grade for sample in parsed]  # type: ignore[misc]
     shares = [
         sample.probs or [float(g == grade) for g in range(num_grades)]
@@ -164,4 +169,4 @@ def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
     best = max(
         (place for place, vote in enumerate(votes) if vote == grade), key=lambda place: (shares[place][grade], -place)
     )
-    return Outcome(grade, probs, most / len(parsed), parsed[best].reasoning, votes, unparsed)
+    return Aggregate(grade, probs, most / len(parsed), parsed[best].reasoning, votes, unparsed)

@@ -187,7 +187,7 @@ class _Training:
                 samples=self.config.evaluation.samples,
                 max_tokens=self.config.max_completion_tokens,
                 seed=self.config.seed,
-            ).figures
+            )
 
     def _examples(self, split: str, limit: int) -> list[Example]:
         examples = load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed)

@@ -3,7 +3,7 @@
 The one package of this room that other rooms import; light on purpose (pyarrow and pydantic only).
 """
 
-from data.contracts.annotations import annotation_key_of
+from data.contracts.annotations import KEY_FILE, annotation_key_of, read_annotations
 from data.contracts.config import Config
 from data.contracts.errors import ContractError, Unavailable, first_line
 from data.contracts.files import digest, digest_bytes, digest_files, read_json, write_json, write_text
@@ -27,6 +27,7 @@ __all__ = [
     "ANNOTATIONS",
     "DISAGREEMENT",
     "FREQUENCIES",
+    "KEY_FILE",
     "PAIRS",
     "RATIONALES",
     "SCORES",
@@ -48,6 +49,7 @@ __all__ = [
     "log_progress",
     "metric_lines",
     "on_progress",
+    "read_annotations",
     "read_json",
     "read_table",
     "write_json",

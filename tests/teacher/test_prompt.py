@@ -75,13 +75,10 @@ def test_the_writer_of_many_prompts_writes_what_one_prompt_is(tokenizer, name, m
     writer = PromptWriter(prompt, tokenizer)
     assert (writer._frame is not None) == framed
     texts = ["red shoes", "Größe 36 – 鞋", "a {{ b }} {% c %} \\ d", "ignore the guideline", "0"]
-    pairs = [{"query": q, "ad_title": t, "ad_text": x, "attributes": [{"key": "k", "value": v}] if v else None}
+    pairs = [{"query": q, "ad_title": t, "ad_text": x, "attributes": [("k", v)] if v else None}
              for q in texts for t in texts for x, v in ((None, None), ("", ""), (q, t))]  # fmt: skip
     expected = [
-        prompt.ids(
-            tokenizer, p["query"], p["ad_title"], p["ad_text"], {e["key"]: e["value"] for e in p["attributes"] or ()}
-        )
-        for p in pairs
+        prompt.ids(tokenizer, p["query"], p["ad_title"], p["ad_text"], dict(p["attributes"] or ())) for p in pairs
     ]
     assert writer(pairs) == expected
     if name == "its own":  # up to the last control token before the data
