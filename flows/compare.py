@@ -61,34 +61,13 @@ def compare(
         raise SystemExit(2) from None
     data, text = save_comparison(found, folder)
     if sys.stdout.isatty():
-        _tables(found)
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(text.read_text(encoding="utf-8")))
     else:
         _lines(found)
     print(f"\n{found.result}\nkept in {data} and {text.name}")
-
-
-def _tables(found: RunComparison) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from pipeline.report.compare_page import difference_rows, figure_rows, measure_rows
-
-    console = Console()
-    for title, heads, rows in (
-        ("students on the shared test pairs", ("measure", found.a, found.b, "b − a", "95 %", ""), measure_rows(found)),
-        (
-            "key figures that differ, each run on its own",
-            ("stage", "figure", found.a, found.b),
-            figure_rows(found, equal=False),
-        ),
-        ("what differs", ("", "", found.a, found.b), difference_rows(found)),
-    ):
-        if rows:
-            table = Table(*heads, title=title, title_justify="left")
-            for row in rows:
-                table.add_row(*(Text(cell) for cell in row))
-            console.print(table)
 
 
 def _lines(found: RunComparison) -> None:

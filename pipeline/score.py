@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, SCORES, ContractError, check_schema, digest
+from data.contracts import PAIRS, SCORES, ContractError, check_schema, digest, log_progress
 from pipeline.artifacts import StageOutput
 from pipeline.progress import duration, watched
 from student.config import ScoreConfig
@@ -140,9 +140,8 @@ def _say(out: Path, version: str, before: int, rows: int, begin: float) -> None:
     rate = (total - before) / (time.monotonic() - begin)
     if rate:
         left = duration((rows - total) / rate)
-        logger.info(
-            "score: %d of %d pairs, %.0f pairs/s, %s left", total, rows, rate, left, extra={"progress": (total, rows)}
-        )
+        shown = (total, rows, rate, left)
+        log_progress(logger, total, rows, "score: %d of %d pairs, %.0f pairs/s, %s left", *shown)
 
 
 def _scored(out: Path, version: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from data.contracts import ContractError, GradeScale, MetricsLog
+from data.contracts import ContractError, GradeScale, MetricsLog, log_progress
 from student import checkpoint
 from student.checkpoint import Progress
 from student.config import StudentConfig
@@ -72,14 +72,14 @@ def fit(
         score, measured = _validate(config, model, valid, valid_tokens, scale, device)
         progress = _judge(progress, score, config)
         metrics.write(phase, progress.step, measured)
-        logger.info(
-            "%s: epoch %d of %d, %s, %.0f s",
-            phase,
+        log_progress(
+            logger,
             progress.epoch,
             config.epochs,
+            "%s: epoch %d of %d, %s, %.0f s",
+            *(phase, progress.epoch, config.epochs),
             ", ".join(f"{name} {value:.4f}" for name, value in measured.items()),
             time.monotonic() - begin,
-            extra={"progress": (progress.epoch, config.epochs)},
         )
         checkpoint.save(folder, progress, model, optimiser)
     checkpoint.load_best(folder, progress, model)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from data.contracts import PAIRS, ContractError, read_table
+from data.contracts import PAIRS, ContractError, log_progress, read_table
 from student.dataset import tokenize
 from student.model import quiet_transformers
 from student.scorer import ad_text, load_tokenizer, query_text
@@ -164,11 +164,8 @@ def _learn_from_text(
         schedule.step()
         total += float(loss.detach())
         if (step + 1) % shown == 0:
-            logger.info(
-                "encoder from scratch: step %d of %d, loss %.3f",
-                step + 1, steps, total / shown,
-                extra={"progress": (step + 1, steps)},
-            )  # fmt: skip
+            done = (step + 1, steps, total / shown)
+            log_progress(logger, step + 1, steps, "encoder from scratch: step %d of %d, loss %.3f", *done)
             total = 0.0
     model.eval()
 

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
-from data.contracts import ContractError, MetricsLog
+from data.contracts import ContractError, MetricsLog, log_progress
 from teacher.advantages import ESTIMATORS, agpo
 from teacher.collapse_detector import collapse
 from teacher.config import AGPOConfig, TeacherConfig
@@ -198,14 +198,13 @@ class _Watch(TrainerCallback):
         self._clock = (now, tokens)
         self.log.write("agpo", state.global_step, values)
         self.history.append(values)
-        logger.info(
-            "agpo: step %d of %d, accuracy %.3f, parsed %.3f, entropy %.3f",
+        log_progress(
+            logger,
             state.global_step,
             self.total,
-            values.get("accuracy", float("nan")),
-            values.get("parse_rate", float("nan")),
-            values.get("entropy", float("nan")),
-            extra={"progress": (state.global_step, self.total)},
+            "agpo: step %d of %d, accuracy %.3f, parsed %.3f, entropy %.3f",
+            *(state.global_step, self.total),
+            *(values.get(name, float("nan")) for name in ("accuracy", "parse_rate", "entropy")),
         )
         self.collapsed = collapse(self.history, self.guard)
         if self.collapsed:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from data.contracts import MetricsLog
+from data.contracts import MetricsLog, log_progress
 from teacher.config import TeacherConfig
 from teacher.distributed import world_size
 from teacher.examples import Example
@@ -91,8 +91,6 @@ class _Progress(TrainerCallback):
             return
         values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
         self.log.write(self.phase, state.global_step, values)
-        logger.info(
-            "%s: step %d of %d, loss %.3f",
-            self.phase, state.global_step, self.total, logs["loss"],
-            extra={"progress": (state.global_step, self.total)},
-        )  # fmt: skip
+        step = state.global_step
+        shown = (self.phase, step, self.total, logs["loss"])
+        log_progress(logger, step, self.total, "%s: step %d of %d, loss %.3f", *shown)

@@ -3,7 +3,7 @@
 The one package of this room that other rooms import; light on purpose (pyarrow and pydantic only).
 """
 
-from data.contracts.config import Config
+from data.contracts.config import Config, UserPath
 from data.contracts.errors import ContractError, Unavailable, first_line
 from data.contracts.files import digest, digest_files, read_json, write_json, write_text
 from data.contracts.metrics_log import MetricsLog, metric_lines
@@ -38,6 +38,7 @@ __all__ = [
     "MetricsLog",
     "OnProgress",
     "Unavailable",
+    "UserPath",
     "check_schema",
     "digest",
     "digest_files",

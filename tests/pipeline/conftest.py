@@ -13,7 +13,7 @@ import pytest
 from data.contracts import ANNOTATIONS, PAIRS, Grade, GradeScale
 from pipeline.artifacts import Recipe, StageOutput, StageRecord, run_stage
 from pipeline.settings import PipelineConfig, load_preset
-from pipeline.stages import STAGES, stage_config
+from pipeline.stages import STAGES
 
 HOSTILE = (
     '<script>alert("x")</script> "><img src=x onerror=alert(1)> </pre></style><svg onload=alert(1)> '
@@ -49,7 +49,7 @@ def fill() -> Fill:
         return [
             run_stage(
                 settings.folder / STAGES[name].folder,
-                Recipe(name, stage_config(settings, name), {"upstream": "1234abcd"}),
+                Recipe(name, STAGES[name].config(settings), {"upstream": "1234abcd"}),
                 makers[name],
             )
             for name in stages
