@@ -33,8 +33,7 @@ from benchmarks.annotate_kills import compare, rows_in
 from benchmarks.replay import load_replay, make_pairs, make_teacher
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotate
-from pipeline.spark import SparkConfig, start_spark
-from pipeline.stages import spark_session
+from pipeline.spark import SparkConfig, spark_session, start_spark
 from teacher.engines.base import EngineConfig
 from teacher.prompt import load_prompt
 

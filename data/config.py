@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from data.contracts import SPLITS, STRATA, Config, Grade
+from data.contracts import SPLITS, STRATA, Config, Grade, UserPath
 
 Column = Literal["query", "ad_title", "ad_text", "attributes", "grade", "rationale"]
 LogColumn = Literal["query", "ad_title", "ad_text", "attributes", "frequency"]
@@ -48,7 +47,7 @@ class LogConfig(Config):
     are taken, queries kept whole.
     """
 
-    path: Path
+    path: UserPath
     """File to read, or a folder of such files."""
 
     format: Format = "auto"
@@ -98,7 +97,7 @@ class DataConfig(Config):
     """Where pairs come from: made up (`synthetic`), a public set in the layout of its publisher, or any `table` with a
     column mapping."""
 
-    path: Path | None = None
+    path: UserPath | None = None
     """File to read (`table`: a folder of such files too; `wands`, `esci`: the folder with the published files). `home_depot`
     and `qbqtc` find theirs without it where the environment variable ADS_RELEVANCE_DATA names the folder."""
 

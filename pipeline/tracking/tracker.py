@@ -186,7 +186,7 @@ def track(
 
     `inputs` are the fingerprints of what it reads, kept as lineage tags and MLflow datasets; `sources` says where they are.
     """
-    tracker = Tracker(settings, stage, EXPERIMENTS[stage], folder)
+    tracker = Tracker(settings, stage, EXPERIMENTS.get(stage, stage), folder)
     tags = {"stage": stage, **{f"upstream.{name}": value for name, value in inputs.items()}}
     tracker.open(tags, config.model_dump(mode="json"), dataset_inputs(inputs, sources or {}))
     with closing(tracker):

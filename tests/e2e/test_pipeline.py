@@ -20,6 +20,7 @@ import pyarrow.dataset as pads
 import pytest
 
 from data.contracts import ANNOTATIONS, PAIRS, SCORES, read_table
+from flows.deploy import fill
 
 pytestmark = [pytest.mark.e2e, pytest.mark.spark, pytest.mark.vllm]
 
@@ -216,14 +217,8 @@ def test_a_worker_runs_a_registered_deployment_to_the_end(finished, environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    settings = {"preset": "sample", "run": "e2e", "runs": str(folder.parent)}
-    for override in [*TINY, "export.seed=1"]:  # another seed, so that the export has work to do
-        key, value = override.split("=", 1)
-        *parents, name = key.split(".")
-        place = settings
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = json.loads(value) if value[0].isdigit() or value in ("true", "false") else value
+    # Another seed, so that the export has work to do.
+    parameters = json.dumps(fill("sample", name="e2e", runs=str(folder.parent), set=[*TINY, "export.seed=1"]))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "env": served}
     with subprocess.Popen([prefect, "server", "start", "--port", str(port)], start_new_session=True, **quiet) as server:
         try:
@@ -233,7 +228,7 @@ def test_a_worker_runs_a_registered_deployment_to_the_end(finished, environment)
             listed = call("deployment", "ls")
             assert "nightly-annotate" in listed
             assert "weekly-pipeline" in listed
-            call("deployment", "run", "student-export/student-export", "--param", f"settings={json.dumps(settings)}")
+            call("deployment", "run", "student-export/student-export", "--params", parameters)
             before = (folder / "export" / "_stage.json").stat().st_mtime_ns
             worker = [prefect, "worker", "start", "--pool", "ads-relevance", "--run-once"]
             subprocess.run(worker, timeout=600, check=True, **quiet)

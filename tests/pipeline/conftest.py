@@ -72,7 +72,7 @@ def teacher_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, spark: Any, teacher_server: str) -> PipelineConfig:
     """The settings of a run whose five stages have completed, from a hostile table to the export. Tests copy its folder."""
-    from pipeline.stages import RUNNERS
+    from pipeline.stages import STAGES
 
     root = tmp_path_factory.mktemp("finished")
     columns = ("query", "ad_title", "ad_text", "grade", "rationale")
@@ -92,7 +92,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, spark: Any, teacher_s
         # The session of all tests, which a stage must not stop.
         patch.setattr("pipeline.stages.spark_session", lambda config: nullcontext(spark))
         for stage in ("data", "teacher", "annotate", "student", "export"):
-            RUNNERS[stage](settings)
+            STAGES[stage].run(settings)
     return settings
 
 
