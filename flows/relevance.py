@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -69,16 +70,30 @@ def _finish(settings: PipelineConfig, flow_name: str, records: list[StageRecord]
 def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
     """Run a flow's stages and those they need, reusing what is unchanged; returns the content of `summary.json`."""
     from flows.artifacts import publish
+    from pipeline.executions import FLOW, executing
+    from pipeline.report.summary import code_commit, reproduce_command, summary_metrics
     from pipeline.resume import remember
-    from pipeline.stages import with_upstream
-    from pipeline.tracking.flow_tracking import log_summary, track_flow
+    from pipeline.stages import EXPERIMENTS, with_upstream
+    from pipeline.tracking.tracker import tracking
 
     share_cores()
     connect_logging()
     records: list[StageRecord] = []
     spent: list[float] = []
     stages = with_upstream(FLOWS[name].stages)
-    with exclusive(settings.folder, 60 * settings.wait_minutes), track_flow(settings, name, stages) as tracked:
+    tags = {"flow": name, "stages": " ".join(stages), "commit": code_commit()}
+    tags["command"] = reproduce_command(settings, name)
+    execution = executing(
+        settings,
+        FLOW,
+        settings.folder,
+        config=settings,
+        inputs={},
+        tags=tags,
+        # Beside the stage's experiment where they have one name: what is compared in one is alike.
+        experiment=f"{name}-flow" if name in EXPERIMENTS.values() else name,
+    )
+    with exclusive(settings.folder, 60 * settings.wait_minutes), tracking(settings), execution as running:
         remember(settings, name)
         if (context := FlowRunContext.get()) is not None and context.flow_run is not None:
             _BEGUN.add(context.flow_run.id)
@@ -87,7 +102,8 @@ def _run(name: str, settings: PipelineConfig) -> dict[str, Any]:
             records.append(_TASKS[stage](settings))
             spent.append(round(time.monotonic() - begin, 1))
         summary = _finish(settings, name, records, spent)
-        log_summary(tracked, summary)
+        report = [Path(summary["report"])] if "report" in summary else []
+        running.finish(summary_metrics(summary), artifacts=[settings.folder / "summary.json", *report])
     publish(summary)
     return summary
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.contracts import Config, ContractError, digest, metric_lines
+from data.contracts import Config, ContractError, digest
 from pipeline.artifacts import Output, Recipe, StageRecord, read_record, run_stage
+from pipeline.executions import Registration, executing, reused
 from pipeline.locks import own_gpus
 from pipeline.settings import PipelineConfig
 from pipeline.spark import SparkConfig
-from pipeline.tracking.tracker import Tracker, note_reused, track
+from pipeline.tracking.tracker import tracking
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Work = Callable[[Path, Tracker], Output]
+Work = Callable[[Path], Output]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Stage:
     title: str = ""
 
 
+EXPERIMENTS = {
+    "data": "data-prepare",
+    "teacher": "teacher-train",
+    "annotate": "annotate",
+    "student": "student-distill",
+    "export": "student-export",
+    "score": "student-score",
+}
 # New pairs in the pool leave the teacher as it is, so that they alone are annotated.
 _READS_LABELS_ONLY = ("teacher", "export")
 
@@ -113,24 +122,20 @@ def with_upstream(names: tuple[str, ...]) -> tuple[str, ...]:
 def run_data(settings: PipelineConfig) -> StageRecord:
     """From the source to `pairs/`; raises `ContractError` for a source that cannot be used."""
 
-    def work(out: Path, tracker: Tracker) -> Output:
+    def work(out: Path) -> Output:
         from data.prepare import prepare
 
         with spark_session(settings.spark) as spark:
-            result = prepare(settings.data, out, spark)
-        tracker.artifact(out / "card.json")
-        tracker.artifact(out / "card.md")
-        tracker.artifact(out / "scale.json")
-        return result
+            return prepare(settings.data, out, spark)
 
-    return _run(settings, "data", work)
+    return _run(settings, "data", work, ("card.json", "card.md", "scale.json"))
 
 
 def run_teacher(settings: PipelineConfig) -> StageRecord:
     """Base model → warm start → AGPO → `teacher/model/`; needs the pairs of this run."""
     pairs = _finished(settings, "data")
 
-    def work(out: Path, tracker: Tracker) -> Output:
+    def work(out: Path) -> Output:
         from pipeline.weights import resolve_model
         from teacher.train import train_teacher
 
@@ -141,24 +146,17 @@ def run_teacher(settings: PipelineConfig) -> StageRecord:
             cache=settings.weights_cache.expanduser(),
             seed=settings.teacher.seed,
         )
-        result = train_teacher(settings.teacher, base, pairs, out)
-        _replay(out, tracker)
-        tracker.artifact(out / "metrics.jsonl")
-        tracker.artifact(out / "evaluation.json")
-        tracker.artifact(out / "model" / "model_card.md")
-        return result
+        return train_teacher(settings.teacher, base, pairs, out)
 
-    def register(out: Path, tracker: Tracker, result: Output) -> None:
-        tracker.register("teacher", out / "model", result.fingerprint)
-
-    return _run(settings, "teacher", work, register)
+    model = Registration(role="teacher", folder=stage_folder(settings, "teacher") / "model")
+    return _run(settings, "teacher", work, ("metrics.jsonl", "evaluation.json", "model/model_card.md"), model)
 
 
 def run_annotate(settings: PipelineConfig) -> StageRecord:
     """The teacher labels the pool into `annotations/`; needs the pairs and the teacher of this run."""
     pairs, teacher = _finished(settings, "data"), _finished(settings, "teacher") / "model"
 
-    def work(out: Path, tracker: Tracker) -> Output:
+    def work(out: Path) -> Output:
         from pipeline.annotation.job import annotate
 
         with spark_session(settings.spark) as spark:
@@ -171,7 +169,7 @@ def run_student(settings: PipelineConfig) -> StageRecord:
     """The encoder learns from the annotations into `student/model/`; needs pairs and annotations of this run."""
     pairs, annotations = _finished(settings, "data"), _finished(settings, "annotate")
 
-    def work(out: Path, tracker: Tracker) -> Output:
+    def work(out: Path) -> Output:
         from pipeline.weights import resolve_model
         from student.distill import distill
 
@@ -182,44 +180,30 @@ def run_student(settings: PipelineConfig) -> StageRecord:
             cache=settings.weights_cache.expanduser(),
             seed=settings.student.seed,
         )
-        result = distill(_with_key(settings, annotations), base, pairs, annotations, out)
-        _replay(out, tracker)
-        for name in (
-            "metrics.jsonl",
-            "evaluation.json",
-            "curves.json",
-            "test_predictions.parquet",
-            "model/model_card.md",
-        ):
-            tracker.artifact(out / name)
-        return result
+        return distill(_with_key(settings, annotations), base, pairs, annotations, out)
 
-    return _run(settings, "student", work)
+    artifacts = ("metrics.jsonl", "evaluation.json", "curves.json", "test_predictions.parquet", "model/model_card.md")
+    return _run(settings, "student", work, artifacts)
 
 
 def run_export(settings: PipelineConfig) -> StageRecord:
     """The student as ONNX in `export/`, checked against the trained model; needs pairs and student of this run."""
     pairs, student = _finished(settings, "data"), _finished(settings, "student") / "model"
 
-    def work(out: Path, tracker: Tracker) -> Output:
+    def work(out: Path) -> Output:
         from student.export import export_student
 
-        result = export_student(settings.export, student, pairs, out)
-        tracker.artifact(out / "export.json")
-        tracker.artifact(out / "model_card.md")
-        return result
+        return export_student(settings.export, student, pairs, out)
 
-    def register(out: Path, tracker: Tracker, result: Output) -> None:
-        tracker.register("student", out, result.fingerprint, student=student.parent)
-
-    return _run(settings, "export", work, register)
+    model = Registration(role="student", folder=stage_folder(settings, "export"), student=student.parent)
+    return _run(settings, "export", work, ("export.json", "model_card.md"), model)
 
 
 def run_score(settings: PipelineConfig) -> StageRecord:
     """Scores of the pairs table into `scores/`; needs the pairs and the export of this run."""
     pairs, export = _finished(settings, "data"), _finished(settings, "export")
 
-    def work(out: Path, tracker: Tracker) -> Output:
+    def work(out: Path) -> Output:
         from pipeline.score import score
 
         with spark_session(settings.spark) as spark:
@@ -275,13 +259,6 @@ def stage_sources(settings: PipelineConfig, name: str) -> dict[str, str | Path]:
     return sources
 
 
-def _replay(out: Path, tracker: Tracker) -> None:
-    for line in metric_lines(out / "metrics.jsonl"):
-        phase, step = line.pop("phase"), line.pop("step")
-        line.pop("time", None)
-        tracker.log(step, {f"{phase}/{name}": value for name, value in line.items()})
-
-
 @contextmanager
 def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
@@ -302,36 +279,43 @@ def _run(
     settings: PipelineConfig,
     name: str,
     work: Work,
-    register: Callable[[Path, Tracker, Output], None] | None = None,
+    artifacts: tuple[str, ...] = (),
+    register: Registration | None = None,
 ) -> StageRecord:
-    """`run_stage` with tracking around the work, so that a reused stage is not tracked again."""
+    """`run_stage` with a record of the execution around the work; a reused stage is not executed."""
     if (held := held_record(settings, name)) is not None:
-        note_reused(name, held.folder)
+        reused(name, held.folder)
         logger.info("%s: kept as it is (hold)", name, extra={"stage": name, "state": "reused"})
         return held
     stage, config, inputs = STAGES[name], stage_config(settings, name), stage_inputs(settings, name)
     gpus = own_gpus(60 * settings.wait_minutes) if _on_this_gpu(settings, name) else nullcontext()
 
-    def tracked(out: Path) -> Output:
+    def recorded(out: Path) -> Output:
         logger.info("%s: starting in %s", name, out, extra={"stage": name, "state": "running"})
-        with gpus, track(settings, name, config, inputs, out, stage_sources(settings, name)) as tracker:
-            result = work(out, tracker)
-            tracker.figures(result.figures)
-            tracker.tags({"fingerprint": result.fingerprint})
-            if register is not None:
-                register(out, tracker, result)
+        execution = executing(
+            settings,
+            name,
+            out,
+            config=config,
+            inputs=inputs,
+            sources=stage_sources(settings, name),
+            experiment=EXPERIMENTS[name],
+        )
+        with gpus, tracking(settings), execution as running:
+            result = work(out)
+            running.finish(result.figures, result.fingerprint, [out / each for each in artifacts], register)
         return result
 
     record = run_stage(
         stage_folder(settings, name),
         Recipe(name, config, inputs, stage.version),
-        tracked,
+        recorded,
         incremental=stage.incremental,
         share=settings.share,
     )
     told = f"done in {record.seconds:.0f} s"
     if record.reused:
-        note_reused(name, record.folder)
+        reused(name, record.folder)
         told = f"reused, made by run '{record.made_by}'" if record.made_by else "reused, nothing changed"
     logger.info("%s: %s", name, told, extra={"stage": name, "state": "reused" if record.reused else "done"})
     return record

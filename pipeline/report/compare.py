@@ -18,7 +18,7 @@ from pipeline.redact import flatten, redact
 from pipeline.report.student import METRICS
 from pipeline.settings import nearest
 from pipeline.stages import STAGES, finished_stages
-from pipeline.tracking.delivery import RUN_FILE
+from pipeline.tracking.tracker import noted_runs
 
 MEASURES = {name: METRICS[name] for name in ("roc_auc", "pr_auc", "ndcg_at_10", "f1")}
 _NAMES_OF_THE_RUN = ("run", "runs")
@@ -106,6 +106,7 @@ def compare_runs(a: Path, b: Path, *, n_boot: int = 1000, seed: int = 0) -> RunC
         if not found:
             raise ContractError(f"{folder} is not the folder of a run: no stage has completed there")
     measures, n, n_queries, reason = _measures(a, b, records, n_boot, seed)
+    mlflow_runs = [noted_runs(folder) for folder in folders]
     return RunComparison(
         a=names[0],
         b=names[1],
@@ -123,7 +124,7 @@ def compare_runs(a: Path, b: Path, *, n_boot: int = 1000, seed: int = 0) -> RunC
         mlflow_runs={
             stage: (ids[0], ids[1])
             for stage in ("flow", *STAGES)
-            if any(ids := [_mlflow_run(folder, stage) for folder in folders])
+            if any(ids := [runs.get(stage, "") for runs in mlflow_runs])
         },
     )
 
@@ -222,11 +223,6 @@ def _labels(a: Path, b: Path) -> tuple[str, str]:
     if first.name != second.name:
         return first.name, second.name
     return f"{first.parent.name}-{first.name}", f"{second.parent.name}-{second.name}"
-
-
-def _mlflow_run(folder: Path, stage: str) -> str:
-    place = folder if stage == "flow" else folder / STAGES[stage].folder
-    return str(read_json(place / RUN_FILE).get("run_id", ""))
 
 
 def read_json(path: Path) -> dict[str, Any]:

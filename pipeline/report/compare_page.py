@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from data.contracts import write_json
+from pipeline.executions import COMPARE, executing
 from pipeline.report.compare import MEASURES, RunComparison, read_json
 from pipeline.report.summary import HEADLINES, number
 from pipeline.settings import PipelineConfig, build_settings
-from pipeline.tracking.tracker import Tracker, closing
+from pipeline.tracking.tracker import tracking
 
 
 def save_comparison(found: RunComparison, folder: Path) -> tuple[Path, Path]:
@@ -22,22 +23,19 @@ def save_comparison(found: RunComparison, folder: Path) -> tuple[Path, Path]:
     data, text = place / f"{found.a}-vs-{found.b}.json", place / f"{found.a}-vs-{found.b}.md"
     write_json(data, found.model_dump(mode="json") | {"result": found.result})
     text.write_text(markdown(found), encoding="utf-8")
-    settings = _tracked_by(found.folder_b, folder).model_copy(update={"run": data.stem})
-    tracker = Tracker(settings, "compare", "compare", place)
-    about = {"name_a": found.a, "name_b": found.b, "mlflow.note.content": found.result}
+    settings = _tracked_by(found.folder_b, folder)
     runs = [
         found.mlflow_runs.get("flow", ("", ""))[side] or found.mlflow_runs.get("student", ("", ""))[side]
         for side in (0, 1)
     ]
-    tracker.open(about | {"run_a": runs[0] or found.a, "run_b": runs[1] or found.b}, {}, [])
-    with closing(tracker):
-        for measure in found.measures:
-            values = {"a": measure.a, "b": measure.b, "difference": measure.difference}
-            values |= {"low": measure.low, "high": measure.high}
-            tracker.log(0, {f"{measure.metric}/{key}": value for key, value in values.items() if value is not None})
-        tracker.log(0, {"n": found.n, "n_queries": found.n_queries})
-        tracker.artifact(data)
-        tracker.artifact(text)
+    tags = {"run": data.stem, "name_a": found.a, "name_b": found.b, "mlflow.note.content": found.result}
+    tags |= {"run_a": runs[0] or found.a, "run_b": runs[1] or found.b}
+    metrics: dict[str, float] = {"n": found.n, "n_queries": found.n_queries}
+    for measure in found.measures:
+        values = measure.model_dump(include={"a", "b", "difference", "low", "high"})
+        metrics |= {f"{measure.metric}/{key}": value for key, value in values.items() if value is not None}
+    with tracking(settings), executing(settings, COMPARE, place, config={}, inputs={}, tags=tags) as execution:
+        execution.finish(metrics, artifacts=[data, text])
     return data, text
 
 
@@ -86,7 +84,7 @@ def markdown(found: RunComparison) -> str:
 
 
 def _tracked_by(run: Path, folder: Path) -> PipelineConfig:
-    values: dict[str, Any] = {"preset": "", "run": "compare", "runs": str(folder)}
+    values: dict[str, Any] = {"preset": "", "run": COMPARE, "runs": str(folder)}
     recorded = (read_json(run / "summary.json").get("settings") or {}).get("tracking") or {}
     place = {key: recorded[key] for key in ("enabled", "uri", "experiment_prefix") if key in recorded}
     return build_settings(values | {"tracking": place})

@@ -13,10 +13,11 @@ from typing import Any
 
 from data.contracts import write_json
 from pipeline.artifacts import StageRecord, read_record
+from pipeline.executions import attach
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
 from pipeline.settings import PipelineConfig, build_settings
 from pipeline.stages import STAGES, stage_folder
-from pipeline.tracking.untracked import untracked
+from pipeline.tracking.tracker import untracked
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], 
     A report that cannot be made is logged and left out: it can be written again at any time, the stages cannot.
     """
     from pipeline.report.page import write_report
-    from pipeline.tracking.tracker import attach_file
 
     summary = summarise(settings, flow, records, spent)
     write_json(settings.folder / "summary.json", summary)
@@ -53,8 +53,19 @@ def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], 
     write_json(settings.folder / "summary.json", summary)
     for record in records:
         if not record.reused:
-            attach_file(settings, record.stage, record.folder, report)
+            attach(record.folder, report)
     return summary
+
+
+def summary_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The key figures of a flow's stages as metrics of its run in MLflow, by STAGE/FIGURE."""
+    values: dict[str, float] = {"seconds": summary["seconds"]}
+    for name, stage in summary["stages"].items():
+        if stage["in_flow"]:
+            figures = flatten(stage["figures"])
+            chosen = {key: figures[key] for key in HEADLINES.get(name, ()) if isinstance(figures.get(key), int | float)}
+            values |= {f"{name}/{key}": value for key, value in chosen.items()} | {f"{name}/seconds": stage["seconds"]}
+    return values
 
 
 def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
         "command": reproduce_command(settings, flow),
         "tracking": redact_text(settings.tracking_uri) if settings.tracking.enabled else "",
         "untracked": untracked(settings.folder) if settings.tracking.enabled else {},
-        "commit": _commit(),
+        "commit": code_commit(),
         "versions": _versions(),
         "settings": redact(settings.model_dump(mode="json")),
         "stages": stages,
@@ -155,7 +166,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def code_commit() -> str:
     """The commit of this code, with `+` when the tree has changes; empty outside a repository."""
     folder = Path(__file__).parent
 

@@ -23,7 +23,6 @@ from pipeline.plan import plan
 from pipeline.resume import remember
 from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import STAGES
-from pipeline.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("server")
 ROOT = Path(__file__).parents[2]
@@ -41,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def runner(name: str):  # type: ignore[no-untyped-def]
         def run(settings: PipelineConfig) -> StageRecord:
-            def work(out: Path, tracker: Tracker) -> StageOutput:
+            def work(out: Path) -> StageOutput:
                 ran.append(name)
                 (out / "made").write_text(name)
                 return StageOutput(fingerprint=f"{name}{settings.teacher.seed}", figures={"rows": 3})
