@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import shlex
 import time
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime, task
@@ -23,11 +25,13 @@ from flows.environment import set_environment
 from flows.runtime import connect_logging
 from flows.terminal import show
 from pipeline.artifacts import StageRecord
+from pipeline.executions import FLOW, Execution, executing
 from pipeline.locks import exclusive
+from pipeline.report.summary import code_commit, reproduce_command, summary_metrics
 from pipeline.resume import remember
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, with_upstream
-from pipeline.tracking.flow_tracking import log_summary, track_flow
+from pipeline.tracking.tracker import tracking
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +72,8 @@ def _flow(entry: Entry) -> Any:
         spent: list[float] = []
         with (
             exclusive(settings.folder, 60 * settings.wait_minutes),
-            track_flow(settings, entry.name, stages) as tracked,
+            tracking(settings),
+            _executing(entry, settings, stages) as running,
         ):
             remember(settings, entry.name)
             try:
@@ -83,13 +88,24 @@ def _flow(entry: Entry) -> Any:
             except BaseException:
                 _advise(settings)
                 raise
-            log_summary(tracked, summary)
+            report = [Path(summary["report"])] if "report" in summary else []
+            running.finish(summary_metrics(summary), artifacts=[settings.folder / "summary.json", *report])
         publish(summary)
         return summary
 
     run.__name__ = run.__qualname__ = entry.function
     run.__doc__ = f"`prefect run {entry.name}`: the content of `summary.json`."
     return flow(name=entry.name, description=entry.help, flow_run_name=_RUN_NAME)(run)
+
+
+def _executing(entry: Entry, settings: PipelineConfig, stages: tuple[str, ...]) -> AbstractContextManager[Execution]:
+    """The record of the flow's own execution, to which those of its stages belong."""
+    tags = {"flow": entry.name, "stages": " ".join(stages), "commit": code_commit()}
+    tags["command"] = reproduce_command(settings, entry.name)
+    # Beside the stage's experiment where they have one name: what is compared in one is alike.
+    is_taken = entry.name in {stage.experiment for stage in STAGES.values()}
+    experiment = f"{entry.name}-flow" if is_taken else entry.name
+    return executing(settings, FLOW, settings.folder, config=settings, inputs={}, tags=tags, experiment=experiment)
 
 
 def _advise(settings: PipelineConfig) -> None:

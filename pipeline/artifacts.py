@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
-UNTRACKED = "_untracked.jsonl"  # see pipeline.tracking.outbox
+UNTRACKED = "_untracked.jsonl"  # of older versions, for MLflow
 # Big files, which no stage changes once it has finished: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
 

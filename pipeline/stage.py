@@ -8,13 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from data.contracts import Config, ContractError, metric_lines
+from data.contracts import Config, ContractError
 from pipeline.artifacts import Output, Recipe, StageRecord, read_record, run_stage
+from pipeline.executions import Registration, executing, reused
 from pipeline.locks import own_gpus
 from pipeline.settings import PipelineConfig
-from pipeline.tracking.tracker import note_reused, track
+from pipeline.tracking.tracker import tracking
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Input:
 class Registered:
     """The model that a stage registers: its role, its folder within the stage's, and the stage it was trained by."""
 
-    role: str
+    role: Literal["teacher", "student"]
     folder: str = "."
     trained_by: str = ""
 
@@ -120,7 +121,7 @@ class Stage:
     def run(self, settings: PipelineConfig) -> StageRecord:
         """The record of this stage's output, reused or made; raises what the work raises."""
         if (held := self.held(settings)) is not None:
-            note_reused(self.name, held.folder)
+            reused(self.name, held.folder)
             logger.info("%s: kept as it is (hold)", self.name)
             return held
         inputs = self.inputs(settings)
@@ -132,7 +133,7 @@ class Stage:
             share=settings.share,
         )
         if record.reused:
-            note_reused(self.name, record.folder)
+            reused(self.name, record.folder)
             origin = f"made by run '{record.made_by}'" if record.made_by else "nothing changed"
             logger.info("%s: reused, %s", self.name, origin)
         else:
@@ -140,21 +141,25 @@ class Stage:
         return record
 
     def _work_tracked(self, settings: PipelineConfig, inputs: dict[str, Input], out: Path) -> Output:
-        """Work within an execution that is tracked; what it is told of the work is read from the stage's folder."""
+        """Work within an execution that is recorded; its metrics by step are read from the stage's folder."""
         folders = {needed.name: needed.path(settings) for needed in self.needs}
-        fingerprints = self.recipe(settings, inputs).inputs
-        places = {name: each.place for name, each in inputs.items()}
+        execution = executing(
+            settings,
+            self.name,
+            out,
+            config=self.config(settings),
+            inputs={name: each.fingerprint for name, each in inputs.items()},
+            sources={name: each.place for name, each in inputs.items()},
+            experiment=self.experiment,
+        )
         gpus = own_gpus(60 * settings.wait_minutes) if self.uses_gpus(settings) else nullcontext()
-        with gpus, track(settings, self.name, self.config(settings), fingerprints, out, places) as tracker:
+        with gpus, tracking(settings), execution as running:
             output = self.work(settings, folders, out)
-            for line in metric_lines(out / "metrics.jsonl"):
-                phase, step, _ = line.pop("phase"), line.pop("step"), line.pop("time", None)
-                tracker.log(step, {f"{phase}/{name}": value for name, value in line.items()})
-            tracker.figures(output.figures)
-            tracker.tags({"fingerprint": output.fingerprint})
-            for name in self.artifacts:
-                tracker.artifact(out / name)
-            if (model := self.registers) is not None:
-                trained_by = folders.get(model.trained_by)
-                tracker.register(model.role, out / model.folder, output.fingerprint, student=trained_by)
+            artifacts = [out / name for name in self.artifacts]
+            running.finish(output.figures, output.fingerprint, artifacts, self._registration(folders, out))
         return output
+
+    def _registration(self, folders: Mapping[str, Path], out: Path) -> Registration | None:
+        if (model := self.registers) is None:
+            return None
+        return Registration(role=model.role, folder=out / model.folder, student=folders.get(model.trained_by))

@@ -14,13 +14,14 @@ from pydantic import BaseModel
 
 from data.contracts import ContractError, GradeScale, read_json, write_json, write_text
 from pipeline.artifacts import StageRecord
+from pipeline.executions import COMPARE, executing
 from pipeline.redact import flatten, redact
 from pipeline.report.sections.student import METRICS
 from pipeline.report.summary import metrics_of
 from pipeline.report.text import number
 from pipeline.settings import build_settings, nearest
 from pipeline.stages import STAGES, finished_stages
-from pipeline.tracking.tracker import Tracker, closing
+from pipeline.tracking.tracker import noted_runs, tracking
 
 PAIRED = ("roc_auc", "pr_auc", "ndcg_at_10", "f1")
 Pair = tuple[Any, Any]
@@ -204,24 +205,21 @@ def _track(comparison: RunComparison, data: Path, text: Path) -> None:
     path = comparison.folder_b / "summary.json"
     recorded = read_json(path)["settings"]["tracking"] if path.exists() else {}
     store = {name: value for name, value in recorded.items() if name in ("enabled", "uri", "experiment_prefix")}
-    runs = {"preset": "", "run": data.stem, "runs": str(data.parent.parent)}
-    tracker = Tracker(build_settings(runs | {"tracking": store}), "compare", "compare", data.parent)
-    tags = {"name_a": comparison.a, "name_b": comparison.b, "mlflow.note.content": comparison.result}
+    settings = build_settings({"preset": "", "run": COMPARE, "runs": str(data.parent.parent), "tracking": store})
+    tags = {"run": data.stem, "name_a": comparison.a, "name_b": comparison.b, "mlflow.note.content": comparison.result}
     tags |= {"run_a": _mlflow_run(comparison.folder_a), "run_b": _mlflow_run(comparison.folder_b)}
-    tracker.open(tags, {}, [])
-    with closing(tracker):
-        for each in comparison.measures:
-            values = each.model_dump(exclude={"metric"}, exclude_none=True)
-            tracker.log(0, {f"{each.metric}/{name}": value for name, value in values.items()})
-        tracker.log(0, {"n": comparison.n, "n_queries": comparison.n_queries})
-        tracker.artifact(data)
-        tracker.artifact(text)
+    metrics: dict[str, float] = {"n": comparison.n, "n_queries": comparison.n_queries}
+    for each in comparison.measures:
+        values = each.model_dump(exclude={"metric"}, exclude_none=True)
+        metrics |= {f"{each.metric}/{name}": value for name, value in values.items()}
+    with tracking(settings), executing(settings, COMPARE, data.parent, config={}, inputs={}, tags=tags) as execution:
+        execution.finish(metrics, artifacts=[data, text])
 
 
 def _mlflow_run(folder: Path) -> str:
     """MLflow's id of the run's flow, or of its student; the run's name where there is none."""
-    notes = [place / "_mlflow.json" for place in (folder, folder / STAGES["student"].folder)]
-    return str(next((read_json(note).get("run_id") for note in notes if note.exists()), None) or folder.name)
+    runs = noted_runs(folder)
+    return runs.get("flow") or runs.get("student") or folder.name
 
 
 def _settings(summary: dict[str, Any], records: dict[str, StageRecord]) -> dict[str, Any]:

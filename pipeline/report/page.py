@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from data.contracts import ContractError, first_line, read_json, write_json, write_text
 from pipeline.artifacts import StageRecord
+from pipeline.executions import attach
 from pipeline.report.sections.annotation import annotation_section
 from pipeline.report.sections.data import pairs_section
 from pipeline.report.sections.student import student_section
@@ -25,7 +26,6 @@ from pipeline.report.summary import headline, metrics_of, summarise
 from pipeline.report.text import interval, number
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, finished_stages
-from pipeline.tracking.tracker import attach_file
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], 
     write_json(settings.folder / "summary.json", summary)
     for record in records:
         if not record.reused:
-            attach_file(settings, record.stage, record.folder, report)
+            attach(record.folder, report)
     return summary
 
 

