@@ -39,6 +39,17 @@ def test_ordinary_changes_pass(changed):
     assert collapse(history((10, {}), (50, changed)), LIMITS) is None
 
 
+def test_a_training_in_which_nothing_is_learnt_is_stopped():
+    idle = {"advantage/positive": 0.0, "advantage/negative": 0.0}
+    limits = CollapseConfig(window=5, max_idle_steps=20)
+    assert "in 20 steps every advantage was 0" in collapse(
+        history((3, {"advantage/negative": -1.0}), (20, idle)), limits
+    )
+    assert collapse(history((19, idle)), limits) is None
+    assert collapse(history((30, idle), (1, {**idle, "advantage/negative": -0.1})), limits) is None
+    assert collapse(history((30, idle)), CollapseConfig(window=0)) is None
+
+
 def test_it_is_silent_without_enough_steps_values_or_when_off():
     fallen = history((4, {}), (5, {"accuracy": 0.0}))
     assert collapse(fallen, LIMITS) is None

@@ -172,13 +172,13 @@ def trained(decoder, out, steps=20, **options):
     model, tokenizer = load_model(decoder, TINY)
     model = options.pop("model", model)
     model.generation_config.eos_token_id = list(range(1, 60))  # so that an untrained model ends some completions
+    # Where a gradient is nothing but rounding, Adam must not make a step of it.
+    options = {"learning_rate": 1e-3 if steps < 10 else 1e-4, "adam_epsilon": 1e-5, **options}
     settings = {name: options.pop(name) for name in ("shared_prefix", "micro_batch_tokens") if name in options}
     prompts = ["<|user|>a<|end|><|assistant|>", f"<|user|>{'b ' * 60}<|end|><|assistant|>"]
     trainer = AGPOTrainer(
         model=model,
-        args=trl_arguments(
-            out, per_device_train_batch_size=8, max_completion_length=12, max_steps=steps, learning_rate=1e-4, **options
-        ),
+        args=trl_arguments(out, per_device_train_batch_size=8, max_completion_length=12, max_steps=steps, **options),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts] * 4),
         reward_funcs=lambda completions, **_: [1.0 if len(text) % 2 else -1.0 for text in completions],
@@ -208,7 +208,7 @@ def test_a_training_is_the_same_shared_or_repeated_in_one_pass_or_many(decoder, 
     pieces, _ = trained(decoder, tmp_path, steps, micro_batch_tokens=100, **options)
     assert (shared - pieces).abs().max() <= 1e-4
     start = torch.cat([p.flatten() for p in load_model(decoder, TINY)[0].parameters()])
-    assert (shared - start).abs().max() >= 2e-4  # more than rounding
+    assert (shared - start).abs().max() >= 5e-4  # more than rounding
 
 
 def test_training_falls_back_to_the_repeated_form_and_says_why(decoder, tmp_path, caplog):
