@@ -119,13 +119,14 @@ def compare_runs(a: Path, b: Path, *, n_boot: int = 1000, seed: int = 0) -> RunC
     names = [folder.resolve().name for folder in (a, b)]
     if names[0] == names[1]:
         names = [f"{folder.resolve().parent.name}-{folder.resolve().name}" for folder in (a, b)]
+    lacking = [name for name, each in zip(names, records, strict=True) if "student" not in each]
     metrics = [{stage: flatten(metrics_of(record)) for stage, record in each.items()} for each in records]
     return RunComparison(
         a=names[0],
         b=names[1],
         folder_a=a.resolve(),
         folder_b=b.resolve(),
-        **_measures(a, b, n_boot, seed),
+        **({"not_compared": f"{lacking[0]} has no finished student"} if lacking else _measures(a, b, n_boot, seed)),
         metrics={stage: _pairs(*(each.get(stage, {}) for each in metrics)) for stage in metrics[0] | metrics[1]},
         settings=_different(*map(_settings, summaries, records)),
         inputs=_different(*(flatten({stage: record.inputs for stage, record in each.items()}) for each in records)),
@@ -187,7 +188,7 @@ def _measures(a: Path, b: Path, n_boot: int, seed: int) -> dict[str, Any]:
         return {"not_compared": str(error)}
     labels = Labels(rows["grade"].to_numpy(), rows["query_id"].to_numpy(), starts.pop(), n_boot, seed)
     scores = [rows["p_relevant"].to_numpy(), rows["p_relevant_old"].to_numpy()]
-    thresholds = [read_json(student / "model" / "student.json")["threshold"] for student in students]
+    thresholds = [read_json(student / "model" / "student.json").get("threshold") for student in students]
     values = [
         # The values alone: it is their difference that gets an interval.
         evaluate(replace(labels, n_boot=1), score, threshold=threshold).metrics
@@ -195,6 +196,8 @@ def _measures(a: Path, b: Path, n_boot: int, seed: int) -> dict[str, Any]:
     ]
     measures = []
     for metric in PAIRED:
+        if metric not in values[0] or metric not in values[1]:  # F1, of a student without a threshold
+            continue
         change = compare(labels, scores[0], scores[1], metric=metric, thresholds=(thresholds[0], thresholds[1]))
         limits = change.model_dump(include={"difference", "low", "high"})
         measures.append(Measure(metric=metric, a=values[1][metric].value, b=values[0][metric].value, **limits))

@@ -52,7 +52,7 @@ def test_a_spreadsheet_finds_no_formula(
     for row in rows:
         assert row["ad_title"].startswith("'=HYPERLINK(")
         assert row["reasoning"].startswith("'@SUM(1) because <script>")
-        assert row["votes"].split()[0] == row["teacher_grade"]
+        assert row["teacher_grade"] in row["votes"].split()
         assert row["human_grade"] != row["teacher_grade"] or float(row["agreement"]) <= 0.6
         assert not any(value.startswith(("=", "+", "-", "@", "\t", "\r")) for value in row.values())
     monkeypatch.setattr("sys.argv", ["audit", str(run.folder), str(out), "--key", "0123456789abcdef"])
