@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
         Stage("data", "pairs", (), 1, title="Pairs"),
         Stage("teacher", "teacher", ("data",), 1, title="Teacher"),
         Stage("annotate", "annotations", ("data", "teacher"), 1, incremental=True, title="Annotations"),
-        Stage("student", "student", ("data", "annotate"), 1, title="Student"),
+        Stage("student", "student", ("data", "annotate"), 2, title="Student"),
         Stage("export", "export", ("data", "student"), 1, title="Export"),
         Stage("score", "scores", ("data", "export"), 1, incremental=True, title="Scores"),
     )
@@ -182,7 +182,8 @@ def run_student(settings: PipelineConfig) -> StageRecord:
             cache=settings.weights_cache.expanduser(),
             seed=settings.student.seed,
         )
-        result = distill(_with_key(settings, annotations), base, pairs, annotations, out)
+        cache = settings.weights_cache.expanduser() / "warm_up"
+        result = distill(_with_key(settings, annotations), base, pairs, annotations, out, cache)
         _replay(out, tracker)
         for name in (
             "metrics.jsonl",
