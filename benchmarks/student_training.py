@@ -65,7 +65,8 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     from data.contracts import MetricsLog
     from student.config import StudentConfig
     from student.fit import fit
-    from student.model import Setup, save_tokenizer
+    from student.model import save_tokenizer
+    from student.setup import Setup
 
     scale, rows, valid = _examples(options)
     config = StudentConfig(

@@ -49,7 +49,8 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     if record is not None and not config.annotation_key:
         # The table grows over the runs of one name, so the key written last need not be the one that these settings mean.
         config = config.model_copy(update={"annotation_key": str(record.figures.get("annotation_key", ""))})
-    return distill(config, _base(settings, config.base, "encoder", pairs, config.seed), pairs, annotations, out)
+    base, cache = _base(settings, config.base, "encoder", pairs, config.seed), settings.weights_cache / "warm_up"
+    return distill(config, base, pairs, annotations, out, cache)
 
 
 def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -124,6 +125,7 @@ STUDENT = Stage(
     folder="student",
     experiment="student-distill",
     work=_distil,
+    version=2,
     needs=(DATA, ANNOTATE),
     reads_besides=lambda config: _own_model(config.base),
     uses_gpus=lambda settings: True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.contracts import GradeScale
+from student.evaluation import floor_fault
 
 _TITLES = {
     "roc_auc": "ROC-AUC",
@@ -50,11 +51,16 @@ raise its score.
 
 ## Evaluation
 
-Human grades of split test ({evaluation["n"]:,} pairs of {evaluation["n_queries"]:,} queries), with 95 % bootstrap
-intervals resampled by query.
+{_floor(evaluation)}Human grades of split test ({evaluation["n"]:,} pairs of {evaluation["n_queries"]:,} queries),
+with 95 % bootstrap intervals resampled by query.
 
 {metrics_table(evaluation)}
 """
+
+
+def _floor(evaluation: dict[str, Any]) -> str:
+    fault = floor_fault(evaluation)
+    return f"**Do not deploy: {fault}.**\n\n" if fault else ""
 
 
 def metrics_table(evaluation: dict[str, Any]) -> str:

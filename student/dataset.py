@@ -159,6 +159,22 @@ def read_examples(pairs: Path, scale: GradeScale, split: str, *, ratings: bool =
     return _examples(table, grade, rating_targets(grade, rating.astype(np.float64), scale.size))
 
 
+def read_texts(pairs: Path, where: pads.Expression, grades: int) -> Examples:
+    """Pairs for which `where` holds, without anything of their grades."""
+    columns = [name for name in PAIRS.names if name not in ("grade", "grade_raw")]
+    table = read_table(pairs / "pairs", PAIRS, columns=columns, where=where)
+    return _examples(table, np.full(table.num_rows, -1), np.zeros((table.num_rows, grades)))
+
+
+def sample_texts(pairs: Path, count: int, seed: int, grades: int) -> Examples:
+    """`count` pairs of splits pool and train, drawn by the seed, by pair_id; nothing of their grades."""
+    in_training = pads.field("split").isin(["pool", "train"])
+    ids = read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=in_training).column("pair_id").to_pylist()
+    ids = np.random.default_rng(seed).permutation(np.sort(np.array(ids, dtype=object)))[:count]
+    rows = read_texts(pairs, pads.field("pair_id").isin(pa.array(ids, pa.string())), grades)
+    return rows.take(np.argsort(rows.pair_ids))
+
+
 def read_training(
     pairs: Path, annotated: Mapping[str, Annotated], scale: GradeScale, config: StudentConfig
 ) -> Examples:
@@ -170,14 +186,8 @@ def read_training(
     gold = read_examples(pairs, scale, "train", ratings=config.soft_gold)
     _check_distributions(annotated, scale)
     taught = {pair_id: row for pair_id, row in annotated.items() if row.agreement >= config.min_agreement}
-    table = read_table(
-        pairs / "pairs",
-        PAIRS,
-        columns=[name for name in PAIRS.names if name not in ("grade", "grade_raw")],
-        where=pads.field("split").isin(["train", "pool"]) & pads.field("pair_id").isin(pa.array(taught, pa.string())),
-    )
-    # A graded row with an annotation teaches both; it comes with `gold`, so it leaves the table.
-    table = table.filter(pc.invert(pc.is_in(table.column("pair_id"), pa.array(gold.pair_ids, pa.string()))))
+    ids = pa.array(sorted(set(taught) - set(gold.pair_ids)), pa.string())  # the others come with `gold` and teach both
+    extra = read_texts(pairs, pads.field("split").isin(["train", "pool"]) & pads.field("pair_id").isin(ids), scale.size)
 
     gold.weight[:] = config.gold_weight
     for i, pair_id in enumerate(gold.pair_ids):
@@ -188,11 +198,10 @@ def read_training(
                 config.gold_mix,
             )
 
-    rows = [taught[pair_id] for pair_id in table.column("pair_id").to_pylist()]
-    soft = np.array([row.probs for row in rows]).reshape(len(rows), scale.size)
+    rows = [taught[pair_id] for pair_id in extra.pair_ids]
     extra = replace(
-        _examples(table, np.full(len(rows), -1), np.zeros_like(soft)),
-        soft=soft,
+        extra,
+        soft=np.array([row.probs for row in rows]).reshape(extra.soft.shape),
         reasons=np.array([row.reasoning for row in rows], dtype=object),
         mix=np.zeros(len(rows)),
         weight=np.array([row.agreement for row in rows]) ** config.agreement_power,
@@ -206,18 +215,10 @@ def read_training(
     return training
 
 
-def length_grouped(lengths: Array, batch_size: int, rng: np.random.Generator, chunk: int = 16) -> list[Array]:
-    """Batches of row numbers in random order, each of rows of like length out of `chunk` batches drawn at random.
-
-    The more are sorted together, the less is padding, and the less a batch is like the whole: length goes with the label.
-    """
-    order = rng.permutation(len(lengths))
-    batches: list[Array] = []
-    for start in range(0, len(order), batch_size * chunk):
-        part = order[start : start + batch_size * chunk]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+def random_batches(count: int, batch_size: int, rng: np.random.Generator) -> list[Array]:
+    """Batches of row numbers in random order; what is left over makes a smaller one at the end."""
+    order = rng.permutation(count)
+    return [order[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
 def query_grouped(query_id: Array, batch_size: int, rng: np.random.Generator) -> list[Array]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ from data.contracts import (
     write_json,
     write_text,
 )
-from student.baselines import Bm25, encoder_cosine
+from student.baselines import Bm25
 from student.calibration import best_f1_threshold, fit_calibration
 from student.card import student_card
 from student.config import StudentConfig
 from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training
-from student.evaluation import System, curves, evaluate_systems, graded, write_predictions
+from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
 from student.metrics import Labels, expected_calibration_error, roc_auc
-from student.model import Setup, head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
+from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
 from student.scorer import ad_text, softmax
+from student.setup import Setup
+from student.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
@@ -69,15 +72,18 @@ class Rows:
     annotations: dict[str, Annotated]
 
 
-def distill(config: StudentConfig, base: Path, pairs: Path, annotations: Path | None, out: Path) -> StudentResult:
+def distill(
+    config: StudentConfig, base: Path, pairs: Path, annotations: Path | None, out: Path, cache: Path | None = None
+) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
 
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
     Parameters: `base` the encoder's folder; `pairs` what data-prepare wrote; `annotations` a table of annotations, None
-    or empty for human grades alone. Raises `ContractError` when valid or test has no human grade, when there is nothing
-    to learn from, or when the tables do not fit the scale.
+    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None.
+    Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
+    do not fit the scale.
     """
     out.mkdir(parents=True, exist_ok=True)
     scale = GradeScale.load(pairs)
@@ -85,8 +91,11 @@ def distill(config: StudentConfig, base: Path, pairs: Path, annotations: Path | 
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = save_tokenizer(base, building, config.max_length)
-    setup = Setup(config, base, tokenizer, scale, pick_device(config.device))
+    setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device))
     metrics = MetricsLog(out / "metrics.jsonl")
+    if config.warm_up.pairs:
+        untrained.reader()  # refuses an encoder that cannot be trained, before the warm-up reads all pairs with it
+        setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
         fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
@@ -94,12 +103,16 @@ def distill(config: StudentConfig, base: Path, pairs: Path, annotations: Path | 
 
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
-    systems = [measured(setup, "student", student, rows.test)]
+    systems = [measured(setup, "student", student, rows.valid, rows.test)]
     if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
-        systems.append(measured(setup, "gold_only", train(rows.training.gold_only(), "gold_only"), rows.test))
-    systems += rankers(setup, pairs, rows) + teacher_on_test(rows, scale)
+        gold_only = train(rows.training.gold_only(), "gold_only")
+        systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
+    systems += [*bm25(setup, pairs, rows.valid, rows.test), cosine(untrained, rows.valid, rows.test)]
+    systems += [warmed_up(setup, rows.valid, rows.test)] if config.warm_up.pairs else []
+    systems += teacher_on_test(rows, scale)
     evaluation = evaluate(setup, systems, student, rows.test)
-
+    if fault := floor_fault(evaluation):
+        logger.warning("%s", fault)
     key = key_metrics(evaluation, card) | {"valid_roc_auc": student.valid_roc_auc}
     key = {name: value for name, value in key.items() if value is not None and value == value}
     write_json(building / "metrics.json", key)
@@ -134,8 +147,8 @@ def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
 
     The offsets go into the bias of the model's head, so that whoever serves it divides by the temperature and no more.
     """
-    logits = setup.logits(fitted.model, valid)
-    bias = head_bias(fitted.model)
+    logits = setup.logits(fitted.reader, valid)
+    bias = head_bias(fitted.reader.model)
     temperature, offsets = fit_calibration(logits, valid.grade, offsets=bias is not None)
     shift = temperature * offsets
     if bias is not None:
@@ -144,33 +157,44 @@ def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
     return Calibrated(fitted, temperature, shift, best_f1_threshold(relevant, p), roc_auc(relevant, p))
 
 
-def measured(setup: Setup, name: str, student: Calibrated, test: Examples) -> System:
+def measured(setup: Setup, name: str, student: Calibrated, valid: Examples, test: Examples) -> System:
     """A trained and calibrated model's output on the test rows."""
-    probs = softmax(setup.logits(student.fitted.model, test), student.temperature)
-    return graded(name, probs, setup.scale.relevant_from, student.threshold)
+    probs = softmax(setup.logits(student.fitted.reader, test), student.temperature)
+    auc = student.valid_roc_auc
+    return System(name, setup.p_relevant(probs), student.threshold, probs, valid_roc_auc=auc)
 
 
-def rankers(setup: Setup, pairs: Path, rows: Rows) -> list[System]:
-    """The systems that have seen no label: BM25, BM25 as a share of the query's limit, the untrained encoder's cosine.
+def ranker(setup: Setup, name: str, score: Callable[[Examples], Array], valid: Examples, test: Examples) -> System:
+    """A system that has seen no label and gives a score (N,) only; its threshold comes from valid."""
+    on_valid, relevant = score(valid), setup.relevant(valid)
+    threshold = best_f1_threshold(relevant, on_valid)
+    return System(name, score(test), threshold, valid_roc_auc=roc_auc(relevant, on_valid))
 
-    Their thresholds come from valid.
-    """
+
+def cosine(setup: Setup, valid: Examples, test: Examples) -> System:
+    """The cosine of query and ad under the encoder in `setup.base`, which nothing was taught."""
+    encoder = setup.encoder()
+    return ranker(setup, "untrained_cosine", lambda rows: encoder.cosine(rows.queries, rows.ads), valid, test)
+
+
+def warmed_up(setup: Setup, valid: Examples, test: Examples) -> System:
+    """The classifier in `setup.base` as its warm-up left it."""
+    reader = setup.reader()
+    reader.model.eval()
+    return ranker(setup, "warm_up", lambda rows: setup.p_relevant(softmax(setup.logits(reader, rows))), valid, test)
+
+
+def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[System]:
+    """BM25 over the ads of all splits, and BM25 as a share of the query's limit."""
     columns = ["ad_title", "ad_text", "attributes"]
     table = read_table(pairs / "pairs", PAIRS, columns=columns).to_pylist()
-    bm25 = Bm25([ad_text(row["ad_title"], row["ad_text"], row["attributes"]) for row in table])
-    batch_size, device = setup.config.eval_batch_size, setup.device
-    scorers: dict[str, Callable[[Examples], Array]] = {
-        "bm25": lambda rows: bm25.scores(rows.queries, rows.ads),
-        "bm25_relative": lambda rows: bm25.scores(rows.queries, rows.ads, relative=True),
-        "untrained_cosine": lambda rows: encoder_cosine(
-            setup.base, setup.tokenizer, rows.queries, rows.ads, batch_size=batch_size, device=device
-        ),
-    }
-    relevant = setup.relevant(rows.valid)
-    return [
-        System(name, score(rows.test), best_f1_threshold(relevant, score(rows.valid)))
-        for name, score in scorers.items()
-    ]
+    index = Bm25([ad_text(row["ad_title"], row["ad_text"], row["attributes"]) for row in table])
+
+    def scores(relative: bool, rows: Examples) -> Array:
+        return index.scores(rows.queries, rows.ads, relative=relative)
+
+    shares = {"bm25": False, "bm25_relative": True}
+    return [ranker(setup, name, partial(scores, share), valid, test) for name, share in shares.items()]
 
 
 def teacher_on_test(rows: Rows, scale: GradeScale) -> list[System]:
@@ -179,7 +203,7 @@ def teacher_on_test(rows: Rows, scale: GradeScale) -> list[System]:
     if not len(at):
         return []
     probs = np.array([rows.annotations[pair_id].probs for pair_id in rows.test.pair_ids[at]])
-    return [graded("teacher", probs, scale.relevant_from, 0.5, at)]
+    return [System("teacher", probs[:, scale.relevant_from :].sum(axis=1), 0.5, probs, at)]
 
 
 def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Examples) -> dict[str, Any]:
@@ -188,10 +212,10 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     config = setup.config
     labels = Labels(test.grade, test.query_id, setup.scale.relevant_from, config.bootstrap_samples, config.seed)
     evaluation = evaluate_systems(systems, test, labels)
-    probs = softmax(setup.logits(student.fitted.model, test) - student.shift)
+    probs = softmax(setup.logits(student.fitted.reader, test) - student.shift)
     before = expected_calibration_error(setup.relevant(test), setup.p_relevant(probs))
     fitted = {"threshold": student.threshold, "temperature": student.temperature}
-    return evaluation | fitted | {"ece_before_calibration": before}
+    return evaluation | fitted | {"ece_before_calibration": before, "floor": floor(systems)}
 
 
 def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +236,7 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, A
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:
     """Write weights, scale and `student.json` into `folder`; returns the latter's content."""
-    config, model = setup.config, student.fitted.model
+    config, model = setup.config, student.fitted.reader.model
     with quiet_transformers():
         model.save_pretrained(folder)
     setup.scale.save(folder)
@@ -233,7 +257,8 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "n_annotated": rows.training.n_annotated,
         "epochs": student.fitted.epochs,
         "best_epoch": student.fitted.best_epoch,
-        "base": config.base if config.base else setup.base.name,
+        "base": config.base,
+        "warm_up": setup.base.name if config.warm_up.pairs else "",
         "objective": objective_name(config),
         "config": config.model_dump(mode="json"),
     }

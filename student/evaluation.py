@@ -23,13 +23,16 @@ from student.metrics import ECE_BINS, Comparison, Evaluation, Labels, compare, e
 Array = np.ndarray
 MAX_POINTS = 200
 PREDICTIONS = "test_predictions.parquet"
+FREE = ("untrained_cosine", "warm_up")
+"""The systems that a student must be above: they cost no label, and it has begun where they are."""
 
 
 @dataclass(frozen=True)
 class System:
     """One system's output on the test rows: a score (n,) and, where it grades, probabilities (n, K).
 
-    `rows` (n,) are the test rows it covers, None = all. `threshold` was chosen without the test rows.
+    `rows` (n,) are the test rows it covers, None = all. `threshold` was chosen without the test rows; `valid_roc_auc` is
+    that on split valid, None where it was not measured.
     """
 
     name: str
@@ -37,11 +40,7 @@ class System:
     threshold: float | None
     probs: Array | None = None
     rows: Array | None = None
-
-
-def graded(name: str, probs: Array, relevant_from: int, threshold: float | None, rows: Array | None = None) -> System:
-    """A system that gives grade probabilities (n, K)."""
-    return System(name, probs[:, relevant_from:].sum(axis=1), threshold, probs, rows)
+    valid_roc_auc: float | None = None
 
 
 def evaluate_systems(systems: list[System], test: Examples, labels: Labels) -> dict[str, Any]:
@@ -74,6 +73,34 @@ def evaluate_systems(systems: list[System], test: Examples, labels: Labels) -> d
         "comparisons": [comparison.model_dump() for comparison in comparisons],
         "confusion": confusion.tolist(),
     }
+
+
+def floor(systems: list[System]) -> dict[str, Any]:
+    """Whether the first system, the student, is above on split valid what was there without a label.
+
+    Keys: `above`, None where split valid cannot say; `student`; and `systems`, ROC-AUC by the name of each that counts.
+    """
+    auc = {system.name: system.valid_roc_auc for system in systems if system.name in FREE and system.valid_roc_auc}
+    student = systems[0].valid_roc_auc or float("nan")
+    known = bool(np.isfinite([student, *auc.values()]).all())
+    if not known:  # valid has one class
+        return {"above": None, "student": None, "systems": dict.fromkeys(auc)}
+    return {"above": student > max(auc.values(), default=0.0), "student": student, "systems": auc}
+
+
+def floor_fault(evaluation: dict[str, Any]) -> str | None:
+    """Why a student must not be promoted by its `evaluation.json`: it is no better than what costs no label. None if it is.
+
+    An evaluation of an earlier version, and one whose split valid has one class, has no floor and no fault.
+    """
+    bound = evaluation.get("floor", {})
+    if bound.get("above") is not False:
+        return None
+    name, auc = max(bound["systems"].items(), key=lambda system: system[1])
+    return (
+        f"the student is not above what costs no label: ROC-AUC on valid {bound['student']:.3f}, {name} {auc:.3f}; "
+        "label more pairs, annotate the pool, or set student.warm_up.pairs"
+    )
 
 
 def slice_masks(test: Examples) -> dict[str, Array]:

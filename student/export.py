@@ -24,7 +24,8 @@ from student.config import ExportConfig
 from student.dataset import Examples, read_examples, tokenize
 from student.first_token import first_token_only
 from student.metrics import Labels, compare, roc_auc
-from student.model import load_classifier, model_folder, predict_logits
+from student.model import load_classifier, model_folder
+from student.reader import Reader, predict_logits
 from student.scorer import MODEL_FILES, Scorer, load_tokenizer, softmax
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
     tokens = tokenize(tokenizer, rows.queries, rows.ads, card["pad_token_id"])
     begin = time.monotonic()
-    trained = softmax(predict_logits(model, tokens, 32, "cpu"), card["temperature"])
+    trained = softmax(predict_logits(Reader(model, "cpu"), tokens, 32), card["temperature"])
     torch_speed = len(rows) / (time.monotonic() - begin)
     relevant = rows.grade >= scale.relevant_from
     parity: dict[str, Any] = {

@@ -18,11 +18,12 @@ from data.contracts import ContractError, MetricsLog, digest, digest_files, log_
 from student import checkpoint
 from student.checkpoint import Progress
 from student.config import StudentConfig
-from student.dataset import Examples, length_grouped, query_grouped
+from student.dataset import Examples, query_grouped, random_batches
 from student.metrics import roc_auc
-from student.model import Setup
 from student.objective import Objective
+from student.reader import Reader
 from student.scorer import softmax
+from student.setup import Setup
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
@@ -32,7 +33,7 @@ Array = np.ndarray
 class Fitted:
     """A trained model (that of the best epoch) and how it came about."""
 
-    model: PreTrainedModel
+    reader: Reader
     epochs: int
     best_epoch: int
     steps: int
@@ -44,11 +45,12 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
     Checkpoints live in `folder`; with the same config, data and starting weights a second call goes on from the latest,
     and ends with the same weights as an uninterrupted one. Raises `ContractError` when the loss is no longer a number.
     """
-    config, model = setup.config, setup.classifier()
+    config, reader = setup.config, setup.reader()
+    model = reader.model
     optimiser = _optimiser(model, config)
     progress = checkpoint.resume(folder, _key(setup, rows, valid), model, optimiser)
     metrics.rewind(phase, progress.step)
-    objective = Objective(setup, model, rows)
+    objective = Objective(setup, reader, rows)
     model.train(config.dropout)
     while progress.epoch < config.epochs and not progress.finished:
         begin = time.monotonic()
@@ -58,9 +60,9 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
         if config.margin_weight > 0:
             batches = query_grouped(rows.query_id, config.batch_size, rng)
         else:
-            batches = length_grouped(objective.tokens.lengths, config.batch_size, rng)
+            batches = random_batches(len(rows), config.batch_size, rng)
         _epoch(objective, optimiser, batches, progress.step, partial(metrics.write, phase))
-        score, measured = _validate(setup, model, valid)
+        score, measured = _validate(setup, reader, valid)
         progress = _judge(progress, len(batches), score, config.patience)
         metrics.write(phase, progress.step, measured)
         log_progress(
@@ -76,7 +78,8 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
         )
         checkpoint.save(folder, progress, model, optimiser)
     checkpoint.load_best(folder, progress, model)
-    return Fitted(model.eval(), progress.epoch, progress.best_epoch, progress.step)
+    model.eval()
+    return Fitted(reader, progress.epoch, progress.best_epoch, progress.step)
 
 
 def _epoch(
@@ -95,7 +98,7 @@ def _epoch(
         loss = objective(batch)
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(objective.model.parameters(), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(objective.reader.model.parameters(), config.max_grad_norm)
         optimiser.step()
         step += 1
         losses.append(loss.detach())
@@ -115,9 +118,9 @@ def schedule(step: int, steps: int, warmup_ratio: float, decay_ratio: float) -> 
     return max(0.0, min(1.0, rise, fall))
 
 
-def _validate(setup: Setup, model: PreTrainedModel, valid: Examples) -> tuple[float, dict[str, float]]:
+def _validate(setup: Setup, reader: Reader, valid: Examples) -> tuple[float, dict[str, float]]:
     """The score that early stopping watches (ROC-AUC, or minus the loss where valid has one class), and all metrics."""
-    logits = setup.logits(model, valid)
+    logits = setup.logits(reader, valid)
     if not np.isfinite(logits).all():
         raise ContractError("the student gives values that are not numbers; lower student.learning_rate")
     probs = softmax(logits)

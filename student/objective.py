@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from data.contracts import ContractError
 from student.config import StudentConfig
@@ -17,7 +16,9 @@ from student.losses import (
     reasoning_contrast,
     squared_emd,
 )
-from student.model import Setup, forward, forward_with_vector
+from student.model import longest_text
+from student.reader import Reader
+from student.setup import Setup
 
 Array = np.ndarray
 
@@ -35,10 +36,10 @@ def objective_name(config: StudentConfig) -> str:
 class Objective:
     """The loss of a batch of row numbers; holds the labels of all rows on the device, see `Examples`."""
 
-    def __init__(self, setup: Setup, model: PreTrainedModel, rows: Examples) -> None:
+    def __init__(self, setup: Setup, reader: Reader, rows: Examples) -> None:
         """Raises `ContractError` when reasons are to be read and the encoder has too few positions for them."""
-        self.config, self.model, self.device = setup.config, model, setup.device
-        self.tokens = setup.tokens(model, rows)
+        self.config, self.reader, self.device = setup.config, reader, setup.device
+        self.tokens = setup.tokens(reader.model, rows)
         self.query_number = torch.from_numpy(np.unique(rows.query_id, return_inverse=True)[1]).to(self.device)
         self.gold, self.soft, self.mix, self.weight = (
             torch.from_numpy(a).float().to(self.device) for a in (rows.gold, rows.soft, rows.mix, rows.weight)
@@ -47,11 +48,11 @@ class Objective:
         self.class_weight = class_weights(self.target, self.weight, self.config.class_balance)
         self.bf16 = half_precision(self.config, self.device)
         self.reasoned: Tokens | None = None
+        self.has_reason = rows.reasons != ""
         if self.config.contrastive_weight > 0 and any(rows.reasons):
             self.reasoned = with_reasons(self.tokens, setup.tokenizer, rows.reasons, self.config.reason_length)
-            self.has_reason = rows.reasons != ""
-            positions, longest = getattr(model.config, "max_position_embeddings", None), self.reasoned.lengths.max()
-            if positions is not None and longest > positions - 2:
+            positions, longest = longest_text(reader.model), self.reasoned.lengths.max()
+            if positions is not None and longest > positions:
                 raise ContractError(
                     f"query, ad and reason have up to {longest} tokens, but the encoder has {positions} positions; "
                     "lower student.reason_length or student.max_length"
@@ -60,15 +61,13 @@ class Objective:
     def __call__(self, batch: Array) -> torch.Tensor:
         """The loss, a scalar."""
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16):
-            if self.reasoned is None:
-                return self._loss(forward(self.model, self.tokens.batch(batch), self.device), batch)
-            logits, vectors = forward_with_vector(self.model, self.tokens.batch(batch), self.device)
+            logits, vectors = self.reader(self.tokens, batch)
             loss = self._loss(logits, batch)
             at = np.flatnonzero(self.has_reason[batch])
-            if not len(at):
+            if self.reasoned is None or not len(at):
                 return loss
             with_reason = batch[at]
-            logits, reasoned = forward_with_vector(self.model, self.reasoned.batch(with_reason), self.device)
+            logits, reasoned = self.reader(self.reasoned, with_reason)
             contrast = reasoning_contrast(
                 vectors[torch.from_numpy(at).to(self.device)].float(),
                 reasoned.float(),

@@ -7,7 +7,7 @@ import pytest
 
 from data.contracts import ContractError, GradeScale, write_json
 from student.config import StudentConfig
-from student.dataset import length_grouped, query_grouped, read_annotated, read_examples, read_training
+from student.dataset import query_grouped, random_batches, read_annotated, read_examples, read_training
 from student.scorer import ad_text, batches_by_tokens, load_tokenizer
 
 from .conftest import annotate_pool, annotation, make_rows, write_annotations, write_pairs
@@ -120,12 +120,9 @@ def test_grades_off_the_scale_are_refused(tmp_path):
 
 def test_batches_hold_every_row_once():
     rng = np.random.default_rng(0)
-    lengths = rng.integers(3, 60, size=1003)
-    batches = length_grouped(lengths, 16, rng)
+    batches = random_batches(1003, 16, rng)
     assert sorted(np.concatenate(batches)) == list(range(1003))
     assert len(batches) == -(-1003 // 16)
-    padded = sum(len(b) * lengths[b].max() for b in batches)
-    assert padded < 1.15 * lengths.sum()
     query = rng.integers(200, size=1003).astype(str).astype(object)
     by_query = query_grouped(query, 16, rng)
     assert sorted(np.concatenate(by_query)) == list(range(1003))

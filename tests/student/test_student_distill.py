@@ -16,7 +16,8 @@ from student.baselines import Bm25, words
 from student.dataset import read_examples, tokenize
 from student.distill import distill
 from student.evaluation import compare_students
-from student.model import load_classifier, predict_logits
+from student.model import load_classifier
+from student.reader import Reader, predict_logits
 from student.scorer import load_tokenizer, softmax
 from student.scratch import make_encoder, on_other_side
 
@@ -60,7 +61,7 @@ def test_the_saved_model_is_the_calibrated_one(distilled, tiny):
     test = read_examples(tiny["pairs"], scale, "test")
     tokens = tokenize(load_tokenizer(model / "tokenizer.json", card["max_length"]), test.queries, test.ads, 0)
     loaded = load_classifier(model, scale, max_length=card["max_length"], seed=0)
-    probs = softmax(predict_logits(loaded, tokens, 32, "cpu"), card["temperature"])
+    probs = softmax(predict_logits(Reader(loaded, "cpu"), tokens, 32), card["temperature"])
     written = pq.read_table(distilled / "test_predictions.parquet")
     score = dict(zip(written.column("pair_id").to_pylist(), written.column("p_relevant").to_pylist(), strict=True))
     expected = [score[pair_id] for pair_id in test.pair_ids]

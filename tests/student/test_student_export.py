@@ -18,7 +18,8 @@ from student import scorer
 from student.config import ExportConfig, ScoreConfig
 from student.dataset import read_examples
 from student.export import export_student
-from student.model import load_classifier, predict_logits
+from student.model import load_classifier
+from student.reader import Reader, predict_logits
 from student.scorer import Scorer, softmax
 
 from .conftest import make_rows
@@ -189,7 +190,7 @@ def test_prediction_does_not_depend_on_the_batch(distilled, tiny):
     rows = read_examples(tiny["pairs"], scale, "test")
     model = load_classifier(distilled / "model", scale, max_length=32, seed=0)
     tokens = tokenize(load_tokenizer(distilled / "model" / "tokenizer.json", 32), rows.queries, rows.ads, 0)
-    one, many = (softmax(predict_logits(model, tokens, size, "cpu")) for size in (1, 64))
+    one, many = (softmax(predict_logits(Reader(model, "cpu"), tokens, size)) for size in (1, 64))
     np.testing.assert_allclose(one, many, atol=1e-6)
 
 
