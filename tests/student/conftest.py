@@ -145,7 +145,7 @@ def quick() -> Callable[..., StudentConfig]:
     """Settings of a training that takes a second."""
 
     def make(**over: Any) -> StudentConfig:
-        values = {"epochs": 2, "bootstrap_samples": 100, "max_length": 32, "batch_size": 16, "learning_rate": 1e-3}
+        values = {"epochs": 2, "bootstrap_samples": 100, "max_length": 32, "batch_size": 16, "learning_rate": 3e-3}
         return StudentConfig(**(values | {"gold_only_baseline": False, "device": "cpu"} | over))
 
     return make
