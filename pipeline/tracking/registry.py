@@ -22,10 +22,10 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array, Map
 
-from data.contracts import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale, read_json
 from pipeline.artifacts import read_record
 from pipeline.executions import Execution
-from student.evaluation import PREDICTIONS, compare_students
+from student.evaluation import PREDICTIONS, compare_students, floor_fault
 from student.metrics import Comparison
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
     promoted, reason = champion is None, "champion: the first version"
     if champion is not None and student is None:
         reason = f"not champion: version {champion} is, until the alias is moved by hand"
+    elif student is not None and (fault := _floor_fault(student)):
+        promoted, reason = False, f"not champion: {fault}"
     elif champion is not None and student is not None:
         try:
             promoted, reason = _against(client, name, str(champion), student, export, margin)
@@ -136,6 +138,12 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
         client.set_registered_model_alias(name, "champion", number)
     client.set_model_version_tag(name, number, "promotion", reason)  # last: it says that all is done
     logger.info("version %s of %s is %s", number, name, reason)
+
+
+def _floor_fault(student: Path) -> str | None:
+    """Why a student is no better than what costs no label; None if it is, or if it was never evaluated."""
+    path = student / "evaluation.json"
+    return floor_fault(read_json(path)) if path.exists() else None
 
 
 def _against(client: Any, name: str, champion: str, student: Path, export: Path, margin: float) -> tuple[bool, str]:

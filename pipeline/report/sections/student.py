@@ -20,7 +20,7 @@ METRICS = {
 SYSTEMS = {
     "student": "student", "gold_only": "human labels alone", "bm25": "BM25",
     "bm25_relative": "BM25, share of the query's limit", "untrained_cosine": "untrained encoder's cosine",
-    "teacher": "teacher",
+    "warm_up": "warm-up alone", "teacher": "teacher",
 }  # fmt: skip
 _SLICED = ("roc_auc", "f1")  # metrics whose slices are drawn; the table below the drawing has all of them
 # Title; the curve's name; its x and y with their labels; the name of the diagonal.
