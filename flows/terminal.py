@@ -53,6 +53,8 @@ def progress_view(stages: tuple[str, ...], log: Path) -> Iterator[None]:
                 yield
         finally:
             os.dup2(terminal.fileno(), 2)
+            if not log.stat().st_size:
+                log.unlink()
             _VIEW.reset(token)
             for handler, before in handlers.items():
                 handler.console = before

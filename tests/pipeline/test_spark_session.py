@@ -59,14 +59,12 @@ session = start_spark(SparkConfig(shuffle_partitions=3, extra={"spark.sql.sessio
 print(session.conf.get("spark.sql.shuffle.partitions"), session.conf.get("spark.sql.session.timeZone"))
 folder = Path(sys.argv[1])
 print([session.read.text(str(place)).count() for place in (folder, folder / "é.txt")])
-session.read.text(str(folder)).write.parquet(str(folder / "out"))
-print(sorted(path.suffix for path in (folder / "out").glob("part*")))
 session.stop()
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
         env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["refused: 0 True", "3 Asia/Tokyo", "[1, 1]", "['.parquet']"]
+    assert done.stdout.splitlines() == ["refused: 0 True", "3 Asia/Tokyo", "[1, 1]"]
     quiet = done.stderr.split("--\n", 1)[1]
     assert [line for line in quiet.splitlines() if "incubator modules" not in line] == []
