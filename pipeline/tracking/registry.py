@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
@@ -25,8 +25,9 @@ from mlflow.types.schema import Array, Map
 from data.contracts import ContractError, GradeScale, read_json
 from pipeline.artifacts import read_record
 from pipeline.executions import Execution
-from student.evaluation import PREDICTIONS, compare_students, floor_fault
-from student.metrics import Comparison
+
+if TYPE_CHECKING:
+    from student.metrics import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
     name, number = version.name, str(version.version)
     client.set_registered_model_alias(name, "candidate", number)
     if student is not None:
+        from student.evaluation import PREDICTIONS
+
         client.log_artifact(version.run_id, str(student / PREDICTIONS), f"predictions/{number}")
     champion = client.get_registered_model(name).aliases.get("champion")
     promoted, reason = champion is None, "champion: the first version"
@@ -142,11 +145,15 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
 
 def _floor_fault(student: Path) -> str | None:
     """Why a student is no better than what costs no label; None if it is, or if it was never evaluated."""
+    from student.evaluation import floor_fault  # here, since it loads torch
+
     path = student / "evaluation.json"
     return floor_fault(read_json(path)) if path.exists() else None
 
 
 def _against(client: Any, name: str, champion: str, student: Path, export: Path, margin: float) -> tuple[bool, str]:
+    from student.evaluation import PREDICTIONS, compare_students  # here, since it loads torch
+
     old, place = client.get_model_version(name, champion), f"predictions/{champion}"
     if f"{place}/{PREDICTIONS}" not in {item.path for item in client.list_artifacts(old.run_id, place)}:
         return False, f"not champion: version {champion} has no test predictions to be compared with"
