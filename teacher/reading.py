@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.contracts import ContractError, read_json
 from teacher.engines.base import Completion
 from teacher.verifier import ANSWER, parse_grade
 
@@ -21,6 +23,24 @@ _ANSWER_LENGTH = len(ANSWER.format(grade=0))
 _LONGEST_TAIL = 24  # tokens; the tail and white space are far fewer
 _USUAL_TAIL = 8
 _REMEMBERED = 100_000  # entries of a cache; answers are spelt in few ways
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """The ids of all tokens that end a completion of the model in `folder`, for rewards, evaluation and annotation alike.
+
+    They are the tokenizer's own end token and every `eos_token_id` of generation_config.json or, where that names none, of
+    config.json: what vLLM and `transformers.generate` stop at. A completion is finished if its last token is one of them;
+    an engine's finish reason `stop` says the same. Raises `ContractError` when there is none.
+    """
+    ids = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        named = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        if named is not None:
+            ids.update(named if isinstance(named, list) else [named])
+            break
+    if not (ids := ids - {None}):
+        raise ContractError(f"{folder} names no end token: set eos_token_id in its generation_config.json")
+    return frozenset(ids)
 
 
 class Sample(NamedTuple):

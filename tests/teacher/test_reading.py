@@ -1,13 +1,16 @@
 """From completions to an annotation."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.contracts import ContractError
 from teacher.engines.base import Completion
-from teacher.reading import FLOOR, AnswerReader, Outcome, Sample, combine
+from teacher.reading import FLOOR, AnswerReader, Outcome, Sample, combine, end_tokens
 
 VOCABULARY = ["<|end|>", "Same", " brand", ".", "<answer", ">", "</answer>", "0", "1", "2", "3", ">2", ">3", "3<", "\n"]
 
@@ -36,6 +39,28 @@ def completion(pieces, answer_logprobs=None, answer_at=None, finish="stop"):
 
 READER = AnswerReader(WordTokenizer(), 4)
 PLAIN = ["Same", " brand", ".", "<answer", ">", "3", "</answer>", "<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "own", "expected"),
+    [
+        ([32000, 32001, 32007], 32000, 32000, {32000, 32001, 32007}),  # Phi-3 ends its turns with 32007
+        ([1, 106], None, 1, {1, 106}),  # Gemma, <end_of_turn>
+        (None, [128001, 128009], 128009, {128001, 128009}),  # Llama 3 names them in config.json too
+        (None, None, 2, {2}),
+        (7, 5, None, {7}),
+    ],
+)
+def test_every_end_token_that_the_model_names_ends_a_completion(tmp_path, generation, config, own, expected):
+    for name, ids in (("generation_config.json", generation), ("config.json", config)):
+        if ids is not None:
+            (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
+    assert end_tokens(tmp_path, SimpleNamespace(eos_token_id=own)) == expected
+
+
+def test_a_model_without_an_end_token_is_refused(tmp_path):
+    with pytest.raises(ContractError, match="set eos_token_id"):
+        end_tokens(tmp_path, SimpleNamespace(eos_token_id=None))
 
 
 def test_the_distribution_is_read_at_the_answer_digit():
