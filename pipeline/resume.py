@@ -9,6 +9,7 @@ from typing import Any
 from data.contracts import ContractError, write_json
 from pipeline.redact import hidden_keys, redact
 from pipeline.settings import PipelineConfig, nearest
+from teacher.engines.config import with_kind
 
 FILE = "settings.json"
 
@@ -49,4 +50,7 @@ def recall(runs: Path, run: str, given: set[str]) -> tuple[str, dict[str, Any]]:
     if missing:
         options = " ".join(f"--set {key}=…" for key in missing)
         raise ContractError(f"secrets are not kept with a run, so add {options}")
+    engine = values.get("annotate", {}).get("engine", {})
+    if "kind" in engine:  # runs of an earlier release recorded the settings of all kinds
+        values["annotate"]["engine"] = with_kind(engine, engine["kind"])
     return flow, {**values, "run": run, "runs": str(runs)}

@@ -26,6 +26,7 @@ from pipeline.redact import holds_secret, is_secret
 from pipeline.spark import SparkConfig
 from student.config import ExportConfig, ScoreConfig, StudentConfig
 from teacher.config import TeacherConfig
+from teacher.engines.config import ENGINE_KINDS, with_kind
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "sample"
@@ -180,13 +181,13 @@ def apply_overrides(config: PipelineConfig, overrides: Iterable[str]) -> Pipelin
 
     Raises `ContractError` naming the nearest keys for an unknown key, and the reason for a value that is refused.
     """
-    values = config.model_dump()
+    given: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ContractError(f"'{override}' is not of the form key=value, for example teacher.seed=3")
-        _set(values, key.strip(), text.strip())
-    return build_settings(values)
+        _set(given, key.strip(), text.strip())
+    return build_settings(merge(config.model_dump(), given))
 
 
 def parse_value(text: str) -> Any:
@@ -208,18 +209,20 @@ def parse_value(text: str) -> Any:
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a config, depth first."""
+    """All dotted keys of a config, depth first, each once."""
     for name, field in model.model_fields.items():
         inner = _models(field.annotation)
         if not inner:
             yield f"{prefix}{name}"
-        for each in inner:
-            yield from field_names(each, f"{prefix}{name}.")
+        yield from dict.fromkeys(key for each in inner for key in field_names(each, f"{prefix}{name}."))
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`; tables are merged key by key, all else is replaced."""
-    merged = dict(base)
+    """`base` with the values of `over`; tables are merged key by key, all else is replaced.
+
+    Where `over` sets an engine's kind, `base` gives only the settings that this kind has.
+    """
+    merged = with_kind(base, over["kind"]) if "kind" in over else dict(base)
     for key, value in over.items():
         mine = merged.get(key)
         merged[key] = merge(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
@@ -325,7 +328,7 @@ def _explain(error: ValidationError) -> str:
     """The first fault of a validation in one line, and how many more there are."""
     faults = error.errors(include_url=False)
     first = faults[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part not in ENGINE_KINDS)  # pydantic names the kind too
     if first["type"] == "extra_forbidden":
         text = f"unknown key '{key}'{nearest(key, field_names(PipelineConfig))}"
     else:

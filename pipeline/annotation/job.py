@@ -38,7 +38,8 @@ from pipeline.annotation.worker import (
 )
 from pipeline.artifacts import StageOutput
 from pipeline.progress import duration, watched
-from teacher.engines.base import EngineConfig, Sampling
+from teacher.engines.base import Sampling
+from teacher.engines.config import EngineConfig, LocalEngine
 from teacher.prompt import TEACHER_FILE, load_prompt
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _run(job: Job, todo: DataFrame, count: int, partitions: int) -> None:
 
 def _with_threads(engine: EngineConfig, engines: int, local: bool) -> EngineConfig:
     """`engine` with its share of this machine's cores, unless its threads are set or the workers are elsewhere."""
-    if engine.threads or not local:
+    if not isinstance(engine, LocalEngine) or engine.threads or not local:
         return engine
     cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
     return engine.model_copy(update={"threads": max(1, cores // engines)})

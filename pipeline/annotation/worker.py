@@ -22,7 +22,8 @@ import pyarrow as pa
 
 from data.contracts import ANNOTATIONS, ContractError, digest
 from pipeline.annotation.store import commit, part_path
-from teacher.engines.base import Completion, Engine, EngineConfig, Result, Sampling
+from teacher.engines.base import Completion, Engine, Result, Sampling
+from teacher.engines.config import EngineConfig, LocalEngine
 from teacher.reading import AnswerReader, Outcome, combine
 
 # What a part returns to Spark; the rows themselves go to their file. `rows` are there now, `made` of them by this call.
@@ -261,14 +262,14 @@ def start_teacher(job: Job) -> Teacher:
     """The teacher of a folder over the engine that the job names; raises `ContractError` when it cannot be started."""
     # Read by the OpenMP runtime when torch loads it; Spark sets one thread, and spinning threads starve each other.
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    if job.engine.threads:
+    if isinstance(job.engine, LocalEngine) and job.engine.threads:
         os.environ["OMP_NUM_THREADS"] = str(job.engine.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"  # the teacher is a complete folder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _choose_gpu(job.engines)
     from transformers import AutoTokenizer
 
-    from teacher.engines.base import open_engine
+    from teacher.engines import open_engine
     from teacher.prompt import PromptWriter, load_prompt
 
     folder = Path(job.teacher)
