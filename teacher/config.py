@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,9 @@ class PromptConfig(Config):
     """Show the ad's attributes, when the table has any."""
     missing_words: bool = False
     """Add a line with the query's words that title, text and attributes lack; for models too small to compare words."""
+    chat_template_kwargs: dict[str, Any] = Field(default={"enable_thinking": False})
+    """Variables of the model's chat template. Templates that do not know one ignore it; Qwen3 and SmolLM3 would think at
+    length without this one."""
 
 
 class WarmStartConfig(Config):

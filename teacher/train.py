@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.contracts import ContractError, GradeScale, MetricsLog, digest_files
 from teacher.card import write_card
+from teacher.chat_template import plain_chat_template
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, local_rank, wait_for_all, world_size
 from teacher.engines.transformers_engine import TransformersEngine
@@ -25,7 +26,7 @@ from teacher.evaluate import Evaluation, evaluate
 from teacher.examples import Example, load_examples
 from teacher.launch import launch
 from teacher.policy import require_rollouts, train_policy
-from teacher.prompt import PLAIN_CHAT_TEMPLATE, Prompt, save_prompt
+from teacher.prompt import Prompt, save_prompt
 from teacher.verifier import grade_judge
 from teacher.warm_start import warm_start
 
@@ -145,7 +146,7 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        tokenizer.chat_template = plain_chat_template(tokenizer)
     if torch.cuda.is_available():
         model = model.to(f"cuda:{local_rank()}")
     return model, tokenizer

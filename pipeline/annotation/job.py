@@ -131,10 +131,12 @@ def sampling_of(config: AnnotateConfig, teacher: Path) -> Sampling:
 
 def annotation_key(teacher: Path, sampling: Sampling) -> str:
     """What an annotation depends on: teacher weights, prompt, sampling and scale; not the engine that ran it."""
+    from transformers import AutoTokenizer
+
     return digest(
         {
             "teacher": _teacher_fingerprint(teacher),
-            "prompt": load_prompt(teacher).version,
+            "prompt": load_prompt(teacher).rendered_version(AutoTokenizer.from_pretrained(teacher)),
             "sampling": vars(sampling),
             "scale": GradeScale.load(teacher).model_dump(mode="json"),
             "reading": _READING,
