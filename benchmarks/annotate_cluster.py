@@ -34,7 +34,7 @@ from benchmarks.replay import load_replay, make_pairs, make_teacher
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotate
 from pipeline.spark import SparkConfig, spark_session, start_spark
-from teacher.engines.base import EngineConfig
+from teacher.engines.config import ServerConfig
 from teacher.prompt import load_prompt
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def kill_a_server(teacher: Path, pairs: Path, work: Path, count: int = 600) -> d
     try:
         for url, server in zip(urls, servers, strict=True):
             wait_until(lambda url=url, server=server: _answers(url, server), 400)  # type: ignore[misc]
-        engine = EngineConfig(kind="openai", urls=urls, retries=2, max_model_len=512, concurrency=32)
+        engine = ServerConfig(urls=urls, retries=2, max_model_len=512, concurrency=32)
         config = AnnotateConfig(n=1, max_in_flight=128, limit=count, engine=engine)
         killer = _when(lambda: rows_in(work / "out") > count / 5, lambda: os.killpg(servers[0].pid, signal.SIGKILL))
         with spark_session(SparkConfig()) as spark:

@@ -24,9 +24,10 @@ from benchmarks.children import TORCH, answer, ask
 from benchmarks.replay import pool_rows
 from pipeline.annotation.worker import Job, start_annotator
 from teacher.annotator import Annotator
-from teacher.engines.base import EngineConfig, Sampling
+from teacher.engines.base import Sampling
+from teacher.engines.config import VLLMConfig
 
-_ENGINE = EngineConfig(max_model_len=512)
+_ENGINE = VLLMConfig(max_model_len=512)
 _READY = "ready"  # file beside the output: when the job's engine was ready
 _BATCHES = (32, 64, 128, 256)
 
@@ -167,18 +168,26 @@ def prefix(options: argparse.Namespace) -> dict[str, Any]:
     full = Prompt(PromptConfig(), given.scale, given.max_completion_tokens)
     writer = PromptWriter(full, AutoTokenizer.from_pretrained(options.teacher))
     prompts = [made for made in writer(pool_rows(options.pairs, 200)) if not isinstance(made, str)]
-    engine = VLLMEngine(EngineConfig(), options.teacher)
+
+    class CountingEngine(VLLMEngine):
+        prompt_tokens = cached_tokens = 0
+
+        def _take(self, output: Any) -> tuple[Any, Any]:
+            self.prompt_tokens += len(output.prompt_token_ids)
+            self.cached_tokens += output.num_cached_tokens or 0
+            return super()._take(output)
+
+    engine = CountingEngine(VLLMConfig(), options.teacher)
+    block_size = engine._llm.llm_engine.vllm_config.cache_config.block_size
     engine.generate(prompts, Sampling(n=1, max_tokens=4))
     first, last = min(prompts), max(prompts)
     shared = next(place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return {
         "prompt_tokens": engine.prompt_tokens,
         "shared_tokens_of_a_prompt": shared,
-        "block_size": engine.block_size,
+        "block_size": block_size,
         "hit_rate": round(engine.cached_tokens / engine.prompt_tokens, 3),
-        "hit_rate_possible": round(
-            shared // engine.block_size * engine.block_size * len(prompts) / engine.prompt_tokens, 3
-        ),
+        "hit_rate_possible": round(shared // block_size * block_size * len(prompts) / engine.prompt_tokens, 3),
     }
 
 

@@ -22,13 +22,15 @@ from typing import Any
 from pipeline.annotation.worker import Job
 from pipeline.rows import Row
 from teacher.annotator import Annotator
-from teacher.engines.base import Completion, EngineConfig, Result, Sampling, generate_all, open_engine
+from teacher.engines import open_engine
+from teacher.engines.base import Completion, Engine, Result, Sampling
+from teacher.engines.config import VLLMConfig
 
 RECORDING = "recording.jsonl"
 _OPTIONS = "replay.json"
 
 
-class ReplayEngine:
+class ReplayEngine(Engine):
     """See `Engine`. `pairs_per_s` 0 answers at once; `log` is a folder where every process notes what it completed."""
 
     max_model_len = 1_000_000
@@ -38,10 +40,6 @@ class ReplayEngine:
         self._pairs_per_s = pairs_per_s
         self._log = Path(log) / f"{os.getpid()}-{time.time_ns()}.log" if log else None
         self._queue: list[tuple[Any, list[int]]] = []
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`."""
-        return generate_all(self, prompts, sampling)
 
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         """See `Engine.submit`."""
@@ -115,7 +113,7 @@ def record(teacher: Path, pairs: Path, out: Path, count: int, sampling: Sampling
 
     writer = PromptWriter(load_prompt(teacher), AutoTokenizer.from_pretrained(teacher))
     prompts = [ids for ids in writer(pool_rows(pairs, count)) if not isinstance(ids, str)]
-    engine = open_engine(EngineConfig(max_model_len=512), teacher)
+    engine = open_engine(VLLMConfig(max_model_len=512), teacher)
     made = engine.generate(prompts, sampling)
     engine.close()
     lines = [json.dumps([asdict(sample) for sample in samples], ensure_ascii=False) for samples in made]

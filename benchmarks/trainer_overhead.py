@@ -148,8 +148,9 @@ def _work(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
 
     from data.sources.synthetic import SCALE, generate
     from pipeline.settings import load_preset
+    from teacher.chat_template import plain_chat_template
     from teacher.config import PromptConfig
-    from teacher.prompt import PLAIN_CHAT_TEMPLATE, Prompt
+    from teacher.prompt import Prompt
     from teacher.scratch import train_tokenizer, write_decoder
 
     pairs: list[dict[str, Any]] = list(generate(2000, seed=0))
@@ -163,7 +164,7 @@ def _work(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
         )
         config = load_preset("sample").teacher.prompt
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+    tokenizer.chat_template = tokenizer.chat_template or plain_chat_template(tokenizer)
     prompt = Prompt(config, SCALE, options.tokens)
     rows = pairs[:200]
     return base, [prompt.text(tokenizer, p["query"], p["ad_title"], p["ad_text"], dict(p["attributes"])) for p in rows]

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from data.contracts import ContractError
 from pipeline.redact import flatten, is_secret
+from teacher.engines.config import with_kind
 
 # What pydantic finds wrong, in the words of people who write settings.
 _WORDS = {
@@ -105,12 +106,14 @@ def parse_value(text: str) -> Any:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`. Tables are merged key by key unless their `kind` differs; all else is replaced."""
-    merged = dict(base)
+    """`base` with the values of `over`. Tables are merged key by key, all else is replaced.
+
+    Where `over` sets an engine's kind, `base` gives only the settings that this kind has.
+    """
+    merged = with_kind(base, over["kind"]) if "kind" in over else dict(base)
     for key, value in over.items():
         mine = merged.get(key)
-        joined = isinstance(mine, dict) and isinstance(value, dict) and value.get("kind") in (None, mine.get("kind"))
-        merged[key] = merge(merged[key], value) if joined else value
+        merged[key] = merge(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
     return merged
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from data.contracts import ContractError, write_json
 from pipeline.keys import nearest
 from pipeline.redact import flatten, hidden_keys, redact
 from pipeline.settings import PipelineConfig, build_settings, choose
+from teacher.engines.config import with_kind
 
 FILE = "settings.json"
 
@@ -20,6 +22,14 @@ def remember(settings: PipelineConfig, flow: str) -> None:
     settings.folder.mkdir(parents=True, exist_ok=True)
     content = {"flow": flow, "settings": redact(values), "hidden": hidden_keys(values)}
     write_json(settings.folder / FILE, content)
+
+
+def _of_one_kind(values: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings without those of other kinds of engines, which runs of an earlier release recorded too."""
+    engine = values.get("annotate", {}).get("engine", {})
+    if "kind" not in engine:
+        return values
+    return values | {"annotate": values["annotate"] | {"engine": with_kind(engine, engine["kind"])}}
 
 
 def started_runs(runs: Path) -> list[str]:
@@ -46,7 +56,7 @@ def resume(
         raise ContractError(
             f"{path} is damaged ({error}); start the run with its preset and settings instead"
         ) from None
-    settings = choose(preset, config, run, runs, overrides, base=build_settings(values))
+    settings = choose(preset, config, run, runs, overrides, base=build_settings(_of_one_kind(values)))
     before, now = flatten(values), flatten(settings.model_dump(mode="json"))
     if missing := [key for key in hidden if now.get(key) == before.get(key)]:
         options = " ".join(f"--set {key}=…" for key in missing)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teacher.engines.base import Engine, EngineConfig, open_engine
+from teacher.engines import open_engine
+from teacher.engines.base import Engine
+from teacher.engines.config import EngineConfig
 from teacher.prompt import PromptWriter, load_prompt
 from teacher.reading import AnswerReader
 

@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 class PromptConfig(Config):
     guideline: str = Field(default="You grade how well an ad answers a search query.", min_length=1, max_length=8000)
     """The grading guideline; the definitions of the grades follow it when `definitions` is on."""
+    chat_template_kwargs: dict[str, Any] = Field(default={"enable_thinking": False})
+    """Variables of the model's chat template. Templates that do not know one ignore it; Qwen3 and SmolLM3 would think at
+    length without this one."""
     definitions: bool = True
     """Spell out every grade in the prompt. Off saves tokens for a model that has learnt the scale from labels."""
     max_title_chars: int = Field(default=300, ge=20, le=20_000)

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data.contracts import ContractError, digest_files
+from teacher.chat_template import plain_chat_template
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, local_rank
-from teacher.prompt import PLAIN_CHAT_TEMPLATE
 from teacher.reading import end_tokens
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -41,7 +41,7 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        tokenizer.chat_template = plain_chat_template(tokenizer)
     # The model's own sampling settings are not ours, and some of them cannot even be saved again.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_tokens(folder, tokenizer)),

@@ -20,6 +20,7 @@ FLOOR = 1e-6  # probability of a grade that is not among the reported tokens
 _TAIL = "</answer>"
 _ANSWER_END = re.compile(r"[0-9]</answer>\s*\Z")
 _ANSWER_LENGTH = len(ANSWER.format(grade=0))
+_THINK_TAGS = re.compile(r"</?think>")
 _LONGEST_TAIL = 24  # tokens; the tail and white space are far fewer
 _USUAL_TAIL = 8
 _REMEMBERED = 100_000  # entries of a cache; answers are spelt in few ways
@@ -83,7 +84,9 @@ class AnswerReader:
         grade = parse_grade(text, self.num_grades) if completion.finish_reason == "stop" else None
         if grade is None:
             return Sample(None, None, text.strip())
-        return Sample(grade, self._distribution(completion, grade), text.rstrip()[:-_ANSWER_LENGTH].strip())
+        return Sample(
+            grade, self._distribution(completion, grade), _THINK_TAGS.sub("", text.rstrip()[:-_ANSWER_LENGTH]).strip()
+        )
 
     def _distribution(self, completion: Completion, grade: int) -> list[float] | None:
         """The model's distribution over the K grades at the answer digit, renormalised; None without log probabilities."""

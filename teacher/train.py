@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.contracts import GradeScale, MetricsLog, read_json, write_json
 from teacher.card import write_card
+from teacher.checks import check_decoder, check_tokenizer
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, launch, wait_for_all, world_size
 from teacher.engines.transformers_engine import TransformersEngine
@@ -37,6 +38,7 @@ from teacher.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
+_CHECKED = 100  # examples whose targets the tokenizer must be able to write
 _LOW_PARSE_RATE = 0.5  # below it AGPO hardly starts
 
 
@@ -89,6 +91,9 @@ class _Training:
         self.model, self.tokenizer = load_model(self.warm if self.warm.exists() else base, config)
         self.train = self._examples("train", 10**9)
         self.valid = self._examples("valid", config.evaluation.examples)
+        # Examples longer than the model's positions are left out by now; the longest completion must still have its place.
+        check_decoder(self.model, self.tokenizer, longest=1 + config.max_completion_tokens)
+        check_tokenizer(self.tokenizer, [example.target for example in self.train[:_CHECKED]])
         self.evaluations = out / "evaluation.json"
         self.by_phase: dict[str, dict[str, float]] = read_json(self.evaluations) if self.evaluations.exists() else {}
 

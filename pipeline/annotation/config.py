@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from data.contracts import Config
-from teacher.engines.base import EngineConfig
+from teacher.engines.config import EngineConfig, VLLMConfig
 
 
 class AnnotateConfig(Config):
@@ -34,7 +34,7 @@ class AnnotateConfig(Config):
     partitions: int = Field(default=0, ge=0, le=1_000_000)
     """Partitions of the job; 0 makes one for each engine. A few times as many even out engines of unequal speed, on a
     cluster that has no more task slots than engines (a worker keeps its engine for its next partition)."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = VLLMConfig()
     """Which engine, and its memory."""
     max_files: int = Field(default=1000, ge=1)
     """When a run has finished and its annotations lie in more files than this, small ones are merged."""

@@ -30,7 +30,8 @@ from pipeline.annotation.worker import Job, annotate_partition, start_annotator
 from pipeline.artifacts import StageOutput
 from pipeline.progress import duration, watched
 from teacher.annotator import Annotator
-from teacher.engines.base import EngineConfig, Sampling
+from teacher.engines.base import Sampling
+from teacher.engines.config import EngineConfig, LocalEngine
 from teacher.prompt import TEACHER_FILE, Prompt, load_prompt
 from teacher.reading import answer_logprobs
 
@@ -100,10 +101,13 @@ def sampling_of(config: AnnotateConfig, prompt: Prompt) -> Sampling:
 
 def annotation_key(teacher: Path, sampling: Sampling) -> str:
     """What an annotation depends on: teacher weights, prompt, sampling and scale; not the engine that ran it."""
+    from transformers import AutoTokenizer
+
     fingerprint, prompt = read_json(teacher / TEACHER_FILE).get("fingerprint"), load_prompt(teacher)
     if not fingerprint:
         raise ContractError(f"{teacher / TEACHER_FILE} has no fingerprint: give the `model` folder of teacher-train")
-    content = {"teacher": str(fingerprint), "prompt": prompt.version, "sampling": vars(sampling), "reading": _READING}
+    version = prompt.rendered_version(AutoTokenizer.from_pretrained(teacher))
+    content = {"teacher": str(fingerprint), "prompt": version, "sampling": vars(sampling), "reading": _READING}
     return digest(content | {"scale": prompt.scale.model_dump(mode="json")})
 
 
@@ -124,7 +128,7 @@ def unwrap_worker_error(error: Exception) -> Exception:
 
 def _with_threads(engine: EngineConfig, engines: int) -> EngineConfig:
     """`engine` with its share of this machine's cores, unless its threads are set."""
-    if engine.threads:
+    if not isinstance(engine, LocalEngine) or engine.threads:
         return engine
     cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
     return engine.model_copy(update={"threads": max(1, cores // engines)})

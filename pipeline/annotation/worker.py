@@ -25,6 +25,7 @@ from pipeline.rows import Row, row_chunks
 from pipeline.spark import use_assigned_gpu
 from teacher.annotator import Annotator, open_annotator
 from teacher.engines.base import Result, Sampling
+from teacher.engines.config import LocalEngine
 from teacher.reading import Aggregate, aggregate
 
 _ENGINE_BROKEN_FROM = 32  # so many failures in a row are the engine's fault, not the prompts'
@@ -202,7 +203,7 @@ def start_annotator(job: Job) -> Annotator:
     # Read by the OpenMP runtime when torch loads it; Spark sets one thread, and spinning threads starve each other.
     os.environ.update(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
     os.environ["HF_HUB_OFFLINE"] = "1"  # the teacher is a complete folder
-    if job.config.engine.threads:
+    if isinstance(job.config.engine, LocalEngine) and job.config.engine.threads:
         os.environ["OMP_NUM_THREADS"] = str(job.config.engine.threads)
     use_assigned_gpu(job.engines)
     return open_annotator(Path(job.teacher), job.config.engine)

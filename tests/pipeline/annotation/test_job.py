@@ -20,7 +20,8 @@ from pipeline.annotation.worker import Job, Stream, annotate_partition
 from pipeline.rows import row_chunks
 from teacher.annotator import Annotator
 from teacher.config import PromptConfig
-from teacher.engines.base import Completion, EngineConfig, Sampling
+from teacher.engines.base import Completion, Sampling
+from teacher.engines.config import ServerConfig, TransformersConfig, VLLMConfig
 from teacher.reading import AnswerReader
 
 SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in range(4)), relevant_from=2)
@@ -349,9 +350,7 @@ def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypat
     pairs = write_pairs(tmp_path / "data", rows)
     teacher = make_teacher(pairs, tmp_path / "teacher")
     out = tmp_path / "annotations"
-    config = AnnotateConfig(
-        n=2, max_in_flight=12, min_ok_share=0, engine=EngineConfig(max_model_len=512, max_num_seqs=8)
-    )
+    config = AnnotateConfig(n=2, max_in_flight=12, min_ok_share=0, engine=VLLMConfig(max_model_len=512, max_num_seqs=8))
     made = job_module.annotate(config, teacher, pairs, out, spark)
     table = read_table(out, ANNOTATIONS)
     assert sorted(table["pair_id"].to_pylist()) == [row["pair_id"] for row in rows]
@@ -380,12 +379,12 @@ def test_too_many_failures_fail_the_job_after_committing(tmp_path, spark):
     pairs = write_pairs(tmp_path / "data", rows)
     teacher = make_teacher(pairs, tmp_path / "teacher")
     out = tmp_path / "annotations"
-    config = AnnotateConfig(n=1, engine=EngineConfig(kind="transformers", max_model_len=64))
+    config = AnnotateConfig(n=1, engine=TransformersConfig(max_model_len=64))
     for _ in range(2):  # the second time nothing is left to do, and it is no success either
         with pytest.raises(ContractError, match=r"3 of 3 annotations failed.*3 × too long: # prompt tokens"):
             job_module.annotate(config, teacher, pairs, out, spark)
     assert read_table(out, ANNOTATIONS)["status"].to_pylist() == ["failed"] * 3
-    roomy = AnnotateConfig(n=1, engine=EngineConfig(kind="transformers"), retry_failed=True)
+    roomy = AnnotateConfig(n=1, engine=TransformersConfig(), retry_failed=True)
     # Now there are answers, but an untrained teacher's are none that can be read: that is no success either.
     few = (
         r"only [01] of 3 annotations have a grade, less than min_ok_share 0\.5 \([23] × no grade in # [^\n]*warm_start"
@@ -400,6 +399,6 @@ def test_too_many_failures_fail_the_job_after_committing(tmp_path, spark):
 def test_an_error_of_the_contract_in_a_worker_is_one_sentence(tmp_path, spark):
     pairs = write_pairs(tmp_path / "data", [pair(1)])
     teacher = make_teacher(pairs, tmp_path / "teacher")
-    config = AnnotateConfig(engine=EngineConfig(kind="openai", urls=("http://127.0.0.1:9/v1",), retries=0))
+    config = AnnotateConfig(engine=ServerConfig(urls=("http://127.0.0.1:9/v1",), retries=0))
     with pytest.raises(ContractError, match=r"^no server answers any more \(http://127.0.0.1:9/v1: [^\n]*\)[^\n]*$"):
         job_module.annotate(config, teacher, pairs, tmp_path / "out", spark)
