@@ -13,15 +13,15 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data.contracts import ANNOTATIONS, PAIRS, ContractError, first_line, metric_lines, read_json, write_json
+from data.contracts import ANNOTATIONS, PAIRS, ContractError, metric_lines, read_json, write_json
 from pipeline.executions import COMPARE, FLOW, Execution, read_executions, read_writers
 from pipeline.redact import flatten, redact_text
+from pipeline.tracking.store import error_code, explain, open_client
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,6 @@ _REFUSALS = {
 }
 _TABLES = {"data": ("pairs", PAIRS), "annotate": ("annotations", ANNOTATIONS), "base": ("base model", ())}
 _TYPES = {"int32": "integer", "int64": "long"}  # Arrow's names, where MLflow's differ
-_CLIENT = {  # A server that is away must cost seconds, not the client's many minutes: it is tried again.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
 Notes = dict[str, dict[str, Any]]
 
 
@@ -91,7 +85,7 @@ class Replay:
             step(execution)
         except Exception as error:
             # A store that is away is so for all; by anything else the others are not held up.
-            if isinstance(error, OSError) or _code(error) not in {"", "PERMISSION_DENIED", *_REFUSALS}:
+            if isinstance(error, OSError) or error_code(error) not in {"", "PERMISSION_DENIED", *_REFUSALS}:
                 raise
             return f"{execution.name}: {explain(error)}"
         return ""
@@ -225,7 +219,7 @@ class Replay:
         try:
             request(*args, **named)
         except Exception as error:
-            if not isinstance(error, ContractError) and _code(error) not in _REFUSALS:
+            if not isinstance(error, ContractError) and error_code(error) not in _REFUSALS:
                 raise
             self._warn(f"MLflow has no {what} of {execution.name} of run {execution.tags['run']}: {explain(error)}")
         self.answered_at = time.monotonic()
@@ -251,7 +245,7 @@ class Replay:
             try:
                 return str(self._client.create_experiment(name, place))
             except Exception as error:
-                if _code(error) != "RESOURCE_ALREADY_EXISTS":  # by another process, meanwhile
+                if error_code(error) != "RESOURCE_ALREADY_EXISTS":  # by another process, meanwhile
                     raise
                 found = self._client.get_experiment_by_name(name)
         if found.lifecycle_stage == "deleted":
@@ -275,7 +269,7 @@ class Replay:
         try:
             return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
         except Exception as error:
-            if _code(error) != "RESOURCE_DOES_NOT_EXIST":
+            if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return False
 
@@ -324,38 +318,9 @@ def is_complete(execution: Execution, notes: Notes) -> bool:
     return note.get("status") == execution.status and note.get("attached", 0) == len(execution.attached)
 
 
-def open_client(uri: str) -> Any:
-    """A client of a store."""
-    import mlflow
-
-    for name, value in _CLIENT.items():
-        os.environ.setdefault(name, value)
-    for noisy in ("alembic", "mlflow.store.db", "mlflow.store.db.utils", "urllib3.connectionpool"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    path = Path(uri.removeprefix("sqlite:///"))  # two processes must not create its tables at once
-    with FileLock(path.with_name(f".{path.name}.lock")) if uri.startswith("sqlite:///") else nullcontext():
-        return mlflow.MlflowClient(uri)
-
-
-def explain(error: Exception) -> str:
-    """An error of the store or its client in one line, with the remedy where it is known, and without logins."""
-    text = redact_text(first_line(error))
-    if _code(error) in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", 401):
-        return "it wants another login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    if "database schema" in text or "Can't locate revision" in text:
-        return "the store is of another version of MLflow: use that version, or back it up and run `mlflow db upgrade` on it"
-    short = re.search(r"Connection refused|Name or service not known|Read timed out|Connection aborted", str(error))
-    return short.group() if short else text
-
-
 def metric_name(name: str) -> str:
     """`name` with the characters that MLflow refuses replaced: `pass@4` becomes `pass_at_4`."""
     return re.sub(r"[^A-Za-z0-9_\-. /:]", "_", name.replace("@", "_at_"))
-
-
-def _code(error: Exception) -> str | int:
-    """The code of an error of MLflow, or of HTTP; empty for other errors."""
-    return getattr(error, "error_code", getattr(getattr(error, "response", None), "status_code", ""))
 
 
 def _text(value: Any) -> str:

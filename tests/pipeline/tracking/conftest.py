@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.settings import PipelineConfig, load_preset
-from pipeline.tracking.replay import open_client
+from pipeline.tracking.store import open_client
 
 
 @pytest.fixture(autouse=True)
