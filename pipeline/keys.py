@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -82,7 +82,7 @@ def parse_overrides(model: type[BaseModel], overrides: Iterable[str]) -> dict[st
             value = text  # 2026 is a good name of a run
         for part in reversed(parts):
             value = {part: value}
-        tree = merge(tree, value)
+        tree = _joined(tree, value)
     return tree
 
 
@@ -110,11 +110,17 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
     Where `over` sets an engine's kind, `base` gives only the settings that this kind has.
     """
-    merged = with_kind(base, over["kind"]) if "kind" in over else dict(base)
+    return _joined(base, over, with_kind)
+
+
+def _joined(
+    base: dict[str, Any], over: dict[str, Any], fit: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    joined = fit(base, over["kind"]) if fit is not None and "kind" in over else dict(base)
     for key, value in over.items():
-        mine = merged.get(key)
-        merged[key] = merge(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
-    return merged
+        mine = joined.get(key)
+        joined[key] = _joined(mine, value, fit) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return joined
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -44,6 +44,7 @@ class StudentConfig(Config):
     made from the pairs' own texts)."""
 
     warm_up: WarmUpConfig = WarmUpConfig()
+    """What the student learns from unlabelled pairs before any label."""
 
     max_length: int = Field(default=96, ge=16, le=512)
     """Tokens of query and ad together; longer pairs are cut, the longer of the two sides first."""

@@ -270,6 +270,8 @@ def _evaluation(labels: Labels, measured: Sequence[Measures]) -> Evaluation:
     for part, draws in zip(measured, bootstrap(measured, n_queries, labels.n_boot, labels.seed), strict=True):
         for name, value in part.values.items():
             low, high = limits_of(part, name, draws[name], n_queries)
+            if low is not None and high is not None:  # rounding may put the value just outside
+                low, high = min(low, value), max(high, value)
             metrics[name] = Interval(value=None) if np.isnan(value) else Interval(value=value, low=low, high=high)
     return Evaluation(
         n=len(labels.grade),

@@ -80,7 +80,6 @@ def test_the_pipeline_runs_once_and_then_reuses(
     summary = json.loads((settings.folder / "summary.json").read_text())
     assert list(summary["stages"]) == calls
     assert summary["stages"]["data"]["figures"] == {"rows": 3}
-    assert (settings.folder / "report.html").exists()
     printed = capsys.readouterr().out
     assert "relevance-pipeline, run 'sample'" in printed
     assert "again: prefect run relevance-pipeline --preset sample" in printed

@@ -81,8 +81,7 @@ def test_a_kind_is_merged_by_what_it_has():
 
 
 def test_a_run_of_an_earlier_release_that_recorded_all_kinds_settings_resumes(tmp_path: Path):
-    from pipeline.resume import recall, remember
-    from pipeline.settings import build_settings
+    from pipeline.resume import remember, resume
 
     settings = load_preset("sample", [f"runs={tmp_path}"])
     remember(settings, "annotate")
@@ -90,6 +89,4 @@ def test_a_run_of_an_earlier_release_that_recorded_all_kinds_settings_resumes(tm
     record = json.loads(path.read_text())
     record["settings"]["annotate"]["engine"] |= {"urls": [], "retries": 6, "batch_size": 32}
     path.write_text(json.dumps(record))
-    flow, values = recall(tmp_path, "sample", set())
-    assert flow == "annotate"
-    assert build_settings(values) == settings
+    assert resume(tmp_path, "sample") == ("annotate", settings)

@@ -16,6 +16,7 @@ from pipeline.settings import (
     preset_names,
     read_toml,
 )
+from teacher.engines.config import TransformersConfig
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -200,11 +201,12 @@ def test_paths_in_a_file_start_at_its_folder_and_others_where_one_is(
     assert load_preset("sample", ["data.path=~/a.csv"]).data.path == Path("/home/me/a.csv")
 
 
-def test_another_kind_of_engine_starts_from_its_own_defaults() -> None:
+def test_another_kind_of_engine_keeps_what_it_has_too() -> None:
     assert load_preset("sample").annotate.engine.max_model_len == 512
     assert load_preset("sample", ["annotate.engine.kind=vllm"]).annotate.engine.max_model_len == 512
     other = load_preset("sample", ["annotate.engine.kind=transformers", "annotate.n=1"])
-    assert other.annotate.engine == type(other.annotate.engine)(kind="transformers")
+    # What the preset says of the engine holds for the other kind too, where that has such a setting.
+    assert other.annotate.engine == TransformersConfig(max_model_len=512)
 
 
 def test_the_nearest_names_or_all_of_a_few() -> None:

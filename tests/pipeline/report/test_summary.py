@@ -51,19 +51,20 @@ def test_a_command_on_several_lines_is_the_same_words() -> None:
     assert shell_lines(command).count(" \\\n  --set") == 2
 
 
-def test_the_command_makes_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.cli import run_app
+def test_the_command_makes_the_same_settings() -> None:
+    from flows.cli import Options, chosen
 
     settings = load_preset(
         "cpu-real",
         ["run=mine", "data.max_pool=none", "annotate.engine.kind=openai", 'annotate.engine.urls=["http://a:1/v1"]',
          "spark.extra.spark.a.b=x y", "teacher.prompt.guideline=It's \"so\"", "tracking.log_weights=true"],
     )  # fmt: skip
-    seen: list[tuple[str, object]] = []
-    monkeypatch.setattr("flows.cli._run", lambda name, given: seen.append((name, given)))
-    command = reproduce_command(settings, "student-export")
-    run_app(shlex.split(command)[2:], result_action="return_value")
-    assert seen == [("student-export", settings)]
+    prefect, verb, flow, *words = shlex.split(reproduce_command(settings, "student-export"))
+    assert (prefect, verb, flow) == ("prefect", "run", "student-export")
+    given = dict(zip(words[0::2], words[1::2], strict=True))
+    overrides = tuple(value for option, value in zip(words[0::2], words[1::2], strict=True) if option == "--set")
+    options = Options(preset=given["--preset"], name=given["--name"], set_=overrides)
+    assert chosen(flow, options) == ("student-export", settings)
 
 
 def test_numbers_are_readable() -> None:
