@@ -49,13 +49,21 @@ class Teacher(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        number = sum(body["prompt"])
+        prompt = body["prompt"]
+        if isinstance(prompt, str) or len(prompt) < 8:  # the engine asks what the server takes
+            self.reply(
+                200, {"choices": [{"index": i, "text": "a", "finish_reason": "stop"} for i in range(body.get("n", 1))]}
+            )
+            return
+        number = sum(prompt)
         if number % 11 == 0:
             self.reply(400, {"error": f"refused {number}: {HOSTILE}"})
             return
         grades = [(number + other) % 4 for other in (0, 0, number // 7 % 2, number // 5 % 3)]
         texts = [f"@SUM(1) because {HOSTILE} <answer>{grade}</answer>" for grade in grades]
-        choices = [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts)]
+        choices = [
+            {"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts[: body.get("n", 1)])
+        ]
         self.reply(200, {"choices": choices})
 
 

@@ -42,7 +42,7 @@ FAMILIES = {
         ("<eos>", "<end_of_turn>"),
         bos="<bos>",
         adds_bos=True,
-        sizes={"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
+        sizes={"hidden_size": 32, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
     ),
     "mistral": Family(
         "mistral",
@@ -86,7 +86,7 @@ FAMILIES = {
         "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
         ("<|im_start|>",),
         ("<|im_end|>", "<|endoftext|>"),
-        sizes={"head_dim": 16},
+        sizes={"head_dim": 32},
     ),
     "smollm3": Family(
         "smollm3",
@@ -133,7 +133,7 @@ def make_family(name: str, folder: Path) -> Path:
     tokenizer = make_tokenizer(family)
     ends = tokenizer.convert_tokens_to_ids(list(family.ends))
     sizes = {
-        "hidden_size": 32,
+        "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
