@@ -83,7 +83,7 @@ def worst(batches: Iterable[pa.Table], limit: int, what: What = "all", low: floa
 
 def with_texts(rows: list[Row], pairs: Path) -> list[Row]:
     """The rows with their pairs' texts; a row whose pair is not in the table any more is left out."""
-    ids = pads.field("pair_id").isin([row["pair_id"] for row in rows])
+    ids = pads.field("pair_id").isin(pa.array([row["pair_id"] for row in rows], pa.string()))
     texts = {pair["pair_id"]: pair for pair in _pairs(pairs).to_table(columns=_TEXTS, filter=ids).to_pylist()}
     return [texts[row["pair_id"]] | row for row in rows if row["pair_id"] in texts]
 
