@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.contracts import ANNOTATIONS, GradeScale
-from teacher.evaluate import label_metrics
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 _HASHED = ("pair_id", "status", "error", "grade", "grade_probs", "reasoning", "votes")
-_REASONS = 100  # kinds of errors that are counted apart
 _BROADCAST = 100_000  # human grades that are sent to every worker
 _STEPS = 10_000  # p(relevant) is rounded to this resolution for the AUC, so that the counts stay few
 
@@ -78,7 +76,7 @@ def table_metrics(
         # "too long: 812 tokens" and "too long: 790 tokens" are one reason.
         reason = F.substring(F.regexp_replace("error", r"\d+", "#"), 1, 160).alias("reason")
         errors = rows.where(F.col("status") != "ok").groupBy("status", reason).count()
-        for row in errors.orderBy(F.desc("count"), "reason").limit(_REASONS).collect():
+        for row in errors.orderBy(F.desc("count"), "reason").limit(100).collect():
             reasons[row["status"]][row["reason"]] = row["count"]
     metrics |= _quality(spark, rows, pairs, split)
     hashes = [int(total[f"hash{i}"] or 0) % 2**64 for i in range(2)]
@@ -102,5 +100,7 @@ def _quality(spark: SparkSession, rows: DataFrame, pairs: Path, split: str) -> d
     counted = human.join(ok, "pair_id").groupBy("human", "grade", "p").count().collect()
     if not counted:
         return {}
+    from teacher.evaluate import label_metrics  # scikit-learn is a third of the driver's memory
+
     gold, grades, p, pairs_of = (np.array(column) for column in zip(*counted, strict=True))
     return {"n_graded": float(pairs_of.sum()), **label_metrics(gold, grades, p, scale.relevant_from, pairs_of)}

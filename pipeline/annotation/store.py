@@ -31,7 +31,6 @@ TEMPORARY = "_tmp-"
 DAMAGED = "_damaged-"
 _MERGED = "_merged-"
 _OWNER = "_owner.json"
-_LOCK = "_lock"
 _MAGIC = b"PAR1"
 _ROW_GROUP = 100_000
 _MERGE_THREADS = 4
@@ -193,7 +192,7 @@ def _check_owner(out: Path, run: str) -> None:
 
 @contextmanager
 def _locked(out: Path, how: int) -> Iterator[None]:
-    with (out / _LOCK).open("a") as file:
+    with (out / "_lock").open("a") as file:
         fcntl.flock(file, how)
         yield
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ from teacher.reading import Aggregate, aggregate
 
 _ENGINE_BROKEN_FROM = 32  # so many failures in a row are the engine's fault, not the prompts'
 _NO_SAMPLES = aggregate([], 0)
-
 Prompt = tuple[int, ...]
 
 
@@ -67,7 +66,8 @@ class Answer(NamedTuple):
 class _Part:
     path: Path
     pair_ids: list[str]
-    answers: dict[int, Answer] = field(default_factory=dict)
+    answers: list[Any]
+    unanswered: int
 
 
 _loaded: dict[str, Annotator] = {}  # one for a worker's life, whichever partitions it is given
@@ -111,25 +111,25 @@ class Stream:
 
     def put(self, path: Path, rows: Sequence[Row]) -> None:
         """Start a part (columns of `PAIRS`): its prompts go to the engine, each text once; a bad pair fails alone."""
-        part = _Part(path, [row["pair_id"] for row in rows])
+        part = _Part(path, [row["pair_id"] for row in rows], [None] * len(rows), len(rows))
         self.in_flight += len(rows)
         engine, sampling = self.annotator.engine, self._job.sampling
         for place, ids in enumerate(self.annotator.prompts(rows)):
-            prompt = () if isinstance(ids, str) else tuple(ids)
             if isinstance(ids, str):
-                answer: Answer | None = Answer("failed", f"prompt: {ids}"[:500], 0)
-            elif len(ids) + sampling.max_tokens > engine.max_model_len:
+                self._settle(part, place, Answer("failed", f"prompt: {ids}"[:500], 0))
+                continue
+            prompt = tuple(ids)
+            answer = self._recent.get(prompt) or self._older.get(prompt)
+            if len(ids) + sampling.max_tokens > engine.max_model_len:
                 needed = f"{len(ids)} prompt tokens and {sampling.max_tokens} for the answer"
                 answer = Answer("failed", f"too long: {needed} exceed {engine.max_model_len}", len(ids))
-            else:
-                answer = self._recent.get(prompt) or self._older.get(prompt)
             if answer is not None:
                 self._settle(part, place, answer)
             elif prompt in self._waiting:
                 self._waiting[prompt].append((part, place))
             else:
                 self._waiting[prompt] = [(part, place)]
-                engine.submit(prompt, list(prompt), sampling)
+                engine.submit(prompt, ids, sampling)
 
     def advance(self) -> None:
         """Work until at least one part is committed.
@@ -144,14 +144,14 @@ class Stream:
         if len(self._recent) > self._job.config.max_in_flight:
             self._recent, self._older = {}, self._recent
         for part in self._done:
-            answers = [part.answers[place] for place in range(len(part.pair_ids))]
-            commit(part.path, table_of(self._job.key, part.pair_ids, answers), self._job.run)
+            commit(part.path, table_of(self._job.key, part.pair_ids, part.answers), self._job.run)
             self.in_flight -= len(part.pair_ids)
         self._done = []
 
     def _settle(self, part: _Part, place: int, answer: Answer) -> None:
         part.answers[place] = answer
-        if len(part.answers) == len(part.pair_ids):
+        part.unanswered -= 1
+        if not part.unanswered:
             self._done.append(part)
 
     def _read(self, prompt: Prompt, result: Result) -> Answer:
@@ -179,9 +179,10 @@ def table_of(key: str, pair_ids: Sequence[str], answers: Sequence[Answer]) -> pa
     columns: dict[str, Any] = dict(zip(Answer._fields, zip(*answers, strict=True), strict=True))
     columns |= zip(Aggregate._fields, zip(*columns["aggregate"], strict=True), strict=True)
     # An error may quote what it failed on, and a lone surrogate is no UTF-8.
-    columns |= {"pair_id": pair_ids, "error": [text.encode("utf-8", "replace").decode() for text in columns["error"]]}
+    errors = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in columns["error"]]
     now = pa.scalar(datetime.now(UTC), ANNOTATIONS.field("created_at").type)
     columns |= {"annotation_key": pa.repeat(key, len(pair_ids)), "created_at": pa.repeat(now, len(pair_ids))}
+    columns |= {"pair_id": pair_ids, "error": errors}
     return pa.Table.from_pydict(columns, schema=ANNOTATIONS)
 
 
