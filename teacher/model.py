@@ -58,11 +58,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
 
 
-def positions(model: Any) -> int | None:
-    """The longest sequence that the model can take, prompt and completion; None where it knows no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def add_adapters(model: Any, config: TeacherConfig) -> Any:
     """`model` with LoRA adapters on all linear layers, or as it is when the config asks for none."""
     if not config.lora_rank:

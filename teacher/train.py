@@ -19,6 +19,7 @@ from teacher.card import write_card
 from teacher.checks import check_decoder, check_tokenizer
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, launch, wait_for_all, world_size
+from teacher.engines.base import position_limit
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import evaluate
 from teacher.examples import Example, drop_too_long, load_examples
@@ -26,7 +27,6 @@ from teacher.model import (
     add_adapters,
     load_model,
     merge_adapters,
-    positions,
     save_model,
     stored_dtype,
     weights_fingerprint,
@@ -196,7 +196,8 @@ class _Training:
 
     def _examples(self, split: str, limit: int) -> list[Example]:
         examples = load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed)
-        return drop_too_long(examples, self.tokenizer, positions(self.model), self.config.max_completion_tokens)
+        max_positions = position_limit(self.model.config)
+        return drop_too_long(examples, self.tokenizer, max_positions, self.config.max_completion_tokens)
 
 
 def main() -> None:
