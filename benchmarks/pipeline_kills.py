@@ -87,6 +87,7 @@ def main() -> None:
 def count(folder: Path, uri: str) -> dict[str, Any]:
     """What the run's folder and MLflow hold, and the `faults`: all 0 when everything is there exactly once."""
     from mlflow import MlflowClient
+
     from pipeline.executions import read_executions
 
     pool = read_table(folder / "pairs" / "pairs", PAIRS, columns=["pair_id"], where=pads.field("split") == "pool")
