@@ -21,7 +21,7 @@ class WarmUpConfig(Config):
     """What the pairs are ranked by: the cosine of an encoder, or BM25 as a share of the query's limit."""
 
     encoder: str = Field(default="")
-    """Folder of the encoder whose cosine it is (its own tokenizer.json inside); empty means the one in `base`."""
+    """Encoder whose cosine it is, named as `student.base` is; empty means that one."""
 
     random_negatives: float = Field(default=0.33, ge=0, le=10)
     """Random query-ad pairs for each pair, to be scored near 0."""
@@ -117,6 +117,9 @@ class StudentConfig(Config):
 
     reason_length: int = Field(default=64, ge=1, le=512)
     """Tokens of a reason that the contrastive loss reads, beside max_length for query and ad."""
+
+    use_annotations: bool = Field(default=True)
+    """Whether annotations are learned from; without them the student needs no teacher (flow student-from-labels)."""
 
     annotation_key: str = Field(default="")
     """Which annotations to learn from when the table holds several keys; empty takes the key written last."""

@@ -73,7 +73,13 @@ class Rows:
 
 
 def distill(
-    config: StudentConfig, base: Path, pairs: Path, annotations: Path | None, out: Path, cache: Path | None = None
+    config: StudentConfig,
+    base: Path,
+    pairs: Path,
+    annotations: Path | None,
+    out: Path,
+    cache: Path | None = None,
+    scored_by: Path | None = None,
 ) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
 
@@ -81,7 +87,8 @@ def distill(
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
     Parameters: `base` the encoder's folder; `pairs` what data-prepare wrote; `annotations` a table of annotations, None
-    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None.
+    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None;
+    `scored_by` the folder of the encoder that `warm_up.encoder` names, None where it names none.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
@@ -91,7 +98,7 @@ def distill(
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = save_tokenizer(base, building, config.max_length)
-    setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device))
+    setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device), scored_by)
     metrics = MetricsLog(out / "metrics.jsonl")
     if config.warm_up.pairs:
         untrained.reader()  # refuses an encoder that cannot be trained, before the warm-up reads all pairs with it
@@ -104,15 +111,16 @@ def distill(
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
+    free = [cosine(untrained, rows.valid, rows.test)]
+    free += [warmed_up(setup, rows.valid, rows.test)] if config.warm_up.pairs else []
+    bound = floor([*systems, *free])
+    if fault := floor_fault({"floor": bound}):
+        logger.warning("%s", fault)
     if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
         gold_only = train(rows.training.gold_only(), "gold_only")
         systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
-    systems += [*bm25(setup, pairs, rows.valid, rows.test), cosine(untrained, rows.valid, rows.test)]
-    systems += [warmed_up(setup, rows.valid, rows.test)] if config.warm_up.pairs else []
-    systems += teacher_on_test(rows, scale)
-    evaluation = evaluate(setup, systems, student, rows.test)
-    if fault := floor_fault(evaluation):
-        logger.warning("%s", fault)
+    systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
+    evaluation = evaluate(setup, systems, student, rows.test) | {"floor": bound}
     key = key_metrics(evaluation, card) | {"valid_roc_auc": student.valid_roc_auc}
     key = {name: value for name, value in key.items() if value is not None and value == value}
     write_json(building / "metrics.json", key)
@@ -126,7 +134,7 @@ def distill(
     shutil.rmtree(out / "model", ignore_errors=True)
     building.rename(out / "model")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return StudentResult(fingerprint=card["fingerprint"], figures=key)
+    return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
 def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale) -> Rows:
@@ -215,7 +223,7 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     probs = softmax(setup.logits(student.fitted.reader, test) - student.shift)
     before = expected_calibration_error(setup.relevant(test), setup.p_relevant(probs))
     fitted = {"threshold": student.threshold, "temperature": student.temperature}
-    return evaluation | fitted | {"ece_before_calibration": before, "floor": floor(systems)}
+    return evaluation | fitted | {"ece_before_calibration": before}
 
 
 def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:

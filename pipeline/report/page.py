@@ -79,6 +79,7 @@ def write_report(folder: Path) -> Path:
     sections = _sections(folder, environment)
     page = environment.get_template("report.html").render(
         summary=summary,
+        below_floor=summary["stages"].get("student", {}).get("figures", {}).get("below_floor"),
         tiles=[section["tile"] for anchor in _TILES for section in sections if section["anchor"] == anchor],
         stages=[(STAGES[name], stage, headline(name, stage["figures"])) for name, stage in summary["stages"].items()],
         sections=sections,
