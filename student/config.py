@@ -105,8 +105,18 @@ class StudentConfig(Config):
     margin_weight: float = Field(default=0.0, ge=0, le=100)
     """Weight of margin-MSE between pairs of one query (arXiv 2010.02666); above 0, batches keep queries together."""
 
+    listnet_weight: float = Field(default=0.0, ge=0, le=100)
+    """Weight of ListNet over a query's pairs (Cao et al. 2007); above 0, batches keep queries together, as for the next."""
+
+    lambda_weight: float = Field(default=0.0, ge=0, le=100)
+    """Weight of LambdaLoss, which weighs pairs by what their order is worth in NDCG (Wang et al. 2018)."""
+
     ordinal_weight: float = Field(default=0.0, ge=0, le=100)
     """Weight of the squared earth mover's distance (arXiv 1611.05916): errors cost more the more grades they are off."""
+
+    calibration: Literal["temperature", "best"] = Field(default="temperature")
+    """How logits become probabilities, fitted on split valid: a temperature and an offset for each grade, or the better
+    of that and isotonic curves on top, by cross-validated log loss."""
 
     contrastive_weight: float = Field(default=0.0, ge=0, le=100)
     """Weight of contrastive reasoning self-distillation (arXiv 2510.11056): the teacher's reasons are read in training and

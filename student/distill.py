@@ -26,7 +26,7 @@ from data.contracts import (
     write_text,
 )
 from student.baselines import Bm25
-from student.calibration import best_f1_threshold, fit_calibration
+from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
 from student.card import student_card
 from student.config import StudentConfig
 from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training
@@ -35,7 +35,7 @@ from student.fit import Fitted, fit
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
-from student.scorer import ad_text, softmax
+from student.scorer import ad_text, probabilities, softmax
 from student.setup import Setup
 from student.warm_up import warm_up
 
@@ -52,11 +52,15 @@ class StudentResult(BaseModel):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits."""
+    """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits.
+
+    `isotonic` has a curve for each grade, or none where temperature and offsets are all.
+    """
 
     fitted: Fitted
     temperature: float
     shift: Array
+    isotonic: Curves
     threshold: float
     valid_roc_auc: float
 
@@ -86,9 +90,8 @@ def distill(
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
-    Parameters: `base` the encoder's folder; `pairs` what data-prepare wrote; `annotations` a table of annotations, None
-    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None;
-    `scored_by` the folder of the encoder that `warm_up.encoder` names, None where it names none.
+    Parameters: `base` the encoder's folder, `scored_by` that of `warm_up.encoder`, if any; `pairs` what data-prepare wrote;
+    `annotations` a table of them, None or empty for human grades alone; `cache` where warm-ups are kept, `out/warm_up` if None.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
@@ -111,18 +114,16 @@ def distill(
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
-    free = [cosine(untrained, rows.valid, rows.test)]
-    free += [warmed_up(setup, rows.valid, rows.test)] if config.warm_up.pairs else []
-    bound = floor([*systems, *free])
-    if fault := floor_fault({"floor": bound}):
+    free = without_labels(untrained, setup, rows)
+    bound = {"floor": floor([*systems, *free])}
+    if fault := floor_fault(bound):
         logger.warning("%s", fault)
     if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
         gold_only = train(rows.training.gold_only(), "gold_only")
         systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
     systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
-    evaluation = evaluate(setup, systems, student, rows.test) | {"floor": bound}
-    key = key_metrics(evaluation, card) | {"valid_roc_auc": student.valid_roc_auc}
-    key = {name: value for name, value in key.items() if value is not None and value == value}
+    evaluation = evaluate(setup, systems, student, rows.test) | bound
+    key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
     write_text(building / "model_card.md", student_card(card, scale, evaluation))
     write_predictions(out, rows.test, systems[0].score)
@@ -151,7 +152,7 @@ def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scal
 
 
 def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
-    """Fit temperature and offsets, then the threshold on the calibrated probability, all on `valid`.
+    """Fit temperature, offsets and, where they help, isotonic curves, then the decision threshold, all on `valid`.
 
     The offsets go into the bias of the model's head, so that whoever serves it divides by the temperature and no more.
     """
@@ -161,13 +162,19 @@ def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
     shift = temperature * offsets
     if bias is not None:
         bias.data += torch.from_numpy(shift).to(bias)
-    p, relevant = setup.p_relevant(softmax(logits + shift, temperature)), setup.relevant(valid)
-    return Calibrated(fitted, temperature, shift, best_f1_threshold(relevant, p), roc_auc(relevant, p))
+    curves: Curves = []
+    if setup.config.calibration == "best":
+        alone, with_curves = isotonic_losses(logits, valid.grade, valid.query_id, offsets=bias is not None)
+        logger.info("calibration: log loss on valid %.4f, with isotonic curves %.4f", alone, with_curves)
+        if with_curves < alone:
+            curves = fit_isotonic(softmax(logits + shift, temperature), valid.grade)
+    p, relevant = setup.p_relevant(probabilities(logits + shift, temperature, curves)), setup.relevant(valid)
+    return Calibrated(fitted, temperature, shift, curves, best_f1_threshold(relevant, p), roc_auc(relevant, p))
 
 
 def measured(setup: Setup, name: str, student: Calibrated, valid: Examples, test: Examples) -> System:
     """A trained and calibrated model's output on the test rows."""
-    probs = softmax(setup.logits(student.fitted.reader, test), student.temperature)
+    probs = probabilities(setup.logits(student.fitted.reader, test), student.temperature, student.isotonic)
     auc = student.valid_roc_auc
     return System(name, setup.p_relevant(probs), student.threshold, probs, valid_roc_auc=auc)
 
@@ -190,6 +197,12 @@ def warmed_up(setup: Setup, valid: Examples, test: Examples) -> System:
     reader = setup.reader()
     reader.model.eval()
     return ranker(setup, "warm_up", lambda rows: setup.p_relevant(softmax(setup.logits(reader, rows))), valid, test)
+
+
+def without_labels(untrained: Setup, setup: Setup, rows: Rows) -> list[System]:
+    """What the student must be above: the encoder's cosine and, where there was one, the warm-up."""
+    free = [cosine(untrained, rows.valid, rows.test)]
+    return [*free, warmed_up(setup, rows.valid, rows.test)] if setup.config.warm_up.pairs else free
 
 
 def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[System]:
@@ -226,9 +239,9 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     return evaluation | fitted | {"ece_before_calibration": before}
 
 
-def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
+def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc: float) -> dict[str, Any]:
     """The flat metrics that a tracker shows: the student's with their intervals, the ROC-AUC of the others, counts."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"valid_roc_auc": valid_roc_auc, "n_test": evaluation["n"]}
     for system in evaluation["systems"]:
         if system["name"] != "student":
             metrics[f"{system['name']}_roc_auc"] = system["metrics"]["roc_auc"]["value"]
@@ -239,7 +252,8 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, A
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    return metrics | counts | fitted | {"n_test": evaluation["n"]} | before
+    metrics |= counts | fitted | before
+    return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:
@@ -255,7 +269,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "threshold": student.threshold,
         "inputs": list(input_names(model)),
         "pad_token_id": pad_token_id(model.config),
-    }
+    } | ({"isotonic": student.isotonic} if student.isotonic else {})
     files = digest_files([folder / "model.safetensors", folder / "tokenizer.json"])
     card = serving | {
         "fingerprint": digest([serving, setup.scale.model_dump(mode="json"), files]),

@@ -158,8 +158,9 @@ def test_early_stopping_keeps_the_best_epoch(tiny, quick, tmp_path, monkeypatch)
     np.testing.assert_array_equal(saved["bert.embeddings.word_embeddings.weight"], weights[1].numpy())
 
 
-def test_margin_balance_and_temperature_options_run(tiny, quick, tmp_path):
-    config = quick(epochs=1, margin_weight=0.5, class_balance=0.5, distill_temperature=2.0)
+def test_ranking_balance_and_temperature_options_run(tiny, quick, tmp_path):
+    ranking = {"margin_weight": 0.5, "listnet_weight": 0.5, "lambda_weight": 0.5}
+    config = quick(epochs=1, class_balance=0.5, distill_temperature=2.0, **ranking)
     distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
     assert any("valid_roc_auc" in line for line in MetricsLog(tmp_path / "metrics.jsonl").read("student"))
 
