@@ -26,6 +26,8 @@ class PromptConfig(Config):
     """Longer ad texts are cut in the prompt; 0 leaves the ad text out."""
     attributes: bool = True
     """Show the ad's attributes, when the table has any."""
+    reason: bool = True
+    """Ask for a reason before the grade. Off, the grade alone is asked for, at a fraction of the tokens."""
     missing_words: bool = False
     """Add a line with the query's words that title, text and attributes lack; for models too small to compare words."""
 
