@@ -91,7 +91,7 @@ def distill(
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
     Parameters: `base` the encoder's folder, `scored_by` that of `warm_up.encoder`, if any; `pairs` what data-prepare wrote;
-    `annotations` a table of them, None or empty for human grades alone; `cache` where warm-ups are kept, `out/warm_up` if None.
+    `annotations` a table of them, None or empty for human grades alone; `cache` of warm-ups, `out/warm_up` if None.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
