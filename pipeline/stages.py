@@ -56,9 +56,9 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
 
 
 def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
-    from student.export import export_student
+    from student.ladder import export_sizes
 
-    return export_student(settings.export, folders["student"] / "model", folders["data"], out)
+    return export_sizes(settings.export, folders["student"], folders["data"], out)
 
 
 def _score(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
