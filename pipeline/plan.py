@@ -20,6 +20,8 @@ class Planned(BaseModel):
 
 def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
     """The fate of every stage in `names` (in running order). Reads manifests only, starts nothing."""
+    from data.sources import source_label
+
     rows: list[Planned] = []
     known: dict[str, StageRecord] = {}  # stages that are done, here or in another run, and so have fingerprints
     for name in names:
@@ -47,6 +49,9 @@ def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
         else:
             reason = _difference(record, recipe)
             rows.append(Planned(stage=name, action="run", reason=reason))
+    for row in rows:
+        if row.stage == "data":
+            row.reason += f"; source: {source_label(settings.data)}"
     return rows
 
 

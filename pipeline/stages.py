@@ -268,7 +268,7 @@ def stage_sources(settings: PipelineConfig, name: str) -> dict[str, str | Path]:
     """Where each of a stage's inputs lies: a folder or file, or what it is called where there is none."""
     sources: dict[str, str | Path] = {needed: stage_folder(settings, needed) for needed in STAGES[name].needs}
     if name == "data":
-        sources["source"] = settings.data.path or settings.data.source
+        sources["source"] = settings.data.path or settings.data.source_name
     base = {"teacher": settings.teacher.model, "student": settings.student.base}.get(name, "")
     if base.startswith("path:"):
         sources["base"] = Path(base.removeprefix("path:"))

