@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast check format clean
+.PHONY: setup demo test test-all check format clean
 
 setup: $(READY)
 
@@ -24,14 +24,15 @@ $(READY): constraints-cpu.txt pyproject.toml
 demo: $(READY)
 	$(BIN)/prefect run relevance-pipeline --preset sample
 
+# What people run while they work: minutes. Whole flows, vLLM engines and kills are in test-all.
 test: $(READY)
+	$(BIN)/python -m pytest -m "not vllm and not e2e"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest
 
-test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not spark and not vllm and not e2e"
-
 check: $(READY)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -30,13 +30,11 @@ from typing import Any
 import pyspark
 
 from benchmarks.annotate_kills import compare, rows_in
-from benchmarks.annotate_scale import make_pairs
-from benchmarks.replay import load_replay, make_teacher
+from benchmarks.replay import load_replay, make_pairs, make_teacher
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotate
-from pipeline.spark import SparkConfig, start_spark
-from pipeline.stages import spark_session
-from teacher.engines.base import EngineConfig
+from pipeline.spark import SparkConfig, spark_session, start_spark
+from teacher.engines.config import ServerConfig
 from teacher.prompt import load_prompt
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +59,7 @@ def kill_a_worker(teacher: Path, recording: Path, work: Path, pairs: int = 20_00
     """Annotate on a master and two workers, of which one is killed; the counts, and whether it `holds`."""
     make_teacher(teacher, recording, work / "teacher")
     make_teacher(teacher, recording, work / "slow", pairs_per_s=1000)
-    config = AnnotateConfig(n=1, window=512, engines=2)
+    config = AnnotateConfig(n=1, max_in_flight=512, engines=2)
     with spark_session(SparkConfig()) as spark:
         make_pairs(spark, pairs, work / "pairs")
         load_prompt(teacher).scale.save(work / "pairs")
@@ -88,11 +86,11 @@ def kill_a_server(teacher: Path, pairs: Path, work: Path, count: int = 600) -> d
     try:
         for url, server in zip(urls, servers, strict=True):
             wait_until(lambda url=url, server=server: _answers(url, server), 400)  # type: ignore[misc]
-        engine = EngineConfig(kind="openai", urls=urls, retries=2, max_model_len=512, concurrency=32)
-        config = AnnotateConfig(n=1, window=128, limit=count, engine=engine)
+        engine = ServerConfig(urls=urls, retries=2, max_model_len=512, concurrency=32)
+        config = AnnotateConfig(n=1, max_in_flight=128, limit=count, engine=engine)
         killer = _when(lambda: rows_in(work / "out") > count / 5, lambda: os.killpg(servers[0].pid, signal.SIGKILL))
         with spark_session(SparkConfig()) as spark:
-            figures = annotate(config, teacher, pairs, work / "out", spark).figures
+            metrics = annotate(config, teacher, pairs, work / "out", spark).figures
         killer.join()
         killed = servers[0].wait(10) is not None
     finally:
@@ -100,9 +98,9 @@ def kill_a_server(teacher: Path, pairs: Path, work: Path, count: int = 600) -> d
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
-    found = {name: figures[name] for name in ("pairs", "ok", "unparsed", "failed", "pairs_per_s")}
+    found = {name: metrics[name] for name in ("pairs", "ok", "unparsed", "failed", "pairs_per_s")}
     ids = _ids(work / "out")
-    holds = killed and figures["pairs"] == len(ids) == len(set(ids)) == count and not figures["failed"]
+    holds = killed and metrics["pairs"] == len(ids) == len(set(ids)) == count and not metrics["failed"]
     return found | {"killed": killed, "different_ids": len(set(ids)), "holds": holds}
 
 

@@ -26,8 +26,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.annotate_scale import make_pairs
-from benchmarks.replay import load_replay, make_teacher
+from benchmarks.replay import load_replay, make_pairs, make_teacher
 
 VICTIMS = ("driver", "jvm", "worker")
 _ENGINES = 2
@@ -39,19 +38,20 @@ def main() -> None:
     parser.add_argument("recording", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=100_000)
-    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-in-flight", type=int, default=1024)
     parser.add_argument("--speed", type=float, default=1000.0, help="pairs per second of an engine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         step, folder, out = options.side
-        run(step, Path(folder), Path(out), options.pairs, options.window)
+        run(step, Path(folder), Path(out), options.pairs, options.max_in_flight)
         return
     with tempfile.TemporaryDirectory() as folder:
         found = prove(
             options.teacher, options.recording, Path(folder),
-            kills=options.kills, pairs=options.pairs, window=options.window, speed=options.speed, seed=options.seed,
+            kills=options.kills, pairs=options.pairs, max_in_flight=options.max_in_flight, speed=options.speed,
+            seed=options.seed,
         )  # fmt: skip
     print(json.dumps({"benchmark": "annotate_kills", **found}))
     if not found["holds"]:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def prove(
-    teacher: Path, recording: Path, work: Path, *, kills: int, pairs: int, window: int, speed: float, seed: int
+    teacher: Path, recording: Path, work: Path, *, kills: int, pairs: int, max_in_flight: int, speed: float, seed: int
 ) -> dict[str, Any]:
     """Kill and rerun in the folder `work`; the counts, and whether everything `holds`."""
     draw = random.Random(seed)
@@ -67,7 +67,7 @@ def prove(
     log.mkdir()
     make_teacher(teacher, recording, work / "slow", pairs_per_s=speed, log=str(log))
     make_teacher(teacher, recording, work / "fast")
-    sides = {"pairs": pairs, "window": window}
+    sides = {"pairs": pairs, "max_in_flight": max_in_flight}
     _finish(_start("make", work, work / "calm", **sides))
     _finish(_start("fast", work, work / "calm", **sides))
     killed: Counter[str] = Counter()
@@ -100,18 +100,18 @@ def prove(
     found = {
         "kills": dict(killed),
         "pairs": pairs,
-        "window": window,
+        "max_in_flight": max_in_flight,
         "engines": _ENGINES,
         **wrong,
         "recomputed": _completed(log) - pairs,
         "most_recomputed_by_a_kill": most,
-        "bound_for_a_kill": window * _ENGINES,
+        "bound_for_a_kill": max_in_flight * _ENGINES,
         "seed": seed,
     }
-    return found | {"holds": not any(wrong.values()) and killed.total() == kills and most <= window * _ENGINES}
+    return found | {"holds": not any(wrong.values()) and killed.total() == kills and most <= max_in_flight * _ENGINES}
 
 
-def run(step: str, work: Path, out: Path, pairs: int, window: int) -> None:
+def run(step: str, work: Path, out: Path, pairs: int, max_in_flight: int) -> None:
     """In a process of its own: make the table of pairs, or annotate it with the slow or the fast teacher."""
     from data.contracts import ContractError
     from pipeline.annotation.config import AnnotateConfig
@@ -126,15 +126,20 @@ def run(step: str, work: Path, out: Path, pairs: int, window: int) -> None:
         return
     try:
         annotate(
-            AnnotateConfig(n=1, window=window, engines=_ENGINES), work / step, work / "pairs", out, spark, load_replay
+            AnnotateConfig(n=1, max_in_flight=max_in_flight, engines=_ENGINES),
+            work / step,
+            work / "pairs",
+            out,
+            spark,
+            load_replay,
         )
     except ContractError as error:
         raise SystemExit(f"error: {error}") from None
 
 
-def _start(step: str, work: Path, out: Path, *, pairs: int, window: int) -> subprocess.Popen[bytes]:
+def _start(step: str, work: Path, out: Path, *, pairs: int, max_in_flight: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "benchmarks.annotate_kills", "-", "-", "--pairs", str(pairs)]
-    command += ["--window", str(window), "--side", step, str(work), str(out)]
+    command += ["--max-in-flight", str(max_in_flight), "--side", step, str(work), str(out)]
     with (work / "output.log").open("ab") as output:
         # A process group and a mark of its own, by which what outlives it is found.
         environment = dict(os.environ, ANNOTATE_KILLS=str(work))

@@ -22,10 +22,12 @@ from typing import Any
 
 from benchmarks.children import TORCH, answer, ask
 from benchmarks.replay import pool_rows
-from pipeline.annotation.worker import Job, Teacher, start_teacher
-from teacher.engines.base import EngineConfig, Sampling
+from pipeline.annotation.worker import Job, start_annotator
+from teacher.annotator import Annotator
+from teacher.engines.base import Sampling
+from teacher.engines.config import VLLMConfig
 
-_ENGINE = EngineConfig(max_model_len=512)
+_ENGINE = VLLMConfig(max_model_len=512)
 _READY = "ready"  # file beside the output: when the job's engine was ready
 _BATCHES = (32, 64, 128, 256)
 
@@ -72,23 +74,28 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
     from pipeline.spark import SparkConfig, start_spark
 
     config = AnnotateConfig(
-        n=options.samples, temperature=1.0, window=512, limit=options.pairs_count, engine=_ENGINE, max_failed_share=1.0
+        n=options.samples,
+        temperature=1.0,
+        max_in_flight=512,
+        limit=options.pairs_count,
+        engine=_ENGINE,
+        max_failed_share=1.0,
     )
     spark = start_spark(SparkConfig(master="local[2]"))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "annotations"
-        figures = annotate(config, options.teacher, options.pairs, out, spark, load_and_note).figures
+        metrics = annotate(config, options.teacher, options.pairs, out, spark, load_and_note).figures
         ready = float((Path(folder) / _READY).read_text(encoding="utf-8"))
         seconds = max(file.stat().st_mtime for file in out.glob("[!_]*.parquet")) - ready
-    return {"pairs_per_s": round(figures["pairs"] / seconds, 2), "tokens": figures["completion_tokens"]}
+    return {"pairs_per_s": round(metrics["pairs"] / seconds, 2), "tokens": metrics["completion_tokens"]}
 
 
-def load_and_note(job: Job) -> Teacher:
+def load_and_note(job: Job) -> Annotator:
     """The product's own teacher, warmed up, and a note of when that was done."""
-    teacher = start_teacher(job)
-    teacher.engine.generate(_warm_up(), job.sampling)
+    annotator = start_annotator(job)
+    annotator.engine.generate(_warm_up(), job.sampling)
     (Path(job.out).parent / _READY).write_text(str(time.time()), encoding="utf-8")
-    return teacher
+    return annotator
 
 
 def bare(options: argparse.Namespace) -> dict[str, Any]:
@@ -161,18 +168,26 @@ def prefix(options: argparse.Namespace) -> dict[str, Any]:
     full = Prompt(PromptConfig(), given.scale, given.max_completion_tokens)
     writer = PromptWriter(full, AutoTokenizer.from_pretrained(options.teacher))
     prompts = [made for made in writer(pool_rows(options.pairs, 200)) if not isinstance(made, str)]
-    engine = VLLMEngine(EngineConfig(), options.teacher)
+
+    class CountingEngine(VLLMEngine):
+        prompt_tokens = cached_tokens = 0
+
+        def _take(self, output: Any) -> tuple[Any, Any]:
+            self.prompt_tokens += len(output.prompt_token_ids)
+            self.cached_tokens += output.num_cached_tokens or 0
+            return super()._take(output)
+
+    engine = CountingEngine(VLLMConfig(), options.teacher)
+    block_size = engine._llm.llm_engine.vllm_config.cache_config.block_size
     engine.generate(prompts, Sampling(n=1, max_tokens=4))
     first, last = min(prompts), max(prompts)
     shared = next(place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return {
         "prompt_tokens": engine.prompt_tokens,
         "shared_tokens_of_a_prompt": shared,
-        "block_size": engine.block_size,
+        "block_size": block_size,
         "hit_rate": round(engine.cached_tokens / engine.prompt_tokens, 3),
-        "hit_rate_possible": round(
-            shared // engine.block_size * engine.block_size * len(prompts) / engine.prompt_tokens, 3
-        ),
+        "hit_rate_possible": round(shared // block_size * block_size * len(prompts) / engine.prompt_tokens, 3),
     }
 
 

@@ -3,12 +3,12 @@
     python -m benchmarks.annotate_scale TEACHER RECORDING [--sizes 10000 100000 1000000 10000000] [--samples 1] [--prompts]
 
 The engine replays recorded completions (`python -m benchmarks.replay` makes them); the rest is the product's own code:
-anti-join, shuffle, sort, windows, votes, Parquet parts, figures. Every size runs twice, each time in a process and a
+anti-join, shuffle, sort, streams, aggregates, Parquet parts, metrics. Every size runs twice, each time in a process and a
 Spark session of its own: once from nothing, once with nothing to do. `pairs_per_s` is over the whole of `annotate()`,
 from its first line to its last, session start apart; `job_pairs_per_s` over the Spark job alone that makes the
 annotations, from its submission (shuffle, sort and the start of the workers included) to its last file. On a local master
 the JVM is driver and executor in one; with `--cluster` it runs on Spark standalone with two workers, processes of their
-own, and the JVM's figures are the driver's alone. Prints one JSON line.
+own, and the JVM's memory is the driver's alone. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.children import answer, ask
-from benchmarks.replay import load_replay, make_teacher
+from benchmarks.replay import load_replay, make_pairs, make_teacher
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
     parser.add_argument("--samples", type=int, default=1, help="completions of a pair")
     parser.add_argument("--prompts", action="store_true", help="render and tokenise every pair too")
-    parser.add_argument("--window", type=int, default=32_768)
+    parser.add_argument("--max-in-flight", type=int, default=32_768)
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--memory", default="1g", help="heap of Spark's JVM, driver and executor in one")
     parser.add_argument("--cluster", action="store_true", help="Spark standalone with two workers, not a local master")
@@ -63,7 +63,7 @@ def main() -> None:
         "benchmark": "annotate_scale",
         "samples": options.samples,
         "prompts": options.prompts,
-        "window": options.window,
+        "max_in_flight": options.max_in_flight,
         "engines": options.engines,
         "cluster": options.cluster,
         "sizes": found,
@@ -112,13 +112,15 @@ def _step(options: argparse.Namespace, work: Path, step: str, size: str, spark: 
         load_prompt(work / "teacher").scale.save(pairs)
         return {}
     # Few enough files that every size from 10^5 on merges them: memory is compared between jobs that do the same.
-    config = AnnotateConfig(n=options.samples, window=options.window, engines=options.engines, max_files=10)
+    config = AnnotateConfig(
+        n=options.samples, max_in_flight=options.max_in_flight, engines=options.engines, max_files=10, min_ok_share=0
+    )
     rates: list[float] = []
     logging.getLogger("pipeline.annotation.job").addFilter(lambda record: _note(record, rates))
-    figures = annotate(config, work / "teacher", pairs, out, spark, load_replay).figures
+    metrics = annotate(config, work / "teacher", pairs, out, spark, load_replay).figures
     done = time.monotonic()
-    if figures["pairs"] != int(size) or figures["n_new"] != (int(size) if step == "run" else 0):
-        raise SystemExit(f"the job made the wrong number of rows: {figures}")
+    if metrics["pairs"] != int(size) or metrics["n_new"] != (int(size) if step == "run" else 0):
+        raise SystemExit(f"the job made the wrong number of rows: {metrics}")
     jvm = spark.sparkContext._jvm
     assert jvm is not None
     assert spark.sparkContext._gateway is not None
@@ -140,37 +142,11 @@ def _step(options: argparse.Namespace, work: Path, step: str, size: str, spark: 
 
 
 def _note(record: logging.LogRecord, rates: list[float]) -> bool:
-    """Keep the rate that a line of progress tells, as pairs by now over seconds since the job was submitted."""
-    if hasattr(record, "progress"):
+    """Keep the rate in a line of progress: pairs by now over seconds since the job was submitted."""
+    if str(record.msg).startswith("annotate: %d of"):
         assert isinstance(record.args, tuple)
         rates.append(float(record.args[3]))  # type: ignore[arg-type]
     return True
-
-
-def make_pairs(spark: Any, size: int, out: Path) -> None:
-    """A pool of `size` different pairs of about the length of a search ad's texts."""
-    from pyspark.sql import functions as F
-
-    known = ("red", "blue", "green", "running", "hiking", "shoes", "boots", "tent", "sofa", "lamp", "kettle")
-    words = F.array(*[F.lit(word) for word in known])
-
-    def word(salt: int) -> Any:
-        return F.element_at(words, (F.abs(F.hash("id", F.lit(salt))) % F.lit(11)).cast("int") + 1)
-
-    query = F.concat_ws(" ", word(1), word(2), (F.col("id") % 100_000).cast("string"))
-    table = spark.range(size).select(
-        F.substring(F.sha2(F.col("id").cast("string"), 256), 1, 20).alias("pair_id"),
-        F.substring(F.sha2(query, 256), 1, 20).alias("query_id"),
-        query.alias("query"),
-        F.concat_ws(" ", word(3), word(4), word(5), F.lit("best price"), F.col("id").cast("string")).alias("ad_title"),
-        F.lit("Order today and get it within two days.").alias("ad_text"),
-        F.lit(None).cast("map<string,string>").alias("attributes"),
-        F.lit(None).cast("int").alias("grade"),
-        F.lit(None).cast("double").alias("grade_raw"),
-        F.lit("pool").alias("split"),
-        F.lit("made-up").alias("source"),
-    )
-    table.write.parquet(str(out / "pairs"))
 
 
 def _child(work: Path, what: str) -> dict[str, Any]:

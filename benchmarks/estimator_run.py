@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import shutil
@@ -17,11 +16,11 @@ import numpy as np
 import torch
 
 from benchmarks.sampling import Sampled, sample
-from data.contracts import ContractError, MetricsLog
-from teacher.config import AGPOConfig, EvaluationConfig, GuardConfig, TeacherConfig, WarmStartConfig
+from data.contracts import ContractError, MetricsLog, write_json
+from teacher.config import AGPOConfig, CollapseConfig, EvaluationConfig, TeacherConfig, WarmStartConfig
 from teacher.examples import Example, Problem
+from teacher.model import load_model, save_model
 from teacher.policy import train_policy
-from teacher.train import load_model, save_model
 from teacher.verifier import Judge
 from teacher.warm_start import warm_start
 
@@ -86,9 +85,7 @@ def run_method(options: argparse.Namespace, method: str, seed: int) -> None:
         logger.info(
             "%s, seed %d, %s: greedy %.3f, pass@1 %.3f", method, seed, split, drawn.greedy, drawn.pass_at(1).mean()
         )
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    write_json(target, result)
 
 
 def result_file(folder: Path, method: str, seed: int) -> Path:
@@ -99,10 +96,10 @@ def result_file(folder: Path, method: str, seed: int) -> Path:
 def _train(task: Task, config: TeacherConfig, method: str, model: Any, tokenizer: Any, place: Path) -> dict[str, Any]:
     estimator, _, choices = method.partition(":")
     chosen = dict(choice.split("=") for choice in choices.split(",") if choice)
-    # Without the guard: a collapse is a result here.
+    # Without the collapse detector: a collapse is a result here.
     changed = {
         "estimator": estimator,
-        "guard": GuardConfig(window=0),
+        "collapse": CollapseConfig(window=0),
         **{key: float(value) for key, value in chosen.items()},
     }
     settings = AGPOConfig(**{**config.agpo.model_dump(), **changed})
@@ -156,7 +153,6 @@ def _countdown(options: argparse.Namespace) -> Task:
             max_sampled_tokens=900_000,
             prompts_per_step=64,
             group_size=8,
-            micro_batch=256,
             learning_rate=2e-4,
             checkpoint_every=50,
         ),
@@ -239,7 +235,6 @@ def _gsm8k(options: argparse.Namespace) -> Task:
             max_sampled_tokens=40_000_000,
             prompts_per_step=64,
             group_size=8,
-            micro_batch=64,
             learning_rate=2e-6,
             checkpoint_every=50,
             rollouts="vllm" if torch.cuda.is_available() else "transformers",

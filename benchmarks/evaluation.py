@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
-from student.metrics import evaluate, expected_calibration_error, ndcg_by_query
+from student.metrics import Labels, evaluate, expected_calibration_error, ndcg_by_query
 
 Array = np.ndarray
 GRADES, RELEVANT_FROM, THRESHOLD = 3, 2, 0.4
@@ -46,7 +46,7 @@ def cost(rows: int, resamples: int, peer_resamples: int) -> dict[str, Any]:
     """Seconds of both sides, peak memory of ours, and the largest difference of the values from scikit-learn's."""
     grade, probs, query = draw(rows // 10, np.random.default_rng(1))
     begin = time.monotonic()
-    result = evaluate(grade, probs, query, relevant_from=RELEVANT_FROM, threshold=THRESHOLD, n_boot=resamples, seed=2)
+    result = evaluate(Labels(grade, query, RELEVANT_FROM, resamples, seed=2), probs, threshold=THRESHOLD)
     seconds = time.monotonic() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     ours = {name: interval.value for name, interval in result.metrics.items()}
@@ -58,8 +58,8 @@ def cost(rows: int, resamples: int, peer_resamples: int) -> dict[str, Any]:
     starts = np.flatnonzero(np.r_[True, query[1:] != query[:-1], True])
     for _ in range(peer_resamples):
         drawn = rng.integers(len(starts) - 1, size=len(starts) - 1)
-        kept = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in drawn])
-        by_hand(grade[kept], probs[kept], np.repeat(np.arange(len(drawn)), np.diff(starts)[drawn]))
+        drawn_rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in drawn])
+        by_hand(grade[drawn_rows], probs[drawn_rows], np.repeat(np.arange(len(drawn)), np.diff(starts)[drawn]))
     peer = (time.monotonic() - begin) / peer_resamples * resamples
     return {
         "rows": len(grade),
@@ -94,11 +94,10 @@ def coverage(queries: int, simulations: int) -> dict[str, float]:
     held = dict.fromkeys(truth, 0)
     for i in range(simulations):
         grade, probs, query = draw(queries, np.random.default_rng([5, i]))
-        found = evaluate(
-            grade, probs, query, relevant_from=RELEVANT_FROM, threshold=THRESHOLD, n_boot=500, seed=10_000 + i
-        ).metrics
+        labels = Labels(grade, query, RELEVANT_FROM, n_boot=500, seed=10_000 + i)
+        measured = evaluate(labels, probs, threshold=THRESHOLD).metrics
         for name, value in truth.items():
-            interval = found[name]
+            interval = measured[name]
             held[name] += interval.low is not None and interval.low <= value <= (interval.high or 0.0)
     return {name: round(count / simulations, 4) for name, count in held.items()}
 

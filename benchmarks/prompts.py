@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.replay import pool_rows
-from pipeline.annotation.worker import Row
+from pipeline.rows import Row
 
 
 def main() -> None:

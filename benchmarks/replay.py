@@ -2,9 +2,9 @@
 
     python -m benchmarks.replay TEACHER PAIRS RECORDING [--prompts 512]
 
-records completions of a real teacher under vLLM. `make_teacher` puts a recording into a teacher's folder, and
-`load_replay` is what the job then loads in its workers: everything else is the product's own code. A prompt gets the
-recorded completions that its hash points at, so equal prompts get equal answers in every run.
+records completions of a real teacher under vLLM. `make_teacher` puts a recording into a teacher's folder, `make_pairs` makes
+a pool of any size, and `load_replay` is what the job then loads in its workers: everything else is the product's own code. A
+prompt gets the recorded completions that its hash points at, so equal prompts get equal answers in every run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.annotation.worker import Job, Row, Teacher
-from teacher.engines.base import Completion, EngineConfig, Result, Sampling, generate_all, open_engine
+from pipeline.annotation.worker import Job
+from pipeline.rows import Row
+from teacher.annotator import Annotator
+from teacher.engines import open_engine
+from teacher.engines.base import Completion, Engine, Result, Sampling
+from teacher.engines.config import VLLMConfig
 
 RECORDING = "recording.jsonl"
 _OPTIONS = "replay.json"
 
 
-class ReplayEngine:
+class ReplayEngine(Engine):
     """See `Engine`. `pairs_per_s` 0 answers at once; `log` is a folder where every process notes what it completed."""
 
     max_model_len = 1_000_000
@@ -36,10 +40,6 @@ class ReplayEngine:
         self._pairs_per_s = pairs_per_s
         self._log = Path(log) / f"{os.getpid()}-{time.time_ns()}.log" if log else None
         self._queue: list[tuple[Any, list[int]]] = []
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`."""
-        return generate_all(self, prompts, sampling)
 
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         """See `Engine.submit`."""
@@ -80,7 +80,7 @@ def make_teacher(
     return out
 
 
-def load_replay(job: Job) -> Teacher:
+def load_replay(job: Job) -> Annotator:
     """The teacher of a folder that `make_teacher` made."""
     from transformers import AutoTokenizer
 
@@ -97,7 +97,7 @@ def load_replay(job: Job) -> Teacher:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     engine = ReplayEngine(recorded, options["pairs_per_s"], options["log"])
     writer = PromptWriter(prompt, tokenizer) if options["prompts"] else ids_as_prompts
-    return Teacher(engine, writer, AnswerReader(tokenizer, prompt.scale.size), prompt.scale.size)
+    return Annotator(engine, writer, AnswerReader(tokenizer, prompt.scale.size))
 
 
 def ids_as_prompts(rows: Sequence[Row]) -> list[list[int] | str]:
@@ -113,7 +113,7 @@ def record(teacher: Path, pairs: Path, out: Path, count: int, sampling: Sampling
 
     writer = PromptWriter(load_prompt(teacher), AutoTokenizer.from_pretrained(teacher))
     prompts = [ids for ids in writer(pool_rows(pairs, count)) if not isinstance(ids, str)]
-    engine = open_engine(EngineConfig(max_model_len=512), teacher)
+    engine = open_engine(VLLMConfig(max_model_len=512), teacher)
     made = engine.generate(prompts, sampling)
     engine.close()
     lines = [json.dumps([asdict(sample) for sample in samples], ensure_ascii=False) for samples in made]
@@ -127,10 +127,33 @@ def pool_rows(pairs: Path, count: int) -> list[Row]:
     from data.contracts import PAIRS, read_table
 
     table = read_table(pairs / "pairs", PAIRS, where=pads.field("split") == "pool").sort_by("pair_id")
-    return [
-        row | {"attributes": [{"key": key, "value": value} for key, value in row["attributes"] or ()]}
-        for row in table.slice(0, count).to_pylist()
-    ]
+    return table.slice(0, count).to_pylist()
+
+
+def make_pairs(spark: Any, size: int, out: Path) -> None:
+    """A pool of `size` different pairs of about the length of a search ad's texts."""
+    from pyspark.sql import functions as F
+
+    known = ("red", "blue", "green", "running", "hiking", "shoes", "boots", "tent", "sofa", "lamp", "kettle")
+    words = F.array(*[F.lit(word) for word in known])
+
+    def word(salt: int) -> Any:
+        return F.element_at(words, (F.abs(F.hash("id", F.lit(salt))) % F.lit(11)).cast("int") + 1)
+
+    query = F.concat_ws(" ", word(1), word(2), (F.col("id") % 100_000).cast("string"))
+    table = spark.range(size).select(
+        F.substring(F.sha2(F.col("id").cast("string"), 256), 1, 20).alias("pair_id"),
+        F.substring(F.sha2(query, 256), 1, 20).alias("query_id"),
+        query.alias("query"),
+        F.concat_ws(" ", word(3), word(4), word(5), F.lit("best price"), F.col("id").cast("string")).alias("ad_title"),
+        F.lit("Order today and get it within two days.").alias("ad_text"),
+        F.lit(None).cast("map<string,string>").alias("attributes"),
+        F.lit(None).cast("int").alias("grade"),
+        F.lit(None).cast("double").alias("grade_raw"),
+        F.lit("pool").alias("split"),
+        F.lit("made-up").alias("source"),
+    )
+    table.write.parquet(str(out / "pairs"))
 
 
 def _completion(recorded: dict[str, Any]) -> Completion:

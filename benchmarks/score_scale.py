@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.annotate_kills import python_workers, rows_in
-from benchmarks.annotate_scale import make_pairs
+from benchmarks.replay import make_pairs
 
 CORES = 2
 

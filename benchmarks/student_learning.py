@@ -1,13 +1,15 @@
-"""What annotations are worth to a student: gold-only students at three sizes, and 2,000 human labels with a pool annotated.
+"""What warm-up and annotations are worth to a student: what costs no label, students of human labels alone, with a warm-up
+on unlabelled pairs, and with a pool annotated.
 
     prefect run data-prepare --preset cpu-real --name home-depot --set data.max_train=null …   (see docs/results.md)
     python -m benchmarks.student_learning --pairs runs/home-depot/pairs --base DIR_OF_MINILM --out runs/student-learning
 
-The annotator is an oracle: it reads the withheld human grades of split pool and tells them with a given accuracy (a wrong
+The annotator is an oracle: it reads the withheld human grades of split pool and gives them with a given accuracy (a wrong
 grade is drawn evenly from the others; its probabilities are that accuracy). Its reason names the words of the query that the
-title has and lacks, and defines the grade that it tells. So the machinery is measured apart from what a teacher knows.
-All students see the same nested samples. A run is one process and one result file: an interrupted experiment goes on.
-Out: `table.md`, `curve.png`, `summary.json`, and one JSON line. One seed; the intervals are of the test pairs, by query.
+title has and lacks, and defines the grade that it gives. So the machinery is measured apart from what a teacher knows.
+All students see the same nested samples; `--seed` draws the head, the order, and the pairs of the warm-up. A run is one
+process and one result file: an interrupted experiment goes on.
+Out: `table.md`, `curve.png`, `summary.json`, and one JSON line, of one seed; the intervals are of the test pairs, by query.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,15 @@ GOLD = 2000
 POOL = 5000
 PLAIN = "2k + 5k, accuracy 0.9"  # what the other objectives are compared with
 RUNS: dict[str, dict[str, Any]] = {
+    "untrained cosine": {"gold": 0},
+    "warm-up 8k": {"gold": 0, "warm_up": {"pairs": 8000}},
+    "2k, warm-up 8k": {"epochs": 4, "warm_up": {"pairs": 8000}},
+    "warm-up 8k, BM25": {"gold": 0, "warm_up": {"pairs": 8000, "source": "bm25"}},
+    "2k, warm-up 8k, BM25": {"epochs": 4, "warm_up": {"pairs": 8000, "source": "bm25"}},
+    "warm-up 8k, mined": {"gold": 0, "warm_up": {"pairs": 8000, "hard_negatives": 0.33}},
+    "2k, warm-up 8k, mined": {"epochs": 4, "warm_up": {"pairs": 8000, "hard_negatives": 0.33}},
+    "warm-up 40k": {"gold": 0, "warm_up": {"pairs": 40_000}},
+    "2k, warm-up 40k": {"epochs": 4, "warm_up": {"pairs": 40_000}},
     "gold 2k": {"gold": GOLD, "epochs": 4},
     "gold 2k, grades without ratings": {"gold": GOLD, "epochs": 4, "config": {"soft_gold": False}},
     "2k + 5k, accuracy 0.9": {"pool": POOL, "accuracy": 0.9},
@@ -56,6 +68,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--test-rows", type=int, default=6000)
     parser.add_argument("--valid-rows", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each when more than one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -76,12 +89,14 @@ def run(options: argparse.Namespace, name: str) -> None:
     """Train and measure one student; does nothing when its result is there."""
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
-    from student.dataset import read_examples, read_training
-    from student.distill import calibrate, predict_probs
+    from student.dataset import read_annotated, read_examples, read_training
+    from student.distill import calibrate, cosine, measured, warmed_up
     from student.evaluation import write_predictions
     from student.fit import fit
-    from student.metrics import evaluate
-    from student.model import keep_tokenizer
+    from student.metrics import Labels, evaluate
+    from student.model import save_tokenizer
+    from student.setup import Setup
+    from student.warm_up import warm_up
 
     place = options.out / _stem(name)
     if (place / "result.json").exists():
@@ -96,43 +111,42 @@ def run(options: argparse.Namespace, name: str) -> None:
         learning_rate=5e-5,
         max_length=64,
         device="cpu",
+        seed=options.seed,
+        warm_up=plan.get("warm_up", {}),
         **plan["config"],
     )
     annotations = place / "annotations" if "pool" in plan else None
     if annotations is not None:
         annotate(options.pairs, annotations, plan["pool"], plan["accuracy"])
-    rows = read_training(options.pairs, annotations, scale, config)
+    _, annotated = read_annotated(annotations, "", reasons=config.contrastive_weight > 0)
+    rows = read_training(options.pairs, annotated, scale, config)
     gold = np.random.default_rng(1).permutation(np.flatnonzero(rows.grade >= 0))[: plan["gold"]]
-    rows = rows.take(np.sort(np.r_[gold, np.flatnonzero(rows.grade < 0)]))
+    rows = rows.take(np.sort(np.r_[gold, np.flatnonzero(rows.grade < 0)]).astype(np.int64))
     valid, test = (
-        found.take(np.sort(np.random.default_rng(2).permutation(len(found))[:wanted]))
-        for found, wanted in (
+        graded.take(np.sort(np.random.default_rng(2).permutation(len(graded))[:count]))
+        for graded, count in (
             (read_examples(options.pairs, scale, "valid"), options.valid_rows),
             (read_examples(options.pairs, scale, "test"), options.test_rows),
         )
     )
-    tokenizer = keep_tokenizer(options.base, place / "tokenizer", config.max_length)
+    tokenizer = save_tokenizer(options.base, place / "tokenizer", config.max_length)
+    setup = Setup(config, options.base, tokenizer, scale, "cpu")
     begin = time.monotonic()
-    fitted = fit(
-        config,
-        options.base,
-        tokenizer,
-        rows,
-        valid,
-        scale,
-        folder=place / "checkpoints",
-        metrics=MetricsLog(place / "metrics.jsonl"),
-        phase="student",
-        device="cpu",
-    )
+    metrics = MetricsLog(place / "metrics.jsonl")
+    if "warm_up" in plan:
+        base = warm_up(setup, options.pairs, valid, options.out / "warm_up", metrics)
+        student, setup = warmed_up(replace(setup, base=base), valid, test), replace(setup, base=base)
+    else:
+        student = cosine(setup, valid, test)
+    if plan["gold"] != 0:
+        fitted = fit(setup, rows, valid, folder=place / "checkpoints", metrics=metrics, phase="student")
+        student = measured(setup, "student", calibrate(setup, fitted, valid), valid, test)
     seconds = time.monotonic() - begin
-    student = calibrate(config, fitted, tokenizer, valid, scale, "cpu")
-    probs = predict_probs(config, student, tokenizer, test, "cpu")
-    found = evaluate(
-        test.grade, probs, test.query_id, relevant_from=scale.relevant_from, threshold=student.threshold, n_boot=1000
-    )
-    write_predictions(place, test, probs[:, scale.relevant_from :].sum(axis=1))
-    result = {"n_gold": rows.n_gold, "n_annotated": rows.n_annotated, "seconds": seconds, **found.model_dump()}
+    labels = Labels(test.grade, test.query_id, scale.relevant_from)
+    output = student.score if student.probs is None else student.probs
+    evaluation = evaluate(labels, output, threshold=student.threshold)
+    write_predictions(place, test, student.score)
+    result = {"n_gold": rows.n_gold, "n_annotated": rows.n_annotated, "seconds": seconds, **evaluation.model_dump()}
     (place / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
@@ -146,12 +160,12 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
         pairs / "pairs", PAIRS, where=(pads.field("split") == "pool") & pads.field("grade").is_valid()
     ).sort_by("pair_id")
     rng = np.random.default_rng(3)
-    order, lies = rng.permutation(table.num_rows), rng.random(table.num_rows)
+    order, chance = rng.permutation(table.num_rows), rng.random(table.num_rows)
     other = rng.integers(1, scale.size, size=table.num_rows)
     rows = []
     for i in order[:count]:
         pair = {name: table.column(name)[int(i)].as_py() for name in ("pair_id", "query", "ad_title", "grade")}
-        told = pair["grade"] if lies[i] < accuracy else (pair["grade"] + int(other[i])) % scale.size
+        grade = pair["grade"] if chance[i] < accuracy else (pair["grade"] + int(other[i])) % scale.size
         doubt = (1 - accuracy) / (scale.size - 1)
         asked, given = words(pair["query"]), set(words(pair["ad_title"]))
         has, lacks = (" ".join(w for w in asked if (w in given) is there) or "nothing" for there in (True, False))
@@ -159,10 +173,10 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
             {
                 "pair_id": pair["pair_id"],
                 "annotation_key": f"oracle-{accuracy:g}",
-                "grade": told,
-                "grade_probs": [accuracy if k == told else doubt for k in range(scale.size)],
-                "reasoning": f"There: {has}. Not there: {lacks}. {scale.grades[told].definition}",
-                "votes": [told],
+                "grade": grade,
+                "grade_probs": [accuracy if k == grade else doubt for k in range(scale.size)],
+                "reasoning": f"There: {has}. Not there: {lacks}. {scale.grades[grade].definition}",
+                "votes": [grade],
                 "agreement": 1.0,
                 "n_samples": 1,
                 "n_unparsed": 0,
@@ -187,11 +201,11 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
     students = {}
     for name in options.runs:
         place = options.out / _stem(name)
-        found = json.loads((place / "result.json").read_text("utf-8"))
-        row = {key: found[key] for key in ("n", "n_gold", "n_annotated", "seconds")}
+        result = json.loads((place / "result.json").read_text("utf-8"))
+        row = {key: result[key] for key in ("n", "n_gold", "n_annotated", "seconds")}
         row["metrics"] = {
             key: [round(interval[end], 4) for end in ("value", "low", "high")]
-            for key, interval in found["metrics"].items()
+            for key, interval in result["metrics"].items()
         }
         compared = {"gain": "gold 2k"}
         if {"pool", "config"} <= RUNS[name].keys():
@@ -213,7 +227,8 @@ def table(summary: dict[str, Any]) -> str:
     ]
     for name, row in summary["students"].items():
         auc, ndcg, f1 = (
-            "{:.3f} [{:.3f}, {:.3f}]".format(*row["metrics"][key]) for key in ("roc_auc", "ndcg_at_10", "macro_f1")
+            "{:.3f} [{:.3f}, {:.3f}]".format(*row["metrics"][key]) if key in row["metrics"] else ""
+            for key in ("roc_auc", "ndcg_at_10", "macro_f1")
         )
         gain, objective = (
             "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[key]) if key in row else "" for key in ("gain", "objective_gain")

@@ -65,7 +65,8 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     from data.contracts import MetricsLog
     from student.config import StudentConfig
     from student.fit import fit
-    from student.model import keep_tokenizer
+    from student.model import save_tokenizer
+    from student.setup import Setup
 
     scale, rows, valid = _examples(options)
     config = StudentConfig(
@@ -78,21 +79,11 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        tokenizer = keep_tokenizer(options.base, out / "tokenizer", options.max_length)
+        tokenizer = save_tokenizer(options.base, out / "tokenizer", options.max_length)
         metrics = MetricsLog(out / "metrics.jsonl")
         begin = time.perf_counter()
-        fit(
-            config,
-            options.base,
-            tokenizer,
-            rows,
-            valid,
-            scale,
-            folder=out / "checkpoints",
-            metrics=metrics,
-            phase="student",
-            device="cpu",
-        )
+        setup = Setup(config, options.base, tokenizer, scale, "cpu")
+        fit(setup, rows, valid, folder=out / "checkpoints", metrics=metrics, phase="student")
         seconds = time.perf_counter() - begin
         known = [line["loss"] for line in metrics.read("student") if "loss" in line]
     return {"pairs_per_second": len(rows) / seconds, "last_loss": float(np.mean(known[-max(1, len(known) // 10) :]))}
@@ -105,7 +96,7 @@ def peer(options: argparse.Namespace) -> dict[str, float]:
     from sentence_transformers.cross_encoder.losses import CrossEntropyLoss
 
     scale, rows, _ = _examples(options)
-    table = Dataset.from_dict({"query": rows.queries, "ad": rows.ads, "label": rows.grade.tolist()})
+    table = Dataset.from_dict({"query": list(rows.queries), "ad": list(rows.ads), "label": rows.grade.tolist()})
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         model = CrossEncoder(str(options.base), num_labels=scale.size, max_length=options.max_length, device="cpu")

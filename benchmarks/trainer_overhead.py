@@ -1,16 +1,19 @@
 """A step of AGPOTrainer against a step of TRL's own GRPOTrainer on identical work.
 
-    python -m benchmarks.trainer_overhead
+    python -m benchmarks.trainer_overhead                          # the demo's decoder and prompts
+    python -m benchmarks.trainer_overhead --model FOLDER           # a real model, the default guideline
 
 Identical: model, prompts, order, seed, rewards, settings; the learning rate is 0, so that both sample the same
 completions in every step although their advantages differ. Each side runs in a process of its own, alternating, so that
-peak memory is its own and slow minutes of the machine meet both. Prints one JSON line: medians of seconds per step, peak
-resident memory.
+peak memory is its own and slow minutes of the machine meet both. Prints one JSON line: medians of seconds per step, of its
+training part (loss, gradient, update; the rest is sampling and rewards), and peak memory. On a CPU the seconds are those of
+the processor, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import resource
@@ -25,76 +28,90 @@ from benchmarks.children import TORCH, answer, ask
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=25, help="measured in a process, after three for warming up")
-    parser.add_argument("--rounds", type=int, default=4, help="processes of each side")
+    parser.add_argument("--model", type=Path, help="a model folder; the demo's untrained decoder if left out")
+    parser.add_argument("--prompts", type=int, default=24, help="in a step")
+    parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--tokens", type=int, default=40, help="of a completion at most")
+    parser.add_argument("--micro-batch", type=int, default=96, help="completions in a pass of TRL's")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16_384, help="tokens in a pass of ours")
+    parser.add_argument("--steps", type=int, default=10, help="measured in a process, after one for warming up")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--side", choices=("ours", "stock"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        answer(measure(options.side, options.steps))
+        answer(measure(options.side, options))
         return
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "stock": []}
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "stock": []}
     for round_ in range(options.rounds):
         for side in ("ours", "stock") if round_ % 2 else ("stock", "ours"):
-            found[side].append(_child(side, options.steps))
-    if len({run["completions"] for runs in found.values() for run in runs}) != 1:
+            runs[side].append(_child(side, options))
+    if len({run["completions"] for side in runs.values() for run in side}) != 1:
         raise SystemExit("the two sides did not sample the same completions: the work was not identical")
-    seconds = {side: statistics.median(s for run in runs for s in run["seconds"]) for side, runs in found.items()}
-    peak = {side: statistics.median(run["peak_mib"] for run in runs) for side, runs in found.items()}
-    print(
-        json.dumps(
-            {
-                "benchmark": "trainer_overhead",
-                "seconds_per_step": {side: round(value, 4) for side, value in seconds.items()},
-                "time_ratio": round(seconds["ours"] / seconds["stock"], 4),
-                "peak_mib": {side: round(value, 1) for side, value in peak.items()},
-                "memory_ratio": round(peak["ours"] / peak["stock"], 4),
-                "steps": options.steps * options.rounds,
-                "completions_per_step": 128,
-            }
-        )
-    )
+    report: dict[str, Any] = {"benchmark": "trainer_overhead", "model": str(options.model or "demo")}
+    for name in ("step_seconds", "training_seconds", "peak_mib"):
+        medians = {side: statistics.median(value for run in runs[side] for value in run[name]) for side in runs}
+        report[name] = {side: round(value, 4) for side, value in medians.items()}
+        report[f"{name}_ratio"] = round(medians["ours"] / medians["stock"], 4)
+    report |= {"steps": options.steps * options.rounds, "completions_per_step": options.prompts * options.group}
+    print(json.dumps(report | {name: runs["ours"][0][name] for name in ("completion_tokens", "device")}))
 
 
-def measure(side: str, steps: int) -> dict[str, Any]:
-    """Train for 3 + `steps` steps; seconds of each of the last `steps`, peak memory, a digest of what was sampled."""
-    import hashlib
-
+def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train for 1 + `steps` steps: seconds of the last `steps`, peak memory, a digest of what was sampled."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from benchmarks import countdown
     from teacher.advantages import agpo
     from teacher.config import TeacherConfig
-    from teacher.train import load_model
+    from teacher.model import load_model
     from teacher.trainer import AGPOTrainer
 
-    torch.manual_seed(0)
-    clock: list[float] = []
+    cuda = torch.cuda.is_available()
+    clock = time.perf_counter if cuda else time.process_time
+    began: list[float] = []
+    sampling: list[float] = [0.0]
+    lengths: list[int] = []
     digest = hashlib.sha256()
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *unused: Any, **more: Any) -> None:
-            clock.append(time.perf_counter())
+            began.append(clock())
+            sampling.append(0.0)
 
-    def reward(completions: list[str], **unused: Any) -> list[float]:
+    def reward(completions: list[str], completion_ids: list[list[int]], **unused: Any) -> list[float]:
+        lengths.extend(map(len, completion_ids))
         digest.update("\n".join(completions).encode())
         return [1.0 if len(text) % 2 else -1.0 for text in completions]
 
+    class Timed(GRPOTrainer if side == "stock" else AGPOTrainer):  # type: ignore[misc]
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            start = clock()
+            output = super()._generate_and_score_completions(inputs)
+            if cuda:
+                torch.cuda.synchronize()
+            sampling[-1] += clock() - start
+            return output
+
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = load_model(countdown.make_model(Path(folder) / "model", 0), TeacherConfig())
-        options: dict[str, Any] = {
-            "model": model,
-            "args": GRPOConfig(
+        base, prompts = _work(options, Path(folder))
+        model, tokenizer = load_model(base, TeacherConfig())
+        completions = options.prompts * options.group
+        micro = completions if side == "ours" else options.micro_batch
+        own = {"advantages": agpo, "micro_batch_tokens": options.micro_batch_tokens} if side == "ours" else {}
+        trainer = Timed(
+            model=model,
+            args=GRPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=128,
-                num_generations=8,
-                max_completion_length=24,
-                max_steps=steps + 4,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=completions // micro,
+                num_generations=options.group,
+                max_completion_length=options.tokens,
+                max_steps=options.steps + 2,
                 learning_rate=0.0,
-                use_cpu=not torch.cuda.is_available(),
-                bf16=False,
+                use_cpu=not cuda,
+                bf16=cuda,
                 gradient_checkpointing=False,
                 logging_steps=1,
                 report_to=[],
@@ -102,21 +119,62 @@ def measure(side: str, steps: int) -> dict[str, Any]:
                 disable_tqdm=True,
                 seed=0,
             ),
-            "processing_class": tokenizer,
-            "train_dataset": Dataset.from_list([{"prompt": p.prompt} for p, _ in countdown.make_problems(500, 0)]),
-            "reward_funcs": reward,
-            "callbacks": [Clock()],
-        }
-        trainer = GRPOTrainer(**options) if side == "stock" else AGPOTrainer(**options, advantages=agpo)
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            reward_funcs=reward,
+            callbacks=[Clock()],
+            **own,
+        )
         trainer.train()
-    seconds = [after - before for before, after in itertools.pairwise(clock[3:])]
+    steps = [after - before for before, after in itertools.pairwise(began)][1:]
+    training = [whole - sampled for whole, sampled in zip(steps, sampling[2:], strict=False)]
     # ru_maxrss is in KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "peak_mib": peak, "completions": digest.hexdigest()}
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    return {
+        "step_seconds": steps,
+        "training_seconds": training,
+        "peak_mib": [peak],
+        "completions": digest.hexdigest(),
+        "completion_tokens": statistics.mean(lengths),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
 
 
-def _child(side: str, steps: int) -> dict[str, Any]:
-    return ask("benchmarks.trainer_overhead", "--side", side, "--steps", str(steps), environment=TORCH)
+def _work(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
+    """The model folder and 200 prompts of made-up pairs: as in the demo, or with the default guideline for a real model."""
+    from transformers import AutoTokenizer
+
+    from data.sources.synthetic import SCALE, generate
+    from pipeline.settings import load_preset
+    from teacher.chat_template import plain_chat_template
+    from teacher.config import PromptConfig
+    from teacher.prompt import Prompt
+    from teacher.scratch import train_tokenizer, write_decoder
+
+    pairs: list[dict[str, Any]] = list(generate(2000, seed=0))
+    if options.model:
+        base, config = options.model, PromptConfig()
+    else:
+        texts = [f"Query: {pair['query']}\nAd: {pair['ad_title']}\nText: {pair['ad_text']}" for pair in pairs]
+        tokenizer = train_tokenizer(iter(texts), 1500)
+        base = write_decoder(
+            tokenizer, folder / "model", 0, hidden=128, layers=3, heads=4, feed_forward=384, positions=1024
+        )
+        config = load_preset("sample").teacher.prompt
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = tokenizer.chat_template or plain_chat_template(tokenizer)
+    prompt = Prompt(config, SCALE, options.tokens)
+    rows = pairs[:200]
+    return base, [prompt.text(tokenizer, p["query"], p["ad_title"], p["ad_text"], dict(p["attributes"])) for p in rows]
+
+
+def _child(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    names = ("prompts", "group", "tokens", "micro_batch", "micro_batch_tokens", "steps")
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    model = ["--model", str(options.model)] if options.model else []
+    return ask("benchmarks.trainer_overhead", "--side", side, *words, *model, environment=TORCH)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from data.contracts import SPLITS, STRATA, Config, Grade
+from data.contracts import SPLITS, STRATA, Config, Grade, UserPath
 
 Column = Literal["query", "ad_title", "ad_text", "attributes", "grade", "rationale"]
 LogColumn = Literal["query", "ad_title", "ad_text", "attributes", "frequency"]
@@ -78,7 +77,7 @@ class LogConfig(Config):
     are taken, queries kept whole.
     """
 
-    path: Path
+    path: UserPath
     """File to read, or a folder of such files."""
     format: Format = "auto"
     """As for a `table`."""
@@ -119,7 +118,7 @@ class DataConfig(Config):
     source: Source | None = None
     """Where pairs come from: any `table` with a column mapping, a public set in the layout of its publisher, or made up
     (`synthetic`). Unless given, a `path` means a table, and without one the pairs are made up."""
-    path: Path | None = None
+    path: UserPath | None = None
     """File to read (`table`: a folder of such files too; `wands`, `esci`: the folder with the published files). `home_depot`
     and `qbqtc` find theirs without it where the environment variable ADS_RELEVANCE_DATA names the folder."""
     format: Format = "auto"

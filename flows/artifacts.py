@@ -6,7 +6,6 @@ pages are a convenience: a server that refuses costs one warning, never the run.
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import math
 import re
@@ -18,11 +17,28 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from flows.runtime import ROOMS
+import httpx
+from prefect.artifacts import (
+    create_link_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectException
+
+from data.contracts import on_progress
+from pipeline.stages import STAGES
 
 logger = logging.getLogger(__name__)
 
 UPDATE_SECONDS = 2.0
+REFUSALS = (
+    httpx.HTTPError,
+    PrefectException,
+    OSError,
+    RuntimeError,
+)  # of a server, in all the ways Prefect passes them on
 _ACTIVE = re.compile(r"[\\`*\[\]<>&#|~!@]|(?<=:)/(?=/)|(?<=www)\.|\b_|_\b")
 
 
@@ -30,85 +46,51 @@ def publish(summary: dict[str, Any]) -> None:
     """Show stages and evaluation as tables and link the report on the flow run's page; a failure is only a warning."""
     try:
         _publish(summary)
-    except Exception as error:  # the run is complete in its folder, whatever the server says
+    except REFUSALS as error:
         logger.warning("the summary is not on Prefect's pages: %s", error)
 
 
-class Progress:
-    """A bar on the page of the running flow or task.
+class PageProgress:
+    """A listener of progress that shows it as a bar on the page of the running flow or task; the first call makes the bar.
 
-    Outside of a run, and once the server has refused, it does nothing. `update` may be called often and from any thread:
-    what it sends is one small request in `UPDATE_SECONDS`, and always the first 100.
+    Outside of a run, and once the server has refused, it does nothing. It may be called often and from any thread: what it
+    sends is one small request in `UPDATE_SECONDS`, and always the first 100 %.
     """
 
     def __init__(self, key: str, description: str = "") -> None:
         """`key` names the bar within Prefect (runs that share one are versions of it); `description` is plain text."""
-        from prefect.context import FlowRunContext, TaskRunContext
-
+        self._key, self._description = artifact_key(key), plain(description)
         self._artifact: UUID | None = None
         self._lock = threading.Lock()
-        self._sent_at, self._sent = time.monotonic(), 0.0
-        # Other threads do not know the run, nor which server it belongs to.
-        self._context = contextvars.copy_context()
-        if FlowRunContext.get() is None and TaskRunContext.get() is None:
-            return
-        from prefect.artifacts import create_progress_artifact
+        self._sent_at, self._sent, self._refused = -math.inf, 0.0, False
 
-        self._artifact = self._call(
-            lambda: create_progress_artifact(0.0, key=artifact_key(key), description=plain(description))
-        )
-
-    def update(self, percent: float) -> None:
-        """Show `percent`, 0 … 100; what lies outside counts as the nearer end, and NaN as nothing."""
-        if self._artifact is None or math.isnan(percent):
-            return
-        percent = min(100.0, max(0.0, percent))
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`; more than all counts as all."""
+        percent = min(100.0, max(0.0, 100 * done / max(total, 1)))
         with self._lock:
-            artifact, now = self._artifact, time.monotonic()
-            done = percent == 100.0 and self._sent < 100.0
-            if artifact is None or not (done or now - self._sent_at >= UPDATE_SECONDS):
+            now = time.monotonic()
+            due = now - self._sent_at >= UPDATE_SECONDS or percent == 100.0 > self._sent
+            if not due or self._refused or (FlowRunContext.get() is None and TaskRunContext.get() is None):
                 return
-            from prefect.artifacts import update_progress_artifact
-
             self._sent_at, self._sent = now, percent
-            self._artifact = self._call(lambda: update_progress_artifact(artifact, percent))
+            try:
+                self._send(percent)
+            except REFUSALS as error:
+                self._refused = True
+                logger.warning("progress is not on Prefect's pages: %s", error)
 
-    def _call(self, request: Any) -> UUID | None:
-        try:
-            return self._context.run(request)
-        except Exception as error:  # as above
-            logger.warning("progress is not on Prefect's pages: %s", error)
-            return None
-
-
-class _Follower(logging.Handler):
-    """Shows the progress that log records carry, see `flows.terminal`; the bar appears with the first of them."""
-
-    def __init__(self, key: str, description: str) -> None:
-        super().__init__()
-        self._key, self._description = key, description
-        self._bar: Progress | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        progress = getattr(record, "progress", None)
-        if progress is None:
-            return
-        self._bar = self._bar or Progress(self._key, self._description)
-        done, total = progress
-        self._bar.update(100 * done / max(total, 1))
+    def _send(self, percent: float) -> None:
+        if self._artifact is None:
+            self._artifact = create_progress_artifact(percent, key=self._key, description=self._description)  # type: ignore[assignment, unused-ignore]
+        else:
+            update_progress_artifact(self._artifact, percent)
 
 
 @contextmanager
 def progress_on_page(run: str, stage: str) -> Iterator[None]:
     """Show the stage's progress on the page of the running task while the body runs."""
-    follower = _Follower(f"{run}-{stage}", f"{stage} of {run}: its present step")
-    for name in ROOMS:
-        logging.getLogger(name).addHandler(follower)
-    try:
+    with on_progress(PageProgress(f"{run}-{stage}", f"{stage} of {run}: its present step")):
         yield
-    finally:
-        for name in ROOMS:
-            logging.getLogger(name).removeHandler(follower)
 
 
 def artifact_key(text: str) -> str:
@@ -130,11 +112,8 @@ def plain(text: object) -> str:
 
 
 def _publish(summary: dict[str, Any]) -> None:
-    from prefect.artifacts import create_link_artifact, create_table_artifact
-
-    from pipeline.report.student import evaluation_table
+    from pipeline.report.sections.student import evaluation_table
     from pipeline.report.summary import stage_rows
-    from pipeline.stages import STAGES
 
     key, run = artifact_key(summary["run"]), plain(summary["run"])
     stages = [dict(zip(("stage", "status", "seconds", "key figures"), row, strict=True)) for row in stage_rows(summary)]

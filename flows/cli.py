@@ -6,8 +6,9 @@ nothing was started; 130 interrupted. Light to import: the flows and the rooms a
 
 from __future__ import annotations
 
+import io
+import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import cyclopts
 from cyclopts import Parameter
 
-from flows.catalog import FLOWS
+from flows.catalog import FLOWS, Entry
 from flows.compare import compare
+from flows.environment import set_environment
 
 if TYPE_CHECKING:
     from pipeline.settings import PipelineConfig
@@ -27,7 +29,20 @@ Stages whose inputs and settings have not changed are reused, those of other run
 it is run again.
 """
 
-run_app = cyclopts.App(name="run", help=HELP, help_flags=["--help", "-h"], version_flags=[])
+for _stream in (sys.stdout, sys.stderr):  # here, as Prefect prints the help without calling anything of ours
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="replace")  # a terminal that knows ASCII only
+
+
+def _wrong(error: cyclopts.CycloptsError) -> str:
+    """The message for a command line that cannot be read."""
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        words = " ".join(error.unused_tokens or ())
+        return f"error: '{words}' is too much; give settings as --set key=value"
+    return f"error: {' '.join(str(error).split())}"
+
+
+run_app = cyclopts.App(name="run", help=HELP, help_flags=["--help", "-h"], version_flags=[], error_formatter=_wrong)
 
 
 def _preset_names(context: object) -> list[str]:
@@ -37,9 +52,10 @@ def _preset_names(context: object) -> list[str]:
 
 
 def _setting_keys(context: object) -> list[str]:
-    from pipeline.settings import PipelineConfig, field_names
+    from pipeline.keys import fields
+    from pipeline.settings import PipelineConfig
 
-    return [f"{key}=" for key in field_names(PipelineConfig)]
+    return [f"{key}=" for key in fields(PipelineConfig)]
 
 
 def _started_runs(context: object) -> list[str]:
@@ -51,37 +67,33 @@ def _started_runs(context: object) -> list[str]:
 @Parameter(name="*", show_default=False)
 @dataclass(frozen=True)
 class Options:
-    """What every flow takes."""
+    """What every flow takes.
 
-    preset: Annotated[
-        str,
-        Parameter(
-            help="Settings to start from, a file of pipeline/presets; sample unless given.", completer=_preset_names
-        ),
-    ] = ""
-    set_: Annotated[
-        tuple[str, ...],
-        Parameter(
-            name="--set",
-            negative=(),
-            help="One setting as key=value, such as teacher.seed=3; may be repeated.",
-            completer=_setting_keys,
-        ),
-    ] = ()
-    config: Annotated[
-        Path | None, Parameter(help="TOML file with settings; they win over the preset, and --set wins over them.")
-    ] = None
-    name: Annotated[
-        str, Parameter(help="Name of the run and of its folder; unless given, the preset's name, or the config file's.")
-    ] = ""
-    runs: Annotated[Path | None, Parameter(help="Folder that holds all runs; ./runs unless given.")] = None
-    resume: Annotated[
-        str,
-        Parameter(help="Name of a run to continue with the settings it was started with.", completer=_started_runs),
-    ] = ""
-    dry_run: Annotated[
-        bool, Parameter(negative=(), help="Only say which stages would run, which would be reused, and why.")
-    ] = False
+    Parameters
+    ----------
+    preset
+        Settings to start from, a file of pipeline/presets; sample unless given.
+    set_
+        One setting as key=value, such as teacher.seed=3; may be repeated.
+    config
+        TOML file with settings; they win over the preset, and --set wins over them.
+    name
+        Name of the run and of its folder; unless given, the preset's name, or the config file's.
+    runs
+        Folder that holds all runs; ./runs unless given.
+    resume
+        Name of a run to continue with its settings; --preset, --config and --set change them.
+    dry_run
+        Only say which stages would run, which would be reused, and why.
+    """
+
+    preset: Annotated[str, Parameter(completer=_preset_names)] = ""
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative=(), completer=_setting_keys)] = ()
+    config: Path | None = None
+    name: str = ""
+    runs: Path | None = None
+    resume: Annotated[str, Parameter(completer=_started_runs)] = ""
+    dry_run: Annotated[bool, Parameter(negative=())] = False
 
 
 NO_OPTIONS = Options()
@@ -89,11 +101,7 @@ NO_OPTIONS = Options()
 
 @run_app.default
 def run(flow: Annotated[str, Parameter(show=False)] = "", /, *, options: Options = NO_OPTIONS) -> None:
-    """Run one of this project's flows here and now. Without a name: list the flows.
-
-    Stages whose inputs and settings have not changed are reused, those of other runs too; an interrupted run resumes
-    when it is run again.
-    """
+    """List the flows, or refuse a name that none of them has."""
     if flow or options.resume:
         _start(flow, options)
     else:
@@ -102,35 +110,26 @@ def run(flow: Annotated[str, Parameter(show=False)] = "", /, *, options: Options
             print(f"{entry.name:<{width}}  {entry.help}")
 
 
-def _command(name: str) -> Callable[..., None]:
-    def command(
-        *,
-        options: Options = NO_OPTIONS,
-        help_: Annotated[
-            bool,
-            Parameter(
-                name=("--help", "-h"), negative=(), show_default=False, help="Show this help, with the flow's settings."
-            ),
-        ] = False,
-    ) -> None:
-        if help_:
-            _help(name, options)
-        else:
-            _start(name, options)
+Help = Annotated[bool, Parameter(name=("--help", "-h"), negative=(), show_default=False)]
 
-    return command
+
+def _command(entry: Entry) -> None:
+    def command(*, options: Options = NO_OPTIONS, help_: Help = False) -> None:
+        """Run the flow.
+
+        Parameters
+        ----------
+        help_
+            Show this help, with the flow's settings.
+        """
+        _help(entry.name, options) if help_ else _start(entry.name, options)
+
+    usage = f"Usage: prefect run {entry.name} [OPTIONS]"
+    run_app.command(command, name=entry.name, help=entry.help, help_flags=[], usage=usage)
 
 
 for _entry in FLOWS.values():
-    run_app.command(
-        _command(_entry.name),
-        name=_entry.name,
-        help=_entry.help,
-        help_flags=[],
-        usage=f"Usage: prefect run {_entry.name} [OPTIONS]",
-    )
-
-
+    _command(_entry)
 run_app.command(compare)
 
 
@@ -153,32 +152,30 @@ def _start(flow: str, options: Options) -> None:
     from data.contracts import ContractError
 
     try:
-        flow, settings = _chosen(flow, options)
+        flow, settings = chosen(flow, options)
         if options.dry_run:
             _show_plan(flow, settings)
             return
     except ContractError as error:
         _fail(str(error), 2)
-    _run(flow, settings)
+    run_here(flow, settings, options.config)
 
 
-def _chosen(flow: str, options: Options) -> tuple[str, PipelineConfig]:
+def chosen(flow: str, options: Options) -> tuple[str, PipelineConfig]:
     """The flow and its settings; raises `ContractError` for a command that is wrong."""
     from data.contracts import ContractError
-    from pipeline.settings import apply_overrides, build_settings, choose, nearest
+    from pipeline.resume import resume
+    from pipeline.settings import choose, nearest
 
     if flow and flow not in FLOWS:
         raise ContractError(f"no flow '{flow}'{nearest(flow, FLOWS)}")
     if not options.resume:
         return flow, choose(options.preset, options.config, options.name, options.runs, options.set_)
-    from pipeline.resume import recall
-
-    clash = [name for name in ("preset", "config", "name") if getattr(options, name)]
-    if clash:
-        raise ContractError(f"--resume takes the settings of the run, so leave --{clash[0]} out; --set can change some")
-    given = {override.partition("=")[0].strip() for override in options.set_}
-    last, values = recall(options.runs or Path("runs"), options.resume, given)
-    return flow or last, apply_overrides(build_settings(values), options.set_)
+    if options.name:
+        raise ContractError("--resume names the run, so leave --name out")
+    runs = options.runs or Path("runs")
+    last, settings = resume(runs, options.resume, options.preset, options.config, options.set_)
+    return flow or last, settings
 
 
 def _help(flow: str, options: Options) -> None:
@@ -188,7 +185,7 @@ def _help(flow: str, options: Options) -> None:
 
     run_app.help_print([flow])
     try:
-        show_settings(flow, _chosen(flow, options)[1])
+        show_settings(flow, chosen(flow, options)[1])
     except ContractError as error:
         _fail(str(error), 2)
 
@@ -202,7 +199,12 @@ def _show_plan(flow: str, settings: PipelineConfig) -> None:
         print(f"  {row.action:<6} {row.stage:<9} {row.reason}")
 
 
-def _run(flow: str, settings: PipelineConfig) -> None:
+def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) -> None:
+    """Run the flow in this process; ends the process with a message and an exit code when it does not end well.
+
+    `config` is the file that the settings came from, for the command that goes on after a failure.
+    """
+    set_environment()
     from data.contracts import ContractError, first_line
     from flows.local_server import ensure_server
     from flows.terminal import progress_view
@@ -210,16 +212,35 @@ def _run(flow: str, settings: PipelineConfig) -> None:
     try:
         ensure_server()
         from flows import relevance
+        from pipeline.locks import Busy
+        from pipeline.stages import with_upstream
 
-        with progress_view(FLOWS[flow].stages):
+        log = settings.folder / "stderr.log"
+        with progress_view(with_upstream(FLOWS[flow].stages), log):
             summary = getattr(relevance, FLOWS[flow].function)(settings)
-    except ContractError as error:
+    except Busy as error:
         _fail(str(error), 1)
+    except ContractError as error:
+        _fail(str(error), 1, _go_on(settings, config))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes", 130)
+        _fail("interrupted", 130, _go_on(settings, config))
     except Exception as error:  # Prefect has logged it, with its traceback
-        _fail(f"{flow} failed: {type(error).__name__}: {first_line(error)}", 1)
+        _fail(f"{flow} failed: {type(error).__name__}: {first_line(error)}", 1, _go_on(settings, config))
     _show(summary)
+
+
+def _go_on(settings: PipelineConfig, config: Path | None) -> str:
+    """What to do after a failure; nothing where the run's folder has not been taken."""
+    from pipeline.resume import FILE
+
+    if not (settings.folder / FILE).exists():
+        return ""
+    words = ["prefect", "run", "--resume", settings.run]
+    words += [] if settings.runs == Path("runs") else ["--runs", str(settings.runs)]
+    words += [] if config is None else ["--config", str(config)]
+    log = settings.folder / "stderr.log"
+    more = f"What Spark and the engines wrote: {log}\n" if log.exists() and log.stat().st_size else ""
+    return f"{more}What has finished is kept. To go on from there: {shlex.join(words)}"
 
 
 def _show(summary: dict[str, Any]) -> None:
@@ -234,8 +255,8 @@ def _show(summary: dict[str, Any]) -> None:
     print(f"again: {summary['command']}")
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, remedy: str = "") -> NoReturn:
+    print(f"error: {' '.join(message.split())}", *remedy.splitlines(), sep="\n", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -41,8 +41,7 @@ def compare(
         Seed of the resampling.
     """
     from data.contracts import ContractError
-    from pipeline.report.compare import compare_runs, find_run
-    from pipeline.report.compare_page import save_comparison
+    from pipeline.report.compare import compare_runs, find_run, save_comparison
 
     try:
         if len(runs) != 2:
@@ -55,48 +54,26 @@ def compare(
         first, second = (find_run(name, folder) for name in runs)
         if first.resolve() == second.resolve():
             raise ContractError(f"both are the same run, {first}; name two")
-        found = compare_runs(first, second, n_boot=resamples, seed=seed)
+        comparison = compare_runs(first, second, n_boot=resamples, seed=seed)
     except ContractError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    data, text = save_comparison(found, folder)
-    if sys.stdout.isatty():
-        _tables(found)
-    else:
-        _lines(found)
-    print(f"\n{found.result}\nkept in {data} and {text.name}")
+    data, text = save_comparison(comparison, folder)
+    _print(comparison)
+    print(f"\n{comparison.result}\nwritten to {data} and {text.name}")
 
 
-def _tables(found: RunComparison) -> None:
+def _print(comparison: RunComparison) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.report.compare_page import difference_rows, figure_rows, measure_rows
-
-    console = Console()
-    for title, heads, rows in (
-        ("students on the shared test pairs", ("measure", found.a, found.b, "b − a", "95 %", ""), measure_rows(found)),
-        (
-            "key figures that differ, each run on its own",
-            ("stage", "figure", found.a, found.b),
-            figure_rows(found, equal=False),
-        ),
-        ("what differs", ("", "", found.a, found.b), difference_rows(found)),
-    ):
-        if rows:
-            table = Table(*heads, title=title, title_justify="left")
-            for row in rows:
-                table.add_row(*(Text(cell) for cell in row))
-            console.print(table)
-
-
-def _lines(found: RunComparison) -> None:
-    from pipeline.report.compare_page import difference_rows, figure_rows, measure_rows
-
-    for name, a, b, change, limits, verdict in measure_rows(found):
-        print(f"{name}: {a} and {b}, difference {change} {limits} ({verdict})")
-    for stage, figure, a, b in figure_rows(found, equal=False):
-        print(f"figure {stage}.{figure}: {a} and {b}")
-    for kind, name, a, b in difference_rows(found):
-        print(f"{kind} {name}: {a} and {b}")
+    console = Console() if sys.stdout.isatty() else None
+    for title, header, rows in comparison.tables(equal=False):
+        if console is None:  # one line for each row, to be searched by other programs
+            print(f"{title}:", *("  ".join(cell for cell in row if cell) for row in rows), sep="\n  ")
+            continue
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)

@@ -1,11 +1,13 @@
 """Adds the verb `run` to Prefect's own command line; loaded by Prefect as a plugin each time `prefect` is imported.
 
-It only names where the command is, so that importing Prefect stays as fast as before.
+It only names where the command is, so that importing Prefect stays as fast as before; and Prefect reports to nobody.
 """
 
 from __future__ import annotations
 
 import logging
+
+from flows.environment import set_environment
 
 RUN_HELP = "Run one of this project's flows here and now (alone: list them)."
 
@@ -25,4 +27,5 @@ def register() -> None:
         logging.getLogger(__name__).warning("`prefect run` is not available (%s); use `python -m flows.cli`", error)
 
 
+set_environment()
 register()

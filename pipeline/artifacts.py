@@ -1,4 +1,4 @@
-"""A stage of a run: its folder, the recipe that says whether its output can be reused, and its manifest.
+"""A stage's output: its folder, the recipe that says whether it can be reused, and its manifest.
 
 A stage's manifest, `_stage.json`, is written last, so its existence means that the stage completed. A run owns its folder:
 what another run has made from the same recipe comes into it as links and copies, so that either can be deleted.
@@ -6,7 +6,6 @@ what another run has made from the same recipe comes into it as links and copies
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -20,12 +19,13 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ValidationError
 
 from data.contracts import Config, ContractError, digest, write_json
+from pipeline.redact import flatten
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
-UNTRACKED = "_untracked.jsonl"  # see pipeline.tracking.outbox
+UNTRACKED = "_untracked.jsonl"  # of older versions, for MLflow
 # Big files, which no stage changes once it has finished: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
 
@@ -46,16 +46,21 @@ class StageOutput(BaseModel):
     figures: dict[str, Any]
 
 
-class StageRecord(BaseModel):
-    """A completed stage, as kept in its manifest. `seconds` is the wall time of the call that completed it."""
+class StartedStage(BaseModel):
+    """What an output is made from, as kept in `_started.json` while it is made."""
 
     stage: str
-    key: str
-    folder: Path
     config: dict[str, Any]
     inputs: dict[str, str]
     version: int = 1
-    """The version of the stage that made it; records without one are from before there were versions."""
+    """The version of the stage; records without one are from before there were versions."""
+
+
+class StageRecord(StartedStage):
+    """A completed stage, as kept in its manifest. `seconds` is the wall time of the call that completed it."""
+
+    key: str
+    folder: Path
     fingerprint: str
     figures: dict[str, Any]
     seconds: float
@@ -74,31 +79,28 @@ class Recipe:
     inputs: dict[str, str]
     version: int = 1
 
-    @property
-    def key(self) -> str:
-        """A digest of the recipe."""
-        values = {"config": self.config.model_dump(mode="json"), "inputs": self.inputs, "version": self.version}
-        return digest({"stage": self.stage, **values})
+    def values(self) -> dict[str, Any]:
+        """The fields of a `StartedStage`."""
+        config = self.config.model_dump(mode="json")
+        return {"stage": self.stage, "config": config, "inputs": self.inputs, "version": self.version}
 
-    def made(self, record: StageRecord) -> bool:
-        """Whether `record` is of an output that this recipe would make again.
+    def difference(self, made: StartedStage) -> str:
+        """Why this recipe would not make the same again: another version, setting or input. Empty when it would.
 
         The recorded config is read as today's: a setting that was added since counts as its default.
         """
-        if (record.version, record.inputs) != (self.version, self.inputs):
-            return False
+        if made.version != self.version:
+            return f"version {self.version} of the stage, made by version {made.version}"
         try:
-            return type(self.config).model_validate(record.config) == self.config
+            recorded = type(self.config).model_validate(made.config, context="recorded").model_dump(mode="json")
         except ValidationError:  # a setting that no longer exists, or no longer has such values
-            return False
-
-
-def completed(folder: Path, recipe: Recipe) -> StageRecord | None:
-    """The record of the stage completed in `folder` from `recipe`, or None if there is none."""
-    record = read_record(folder)
-    if record is None or not recipe.made(record):
-        return None
-    return record.model_copy(update={"reused": True, "folder": folder})
+            recorded = made.config
+        changed = _unequal(flatten(recorded), flatten(self.config.model_dump(mode="json")))
+        if changed:
+            shown = ", ".join(f"{self.stage}.{key}" for key in changed[:3])
+            return f"changed settings: {shown}{' and more' if len(changed) > 3 else ''}"
+        moved = _unequal(made.inputs, self.inputs)
+        return f"changed inputs: {', '.join(moved)}" if moved else ""
 
 
 def read_record(folder: Path) -> StageRecord | None:
@@ -116,7 +118,7 @@ def reusable(folder: Path, recipe: Recipe, *, incremental: bool = False, share: 
 
     `folder` is RUNS/RUN/STAGE. The output of an `incremental` stage that has begun here is not replaced by another's.
     """
-    done = completed(folder, recipe)
+    done = _completed(folder, recipe)
     if done is not None or not share or (incremental and folder.exists()):
         return done
     found = []
@@ -124,12 +126,26 @@ def reusable(folder: Path, recipe: Recipe, *, incremental: bool = False, share: 
         if other.parent.name == folder.parent.name:
             continue
         try:
-            record = completed(other, recipe)
+            record = _completed(other, recipe)
         except ContractError:  # another run's damage is not this one's
             continue
         if record is not None:
             found.append(record.model_copy(update={"made_by": record.made_by or other.parent.name}))
     return max(found, key=lambda record: record.finished_at, default=None)
+
+
+def reason_to_run(folder: Path, recipe: Recipe) -> str:
+    """Why the stage has to run in `folder`, where nothing can be reused."""
+    record = read_record(folder)
+    if record is not None:
+        return recipe.difference(record)
+    started = _started(folder)
+    if started is None and not (folder / STARTED).exists():
+        return "it has not completed in this run"
+    difference = recipe.difference(started) if started else "an older release began it"
+    return (
+        f"the interrupted attempt cannot go on: {difference}" if difference else "it goes on where it was interrupted"
+    )
 
 
 def run_stage(
@@ -146,25 +162,22 @@ def run_stage(
     changed, the old output is kept once, as `NAME.previous`, unless the stage is `incremental` (its output is keyed row by
     row, so it stays and grows).
     """
-    key = recipe.key
     done = reusable(folder, recipe, incremental=incremental, share=share)
     if done is not None and (done.folder == folder or _take(done, folder)):
         return done.model_copy(update={"folder": folder})
-    started = folder / STARTED
-    if folder.exists() and not incremental and _started_key(started) != key:
+    logger.info("%s: starting in %s (%s)", recipe.stage, folder, reason_to_run(folder, recipe))
+    started = _started(folder)
+    if folder.exists() and not incremental and (started is None or recipe.difference(started)):
         _put_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_json(started, {"stage": recipe.stage, "key": key, "pid": os.getpid()})
+    write_json(folder / STARTED, recipe.values() | {"pid": os.getpid()})
     begin = time.monotonic()
     output = work(folder)
     record = StageRecord(
-        stage=recipe.stage,
-        key=key,
+        **recipe.values(),
+        key=digest(recipe.values()),
         folder=folder,
-        config=recipe.config.model_dump(mode="json"),
-        inputs=recipe.inputs,
-        version=recipe.version,
         fingerprint=output.fingerprint,
         figures=output.figures,
         seconds=round(time.monotonic() - begin, 1),
@@ -172,8 +185,27 @@ def run_stage(
     )
     write_json(folder / MANIFEST, record.model_dump(mode="json", exclude={"reused"}))
     # From here on nothing is resumed in this folder, so that files which another run has links to are not written again.
-    started.unlink()
+    (folder / STARTED).unlink()
     return record
+
+
+def _completed(folder: Path, recipe: Recipe) -> StageRecord | None:
+    record = read_record(folder)
+    if record is None or recipe.difference(record):
+        return None
+    return record.model_copy(update={"reused": True, "folder": folder})
+
+
+def _started(folder: Path) -> StartedStage | None:
+    """What the attempt in `folder` was started from; None without one, or where that is not noted (by older releases)."""
+    try:
+        return StartedStage.model_validate_json((folder / STARTED).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _unequal(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(key for key in before.keys() | now.keys() if before.get(key, ...) != now.get(key, ...))
 
 
 def _put_aside(folder: Path) -> None:
@@ -184,13 +216,6 @@ def _put_aside(folder: Path) -> None:
     previous = folder.with_name(f"{folder.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     folder.rename(previous)
-
-
-def _started_key(path: Path) -> str | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("key")
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _take(record: StageRecord, folder: Path) -> bool:

@@ -1,33 +1,39 @@
-"""Locks of the operating system: one process for each run folder, one training for each GPU.
-
-A process that was killed holds nothing.
-"""
+"""One process for each run folder, one training for each GPU. A process that was killed holds nothing."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from data.contracts import ContractError
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY = 5.0  # seconds between two looks at a lock that another process holds
+POLL_SECONDS = 1.0
+
+
+class Busy(ContractError):
+    """Another process holds what this one needs."""
 
 
 @contextmanager
 def exclusive(folder: Path, wait: float = 0.0) -> Iterator[None]:
     """Hold a run's folder for this process, waiting `wait` seconds for another that holds it.
 
-    Raises `ContractError` when it is not to be had.
+    Raises `Busy` when it is still held then, and `ContractError` when the folder cannot be made or locked.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / ".lock", wait, f"{folder} is", "or choose another run name"):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ContractError(
+            f"the run's folder {folder} cannot be made ({error.strerror}); choose another `runs`"
+        ) from None
+    with _held(folder / ".lock", wait, str(folder), "choose another run name"):
         yield
 
 
@@ -37,14 +43,13 @@ def own_gpus(wait: float = 0.0) -> Iterator[None]:
 
     Waits and raises as `exclusive` does.
     """
+    place = Path("~/.cache/ads-relevance").expanduser()
     with ExitStack() as held:
         for gpu in visible_gpus():
-            place = Path("~/.cache/ads-relevance").expanduser()
             place.mkdir(parents=True, exist_ok=True)
             name = "".join(c if c.isalnum() else "-" for c in gpu)
-            held.enter_context(
-                _held(place / f"gpu-{name}.lock", wait, f"GPU {gpu} is", "or set CUDA_VISIBLE_DEVICES to another")
-            )
+            otherwise = "set CUDA_VISIBLE_DEVICES to another"
+            held.enter_context(_held(place / f"gpu-{name}.lock", wait, f"GPU {gpu}", otherwise))
         yield
 
 
@@ -57,25 +62,25 @@ def visible_gpus() -> list[str]:
 
 
 @contextmanager
-def _held(lock: Path, wait: float, what: str, otherwise: str) -> Iterator[None]:
-    deadline, told = time.monotonic() + wait, False
-    with lock.open("a+", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = f"{what} in use by process {file.read().strip() or 'unknown'}"
-            except OSError as error:
-                raise ContractError(f"{lock} cannot be locked ({error}); put it on a file system with locks") from None
-            if time.monotonic() >= deadline:
-                raise ContractError(f"{holder}; wait for it (wait_minutes does), {otherwise}")
-            if not told:
-                logger.info("%s; waiting up to %.0f minutes for it", holder, wait / 60)
-                told = True
-            time.sleep(min(_LOOK_EVERY, max(deadline - time.monotonic(), 0.01)))
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+def _held(file: Path, wait: float, what: str, otherwise: str) -> Iterator[None]:
+    lock = FileLock(file, poll_interval=POLL_SECONDS, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if wait:
+                logger.info("%s; waiting up to %.0f minutes for it", _holder(file, what), wait / 60)
+            lock.acquire(timeout=wait)
+    except Timeout:
+        raise Busy(f"{_holder(file, what)}; wait for it (wait_minutes does), or {otherwise}") from None
+    except OSError as error:
+        raise ContractError(f"{file} cannot be locked ({error}); put it on a file system with locks") from None
+    try:
+        file.write_text(str(os.getpid()), encoding="utf-8")
         yield
+    finally:
+        lock.release()
+
+
+def _holder(file: Path, what: str) -> str:
+    return f"{what} is in use by process {file.read_text(encoding='utf-8').strip() or 'unknown'}"

@@ -1,4 +1,4 @@
-"""Looks at how far a Spark job is while the driver waits for it: its tasks have no channel to the driver while they run."""
+"""How far a Spark job is, while the driver waits for it: its tasks have no channel to the driver while they run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from data.contracts import first_line
+
 logger = logging.getLogger(__name__)
 
-EVERY = 10.0
+EVERY = 10.0  # seconds
 
 
 @contextmanager
@@ -18,15 +20,14 @@ def watched(look: Callable[[], None], every: float = EVERY) -> Iterator[None]:
     """Call `look` every so many seconds, in a thread, while the body runs, and once more when it ends."""
     finished = threading.Event()
 
-    def safely() -> None:
-        try:
-            look()
-        except Exception as error:  # the job itself says what is wrong with its files
-            logger.warning("how far the job is cannot be told: %s", error)
-
     def loop() -> None:
-        while not finished.wait(every):
-            safely()
+        over = False
+        while not over:
+            over = finished.wait(every)
+            try:
+                look()
+            except Exception as error:  # the job itself says what is wrong with its files
+                logger.warning("the job's progress is not known: %s", first_line(error))
 
     # In a copy of this context, so that what it logs belongs to the same flow run.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(loop,), name="progress", daemon=True)
@@ -36,7 +37,6 @@ def watched(look: Callable[[], None], every: float = EVERY) -> Iterator[None]:
     finally:
         finished.set()
         thread.join()
-        safely()
 
 
 def duration(seconds: float) -> str:

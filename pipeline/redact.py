@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -61,15 +60,6 @@ def hidden_keys(values: dict[str, Any]) -> list[str]:
     """The dotted keys of a tree whose values `redact` hides or changes."""
     before, after = flatten(values), flatten(redact(values))
     return [key for key, value in before.items() if after[key] != value]
-
-
-def redact_command(words: Iterable[str]) -> list[str]:
-    """A command line in which the value of every `key=value` with a secret key is hidden."""
-    shown = []
-    for word in words:
-        key, separator, _ = word.partition("=")
-        shown.append(f"{key}={HIDDEN}" if separator and is_secret(key) else redact_text(word))
-    return shown
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,12 +6,16 @@ go in `extra` as Spark's own keys and win over everything set here.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
+import signal
 import sys
-import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,27 +26,7 @@ from data.contracts import Config, ContractError, first_line
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-# From the first line on: `setLogLevel` comes after the start-up warnings. The gateway's own level must equal the
-# root's, or it announces that it changes it. The others print, with stack traces, what the failing action raises anyway.
-_LOG4J = """\
-rootLogger.level = error
-logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer
-logger.gateway.level = error
-logger.executor.name = org.apache.spark.executor.Executor
-logger.executor.level = off
-logger.tasks.name = org.apache.spark.scheduler.TaskSetManager
-logger.tasks.level = off
-logger.writer.name = org.apache.spark.sql.execution.datasources.FileFormatWriter
-logger.writer.level = off
-logger.utils.name = org.apache.spark.util.Utils
-logger.utils.level = off
-rootLogger.appenderRef.stderr.ref = stderr
-appender.stderr.type = Console
-appender.stderr.name = stderr
-appender.stderr.target = SYSTEM_ERR
-appender.stderr.layout.type = PatternLayout
-appender.stderr.layout.pattern = spark %p %c{1}: %m%n%ex{short}
-"""
+LOG4J = Path(__file__).with_name("log4j2.properties")
 
 
 class SparkConfig(Config):
@@ -68,6 +52,20 @@ class SparkConfig(Config):
     for short jobs; for hours of work over a big table set `spark.driver.extraJavaOptions` to what you want instead."""
 
 
+@contextmanager
+def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
+    """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
+    before = signal.getsignal(signal.SIGINT)
+    session = start_spark(config)
+    if threading.current_thread() is threading.main_thread():
+        # PySpark's own handler talks to the JVM in the middle of another call, which fails with pages of tracebacks.
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield session
+    finally:
+        session.stop()
+
+
 def start_spark(config: SparkConfig) -> SparkSession:
     """Start a session, or return the one that is already active in this process (its JVM settings then stay).
 
@@ -84,25 +82,40 @@ def start_spark(config: SparkConfig) -> SparkSession:
     for name in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):
         PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
     # The environment wins over Spark's settings in some launch paths, so both are set.
-    os.environ["PYSPARK_PYTHON"] = sys.executable
-    os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
-    settings = _settings(config)
+    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    language = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG", "")
+    if "utf" not in language.lower():  # Java could not open a file whose name is not ASCII
+        os.environ["LC_ALL"] = "C.UTF-8"
     builder = SparkSession.builder.master(config.master).appName(config.app_name)
-    with tempfile.TemporaryDirectory(prefix="ads-relevance-") as folder:
-        # Read once by the JVM when it starts, so it need not outlive this call.
-        log4j = Path(folder, "log4j2.properties")
-        log4j.write_text(_LOG4J, encoding="utf-8")
-        given = settings.get("spark.driver.extraJavaOptions") or _java_options(config.master)
-        settings["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile={log4j} {given}".strip()
-        for key, value in settings.items():
-            builder = builder.config(key, value)
-        try:
-            return builder.getOrCreate()
-        except Exception as error:  # Py4J, Spark and the operating system each have their own family
-            raise ContractError(
-                f"Spark cannot start with master '{config.master}' and driver_memory '{config.driver_memory}' "
-                f"({first_line(error)}); check the Java installation (17 or newer) and the `spark` settings"
-            ) from error
+    for key, value in _settings(config).items():
+        builder = builder.config(key, value)
+    try:
+        return builder.getOrCreate()
+    except Exception as error:  # Py4J, Spark and the operating system each have their own family
+        raise ContractError(
+            f"Spark cannot start with master '{config.master}' and driver_memory '{config.driver_memory}' "
+            f"({first_line(error)}); check the Java installation (17 or newer) and the `spark` settings"
+        ) from error
+
+
+def use_assigned_gpu(workers: int) -> None:
+    """In a task: show this process the GPU that Spark assigned to it or, without that, the one of its partition's number.
+
+    `workers` is how many such processes share the machine's GPUs. Does nothing outside a task.
+    """
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    if context is None:
+        return
+    assigned = context.resources().get("gpu")
+    if assigned is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.addresses)
+        return
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = listed.split(",") if listed else [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    if workers > 1 and len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[context.partitionId() % len(gpus)]
 
 
 def _settings(config: SparkConfig) -> dict[str, str]:
@@ -115,17 +128,17 @@ def _settings(config: SparkConfig) -> dict[str, str]:
         "spark.sql.catalogImplementation": "in-memory",
         "spark.ui.enabled": str(config.ui).lower(),
         "spark.ui.showConsoleProgress": "false",
+        "spark.driver.extraJavaOptions": "",
     }
     if config.master.startswith("local"):
         # A laptop's or a container's host name often does not resolve. A cluster's executors must reach the driver.
         settings |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
-    return settings | config.extra
-
-
-def _java_options(master: str) -> str:
-    # On one machine the jobs are minutes long and share the cores with Python and torch: the second compiler and the
-    # parallel collectors take half of the JVM's time there and never pay it back.
-    return "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC" if master.startswith("local") else ""
+        # On one machine the jobs are minutes long and share the cores with Python and torch: the second compiler and the
+        # parallel collectors take half of the JVM's time there and never pay it back.
+        settings["spark.driver.extraJavaOptions"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    settings |= config.extra
+    quiet = f"-Dlog4j2.configurationFile={LOG4J.as_uri()} {settings['spark.driver.extraJavaOptions']}"
+    return settings | {"spark.driver.extraJavaOptions": quiet.strip()}
 
 
 def _require_java() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from student.dataset import Tokens
-from student.model import quiet_transformers
+from student.model import pad_token_id, quiet_transformers
 from student.scorer import batches_by_length
 
 Array = np.ndarray
@@ -59,7 +60,7 @@ class Bm25:
         """The score's limit for this query, at which every word of it is endlessly repeated."""
         return sum(self.idf.get(w, self.unseen_idf) * (self.k1 + 1) for w in words(query))
 
-    def scores(self, queries: Sequence[str], ads: Sequence[str], *, relative: bool = False) -> Array:
+    def scores(self, queries: Collection[str], ads: Collection[str], *, relative: bool = False) -> Array:
         """Scores (N,) of N pairs. `relative` divides by the query's limit, so that long and short queries compare."""
         raw = np.array([self.score(q, a) for q, a in zip(queries, ads, strict=True)])
         if not relative:
@@ -67,7 +68,7 @@ class Bm25:
         return raw / np.maximum([self.best(q) for q in queries], 1e-9)
 
 
-def overlap(queries: Sequence[str], ads: Sequence[str]) -> Array:
+def overlap(queries: Collection[str], ads: Collection[str]) -> Array:
     """Share (N,) of each query's distinct words that its ad contains."""
     shares = []
     for query, ad in zip(queries, ads, strict=True):
@@ -76,27 +77,38 @@ def overlap(queries: Sequence[str], ads: Sequence[str]) -> Array:
     return np.array(shares)
 
 
-def encoder_cosine(
-    base: Path, tokenizer: Tokenizer, queries: Sequence[str], ads: Sequence[str], *, batch_size: int, device: str
-) -> Array:
-    """Cosine (N,) of the mean-pooled token vectors of query and ad under the encoder in `base`, as it was given."""
-    from transformers import AutoModel
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder in folder `base` as it was given, which makes a vector of each text by itself."""
 
-    with quiet_transformers():
-        model = AutoModel.from_pretrained(base, dtype=torch.float32, use_safetensors=True).to(device).eval()
-    texts = list(dict.fromkeys([*queries, *ads]))
-    place = {text: i for i, text in enumerate(texts)}
-    encodings = tokenizer.encode_batch(texts)
-    pad_id = model.config.pad_token_id or 0
-    tokens = Tokens([e.ids for e in encodings], [e.type_ids for e in encodings], pad_id)
-    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
-    with torch.inference_mode():
-        for rows in batches_by_length(tokens.lengths, batch_size):
-            batch = tokens.batch(rows)
-            mask = torch.from_numpy(batch["attention_mask"]).to(device)
-            hidden = model(torch.from_numpy(batch["input_ids"]).to(device), attention_mask=mask).last_hidden_state
-            mean = (hidden * mask.unsqueeze(2)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-            vectors[rows] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
-    left = vectors[[place[q] for q in queries]]
-    right = vectors[[place[a] for a in ads]]
-    return (left * right).sum(axis=1).astype(np.float64)
+    base: Path
+    tokenizer: Tokenizer
+    batch_size: int
+    device: str
+
+    def cosine(self, queries: Collection[str], ads: Collection[str]) -> Array:
+        """Cosine (N,) of the vectors of query and ad."""
+        texts = list(dict.fromkeys([*queries, *ads]))
+        vectors, place = self.vectors(texts), {text: i for i, text in enumerate(texts)}
+        left, right = (vectors[[place[text] for text in side]] for side in (queries, ads))
+        return (left * right).sum(axis=1).astype(np.float64)
+
+    def vectors(self, texts: list[str]) -> Array:
+        """Mean-pooled token vectors float32 (N, D) of length 1."""
+        from transformers import AutoModel
+
+        with quiet_transformers():
+            model = AutoModel.from_pretrained(self.base, dtype=torch.float32, use_safetensors=True)
+        model = model.to(self.device).eval()
+        encodings = self.tokenizer.encode_batch(texts)
+        tokens = Tokens([e.ids for e in encodings], [e.type_ids for e in encodings], pad_token_id(model.config))
+        vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+        with torch.inference_mode():
+            for rows in batches_by_length(tokens.lengths, self.batch_size):
+                batch = tokens.batch(rows)
+                mask = torch.from_numpy(batch["attention_mask"]).to(self.device)
+                ids = torch.from_numpy(batch["input_ids"]).to(self.device)
+                hidden = model(ids, attention_mask=mask).last_hidden_state
+                mean = (hidden * mask.unsqueeze(2)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+                vectors[rows] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+        return vectors

@@ -32,8 +32,8 @@ def fit_calibration(logits: Array, grade: Array, *, offsets: bool = True) -> tup
         return float(value), slope
 
     bounds = [(np.log(0.05), np.log(20.0))] + [(None, None)] * (k if offsets else 0)
-    found = minimize(nll, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": 1e-9}).x
-    return float(np.exp(found[0])), found[1:] if offsets else np.zeros(k)
+    x = minimize(nll, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": 1e-9}).x
+    return float(np.exp(x[0])), x[1:] if offsets else np.zeros(k)
 
 
 def best_f1_threshold(relevant: Array, score: Array) -> float:

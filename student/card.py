@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.contracts import GradeScale
+from student.evaluation import floor_fault
 
 _TITLES = {
     "roc_auc": "ROC-AUC",
@@ -50,15 +51,20 @@ raise its score.
 
 ## Evaluation
 
-Human grades of split test ({evaluation["n"]:,} pairs of {evaluation["n_queries"]:,} queries), with 95 % bootstrap
-intervals resampled by query.
+{_floor(evaluation)}Human grades of split test ({evaluation["n"]:,} pairs of {evaluation["n_queries"]:,} queries),
+with 95 % bootstrap intervals resampled by query.
 
 {metrics_table(evaluation)}
 """
 
 
+def _floor(evaluation: dict[str, Any]) -> str:
+    fault = floor_fault(evaluation)
+    return f"**Do not deploy: {fault}.**\n\n" if fault else ""
+
+
 def metrics_table(evaluation: dict[str, Any]) -> str:
-    """Systems × measures, as a Markdown table."""
+    """Systems × metrics, as a Markdown table."""
     names = [name for name in _TITLES if any(name in system["metrics"] for system in evaluation["systems"])]
     lines = ["| system | " + " | ".join(_TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for system in evaluation["systems"]:
@@ -71,10 +77,10 @@ def export_card(trained_card: str, parity: dict[str, Any]) -> str:
     """The card of an exported student: the trained one's, how to score with the folder, and what the export changed."""
     rows = []
     for precision in ("fp32", "int8"):
-        figures = parity[precision]
+        measured = parity[precision]
         rows.append(
-            f"| {precision} | {figures['file']} | {figures['megabytes']:.1f} | {figures['pairs_per_second']:,.0f} | "
-            f"{figures['max_abs_dp']:.1e} | {_number(figures['roc_auc'])} |"
+            f"| {precision} | {measured['file']} | {measured['megabytes']:.1f} | {measured['pairs_per_second']:,.0f} | "
+            f"{measured['max_abs_dp']:.1e} | {_number(measured['roc_auc'])} |"
         )
     table = "\n".join(rows)
     return f"""{trained_card}

@@ -36,9 +36,8 @@ def save(folder: Path, progress: Progress, model: nn.Module, optimiser: torch.op
     target, building = _place(folder, progress.epoch), folder / ".building"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, building / "model.safetensors"
-    )
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, building / "model.safetensors")
     state = optimiser.state_dict()["state"]
     tensors = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, building / "optimiser.safetensors")
@@ -53,11 +52,9 @@ def save(folder: Path, progress: Progress, model: nn.Module, optimiser: torch.op
 
 def resume(folder: Path, key: str, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
     """Load the latest checkpoint of `key` into model and optimiser; without one, empty the folder."""
-    latest: Progress | None = None
-    for path in sorted(folder.glob("epoch-*/progress.json")):
-        found = Progress.model_validate_json(path.read_text(encoding="utf-8"))
-        if found.key == key and (latest is None or found.epoch > latest.epoch):
-            latest = found
+    paths = folder.glob("epoch-*/progress.json")
+    saved = [Progress.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+    latest = max((one for one in saved if one.key == key), key=lambda one: one.epoch, default=None)
     if latest is None:
         shutil.rmtree(folder, ignore_errors=True)
         return Progress(key=key)

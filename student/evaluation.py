@@ -18,18 +18,21 @@ from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 from data.contracts import ContractError
 from student.baselines import overlap, words
 from student.dataset import Examples
-from student.metrics import ECE_BINS, Comparison, Evaluation, compare, evaluate, evaluate_ranking
+from student.metrics import ECE_BINS, Comparison, Evaluation, Labels, compare, evaluate
 
 Array = np.ndarray
 MAX_POINTS = 200
 PREDICTIONS = "test_predictions.parquet"
+FREE = ("untrained_cosine", "warm_up")
+"""The systems that a student must be above: they cost no label, and it has begun where they are."""
 
 
 @dataclass(frozen=True)
 class System:
     """One system's output on the test rows: a score (n,) and, where it grades, probabilities (n, K).
 
-    `rows` (n,) are the test rows it covers, None = all. `threshold` was chosen without the test rows.
+    `rows` (n,) are the test rows it covers, None = all. `threshold` was chosen without the test rows; `valid_roc_auc` is
+    that on split valid, None where it was not measured.
     """
 
     name: str
@@ -37,39 +40,29 @@ class System:
     threshold: float | None
     probs: Array | None = None
     rows: Array | None = None
+    valid_roc_auc: float | None = None
 
 
-def graded(name: str, probs: Array, relevant_from: int, threshold: float | None, rows: Array | None = None) -> System:
-    """A system that gives grade probabilities (n, K)."""
-    return System(name, probs[:, relevant_from:].sum(axis=1), threshold, probs, rows)
-
-
-def evaluate_systems(
-    systems: list[System], test: Examples, *, relevant_from: int, n_boot: int, seed: int
-) -> dict[str, Any]:
+def evaluate_systems(systems: list[System], test: Examples, labels: Labels) -> dict[str, Any]:
     """The body of `evaluation.json`; the first system is the student, to which the others are compared."""
-    student, table = systems[0], []
+    student, table, comparisons = systems[0], [], []
     results: dict[str, Evaluation] = {}
     for system in systems:
         rows = np.arange(len(test)) if system.rows is None else system.rows
-        grade, query = test.grade[rows], test.query_id[rows]
-        common: dict[str, Any] = {"relevant_from": relevant_from, "n_boot": n_boot, "seed": seed}
-        common["threshold"] = system.threshold
-        if system.probs is None:
-            result = evaluate_ranking(grade, system.score, query, **common)
-        else:
-            slices = slice_masks(test) if system is student else None
-            result = evaluate(grade, system.probs, query, slices=slices, **common)
-        results[system.name] = result
+        of_rows = labels.take(rows)
+        output = system.score if system.probs is None else system.probs
+        slices = slice_masks(test) if system is student else None
+        result = results[system.name] = evaluate(of_rows, output, threshold=system.threshold, slices=slices)
         table.append({"name": system.name, **result.model_dump(exclude={"slices"}), "threshold": system.threshold})
-    comparisons = [
-        _compare(student, other, test, metric, relevant_from=relevant_from, n_boot=n_boot, seed=seed)
-        for other in systems[1:]
-        for metric in ("roc_auc", "ndcg_at_10")
-    ]
+        if system is not student:
+            names = (student.name, system.name)
+            comparisons += [
+                compare(of_rows, student.score[rows], system.score, metric=metric, names=names)
+                for metric in ("roc_auc", "ndcg_at_10")
+            ]
     assert student.probs is not None
-    labels = list(range(student.probs.shape[1]))
-    confusion = confusion_matrix(test.grade, student.probs.argmax(axis=1), labels=labels)
+    grades = list(range(student.probs.shape[1]))
+    confusion = confusion_matrix(test.grade, student.probs.argmax(axis=1), labels=grades)
     return {
         "split": "test",
         "n": len(test),
@@ -82,15 +75,42 @@ def evaluate_systems(
     }
 
 
+def floor(systems: list[System]) -> dict[str, Any]:
+    """Whether the first system, the student, is above on split valid what was there without a label.
+
+    Keys: `above`, None where split valid cannot say; `student`; and `systems`, ROC-AUC by the name of each that counts.
+    """
+    auc = {system.name: system.valid_roc_auc for system in systems if system.name in FREE and system.valid_roc_auc}
+    student = systems[0].valid_roc_auc or float("nan")
+    known = bool(np.isfinite([student, *auc.values()]).all())
+    if not known:  # valid has one class
+        return {"above": None, "student": None, "systems": dict.fromkeys(auc)}
+    return {"above": student > max(auc.values(), default=0.0), "student": student, "systems": auc}
+
+
+def floor_fault(evaluation: dict[str, Any]) -> str | None:
+    """Why a student must not be promoted by its `evaluation.json`: it is no better than what costs no label. None if it is.
+
+    An evaluation of an earlier version, and one whose split valid has one class, has no floor and no fault.
+    """
+    bound = evaluation.get("floor", {})
+    if bound.get("above") is not False:
+        return None
+    name, auc = max(bound["systems"].items(), key=lambda system: system[1])
+    return (
+        f"the student is not above what costs no label: ROC-AUC on valid {bound['student']:.3f}, {name} {auc:.3f}; "
+        "label more pairs, annotate the pool, or set student.warm_up.pairs"
+    )
+
+
 def slice_masks(test: Examples) -> dict[str, Array]:
     """Masks (N,) by source, words in the query, ads of the query, and share of the query's words in the ad."""
-    sources = np.array(test.sources)
     length = np.array([len(words(query)) for query in test.queries])
-    frequency = np.bincount(test.query_id)[test.query_id]
+    _, number, count = np.unique(test.query_id, return_inverse=True, return_counts=True)
     share = overlap(test.queries, test.ads)
-    masks = {f"source: {source}": sources == source for source in sorted(set(test.sources))}
+    masks = {f"source: {source}": test.sources == source for source in sorted(set(test.sources))}
     masks |= _ranges("query words", length, {"1–2": (0, 2), "3–4": (3, 4), "5 or more": (5, np.inf)})
-    masks |= _ranges("ads of the query", frequency, {"1–3": (1, 3), "4–10": (4, 10), "11 or more": (11, np.inf)})
+    masks |= _ranges("ads of the query", count[number], {"1–3": (1, 3), "4–10": (4, 10), "11 or more": (11, np.inf)})
     masks["query words in the ad: none"] = share == 0
     masks["query words in the ad: up to half"] = (share > 0) & (share <= 0.5)
     masks["query words in the ad: more than half"] = (share > 0.5) & (share < 1)
@@ -127,15 +147,8 @@ def reliability(relevant: Array, p: Array) -> list[dict[str, float]]:
 
 def write_predictions(folder: Path, test: Examples, p_relevant: Array) -> None:
     """Keep each test row's probability, so that a later student can be compared with this one on the same rows."""
-    table = pa.table(
-        {
-            "pair_id": pa.array(test.pair_ids, pa.string()),
-            "query_id": pa.array(test.query_id, pa.int64()),
-            "grade": pa.array(test.grade, pa.int32()),
-            "p_relevant": pa.array(p_relevant, pa.float64()),
-        }
-    )
-    pq.write_table(table, folder / PREDICTIONS)
+    columns = {"pair_id": test.pair_ids, "query_id": test.query_id, "grade": test.grade, "p_relevant": p_relevant}
+    pq.write_table(pa.table(columns), folder / PREDICTIONS)
 
 
 def shared_predictions(new: Path, old: Path) -> Any:
@@ -163,26 +176,10 @@ def compare_students(
     `new` and `old` are the output folders of the distill stage. Raises `ContractError` when they share no test row with
     the same human grade.
     """
-    joined = shared_predictions(new, old)
-    return compare(
-        joined["p_relevant"].to_numpy(),
-        joined["p_relevant_old"].to_numpy(),
-        joined["grade"].to_numpy(),
-        joined["query_id"].to_numpy(),
-        relevant_from=relevant_from,
-        metric=metric,
-        names=("new", "old"),
-        n_boot=n_boot,
-        seed=seed,
-    )
-
-
-def _compare(student: System, other: System, test: Examples, metric: str, **options: Any) -> Comparison:
-    rows = np.arange(len(test)) if other.rows is None else other.rows
-    names = (student.name, other.name)
-    return compare(
-        student.score[rows], other.score, test.grade[rows], test.query_id[rows], metric=metric, names=names, **options
-    )
+    rows = shared_predictions(new, old)
+    labels = Labels(rows["grade"].to_numpy(), rows["query_id"].to_numpy(), relevant_from, n_boot, seed)
+    scores = rows["p_relevant"].to_numpy(), rows["p_relevant_old"].to_numpy()
+    return compare(labels, *scores, metric=metric, names=("new", "old"))
 
 
 def _ranges(what: str, value: Array, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Array]:

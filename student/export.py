@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,14 +17,15 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from data.contracts import ContractError, GradeScale, write_json
+from data.contracts import ContractError, GradeScale, digest_files, read_json, write_json, write_text
 from student import scorer
 from student.card import export_card
 from student.config import ExportConfig
 from student.dataset import Examples, read_examples, tokenize
 from student.first_token import first_token_only
-from student.metrics import compare, roc_auc
-from student.model import load_classifier, model_folder, predict_logits
+from student.metrics import Labels, compare, roc_auc
+from student.model import load_classifier, model_folder
+from student.reader import Reader, predict_logits
 from student.scorer import MODEL_FILES, Scorer, load_tokenizer, softmax
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ Array = np.ndarray
 
 
 class ExportResult(BaseModel):
-    """The fingerprint of the exported folder and its key figures."""
+    """The fingerprint of the exported folder and its metrics."""
 
     fingerprint: str
     figures: dict[str, Any]
@@ -50,7 +49,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     """
     source = model_folder(student)
     out.mkdir(parents=True, exist_ok=True)
-    card = json.loads((source / "student.json").read_text(encoding="utf-8"))
+    card = read_json(source / "student.json")
     scale = GradeScale.load(source)
     rows = _sample(pairs, scale, config)
     for name in ("tokenizer.json", "scale.json", "student.json"):
@@ -65,7 +64,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
     tokens = tokenize(tokenizer, rows.queries, rows.ads, card["pad_token_id"])
     begin = time.monotonic()
-    trained = softmax(predict_logits(model, tokens, 32, "cpu"), card["temperature"])
+    trained = softmax(predict_logits(Reader(model, "cpu"), tokens, 32), card["temperature"])
     torch_speed = len(rows) / (time.monotonic() - begin)
     relevant = rows.grade >= scale.relevant_from
     parity: dict[str, Any] = {
@@ -77,9 +76,10 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     scores = {}
     for precision in MODEL_FILES:
         parity[precision], scores[precision] = _measure(out, precision, rows, trained, scale, config)
-    loss = compare(scores["fp32"], scores["int8"], rows.grade, rows.query_id, relevant_from=scale.relevant_from)
+    labels = Labels(rows.grade, rows.query_id, scale.relevant_from)
+    loss = compare(labels, scores["fp32"], scores["int8"])
     parity["int8_auc_loss"] = {"value": loss.difference, "low": loss.low, "high": loss.high}
-    fault = _fault(parity, config)
+    fault = parity_fault(parity, config)
     parity["passed"] = fault is None
     write_json(out / "export.json", parity)
     if fault is not None:
@@ -87,8 +87,9 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
             (out / name).unlink(missing_ok=True)
         raise ContractError(fault)
     trained_card = (source / "model_card.md").read_text(encoding="utf-8")
-    (out / "model_card.md").write_text(export_card(trained_card, parity), encoding="utf-8")
-    return ExportResult(fingerprint=_fingerprint(out), figures=_figures(parity))
+    write_text(out / "model_card.md", export_card(trained_card, parity))
+    files = (*MODEL_FILES.values(), "tokenizer.json", "student.json", "scale.json")
+    return ExportResult(fingerprint=digest_files(out / name for name in files), figures=_key_metrics(parity))
 
 
 def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path: Path) -> None:
@@ -153,14 +154,13 @@ class _Logits(torch.nn.Module):
 
 def _sample(pairs: Path, scale: GradeScale, config: ExportConfig) -> Examples:
     """Graded rows of test, then of valid where test has too few, drawn by `seed`."""
-    found = []
-    wanted = config.parity_rows
+    chosen, missing = [], config.parity_rows
     for split in ("test", "valid"):
-        rows = read_examples(pairs, scale, split)
-        chosen = np.random.default_rng(config.seed).permutation(len(rows))[:wanted]
-        found.append(rows.take(np.sort(chosen)))
-        wanted -= len(chosen)
-    rows = Examples.concatenate(*found)
+        graded = read_examples(pairs, scale, split)
+        order = np.random.default_rng(config.seed).permutation(len(graded))[:missing]
+        chosen.append(graded.take(np.sort(order)))
+        missing -= len(order)
+    rows = chosen[0].joined(chosen[1])
     if not len(rows):
         raise ContractError(f"{pairs} has no graded rows in splits test and valid to check the export with; add some")
     return rows
@@ -177,17 +177,17 @@ def _measure(
     probs = softmax(scorer.logits(texts, config.batch_tokens), scorer.card["temperature"])
     seconds = time.monotonic() - begin
     file = out / MODEL_FILES[precision]
-    found = {
+    measured = {
         "file": file.name,
         "megabytes": file.stat().st_size / 1e6,
         "pairs_per_second": len(rows) / seconds,
         "max_abs_dp": float(np.abs(probs - trained).max()),
         "roc_auc": _auc(rows.grade >= scale.relevant_from, probs, scale),
     }
-    return found, probs[:, scale.relevant_from :].sum(axis=1)
+    return measured, probs[:, scale.relevant_from :].sum(axis=1)
 
 
-def _fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
+def parity_fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
     """Why the export must not be used, or None."""
     moved = parity["fp32"]["max_abs_dp"]
     if not moved <= config.max_probability_difference:
@@ -206,8 +206,8 @@ def _fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
     return None
 
 
-def _figures(parity: dict[str, Any]) -> dict[str, Any]:
-    figures: dict[str, Any] = {
+def _key_metrics(parity: dict[str, Any]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
         "parity_rows": parity["n"],
         "fp32_max_abs_dp": parity["fp32"]["max_abs_dp"],
         "int8_max_abs_dp": parity["int8"]["max_abs_dp"],
@@ -216,17 +216,10 @@ def _figures(parity: dict[str, Any]) -> dict[str, Any]:
     }
     for precision in MODEL_FILES:
         for name in ("pairs_per_second", "megabytes", "roc_auc"):
-            figures[f"{precision}_{name}"] = parity[precision][name]
-    return figures
+            metrics[f"{precision}_{name}"] = parity[precision][name]
+    return metrics
 
 
 def _auc(relevant: Array, probs: Array, scale: GradeScale) -> float | None:
     value = roc_auc(relevant, probs[:, scale.relevant_from :].sum(axis=1))
     return None if np.isnan(value) else value
-
-
-def _fingerprint(out: Path) -> str:
-    hashed = hashlib.sha256()
-    for name in (*MODEL_FILES.values(), "tokenizer.json", "student.json", "scale.json"):
-        hashed.update((out / name).read_bytes())
-    return hashed.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Measures of a relevance model, each with a 95 % bootstrap interval resampled by query.
+"""Metrics of a relevance model, each with a 95 % bootstrap interval resampled by query.
 
 Point values come from scikit-learn where it has the measure; `student.resampling` has what resamples make of them, and tests
 hold the two against each other.
@@ -7,6 +7,7 @@ hold the two against each other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from pydantic import BaseModel
@@ -30,7 +31,7 @@ class Interval(BaseModel):
 
 
 class SliceResult(BaseModel):
-    """The measures on some of the rows."""
+    """The metrics on some of the rows."""
 
     name: str
     n: int
@@ -39,7 +40,7 @@ class SliceResult(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """All measures of one system on one set of rows."""
+    """All metrics of one system on one set of rows."""
 
     n: int
     n_queries: int
@@ -50,7 +51,7 @@ class Evaluation(BaseModel):
 
 
 class Comparison(BaseModel):
-    """The difference a − b of one measure, both on the same resamples; `low` > 0 means a is better."""
+    """The difference a − b of one metric, both on the same resamples; `low` > 0 means a is better."""
 
     a: str
     b: str
@@ -61,112 +62,103 @@ class Comparison(BaseModel):
     high: float | None
 
 
-def evaluate(
-    y_true_grade: Array,
-    grade_probs: Array,
-    query_id: Array,
-    *,
-    relevant_from: int,
-    threshold: float | None = None,
-    slices: Mapping[str, Array] | None = None,
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> Evaluation:
-    """Measure a system that gives grade probabilities.
+@dataclass(frozen=True)
+class Labels:
+    """The human grades that systems are measured against, and how their intervals are drawn.
 
-    Gives roc_auc, pr_auc, ndcg_at_10, macro_f1 (over grades), accuracy, ece (of p_relevant, 15 bins of equal width;
-    Naeini et al. 2015) and, with a `threshold` on p_relevant, f1. What is not defined on these rows has value None.
+    Parameters: grade int (N,); query_id (N,), any values; a grade counts as relevant from `relevant_from` on; `n_boot`
+    resamples of the queries from `seed`. Raises `ContractError` when there is no row or the lengths differ.
+    """
+
+    grade: Array
+    query_id: Array
+    relevant_from: int
+    n_boot: int = 1000
+    seed: int = 0
+    query: Array = field(init=False)
+    """The queries' numbers (N,), 0 … Q − 1."""
+
+    def __post_init__(self) -> None:
+        if not len(self.grade):
+            raise ContractError("there is nothing to evaluate: no row has a human grade; label some rows of this split")
+        if len(self.grade) != len(self.query_id):
+            raise ContractError(f"{len(self.grade)} grades and {len(self.query_id)} query ids: one for each row")
+        if not np.issubdtype(self.grade.dtype, np.integer):
+            raise ContractError(f"grades are whole numbers, 0 = irrelevant; these are {self.grade.dtype}")
+        object.__setattr__(self, "query", np.unique(self.query_id, return_inverse=True)[1].reshape(-1))
+
+    @property
+    def relevant(self) -> Array:
+        """Whether each grade counts as relevant, bool (N,)."""
+        return self.grade >= self.relevant_from
+
+    @property
+    def n_queries(self) -> int:
+        """Q, the number of queries."""
+        return int(self.query.max()) + 1
+
+    def take(self, rows: Array) -> Labels:
+        """The labels of these row numbers, or of the rows of a bool mask (N,)."""
+        return replace(self, grade=self.grade[rows], query_id=self.query_id[rows])
+
+
+def evaluate(
+    labels: Labels, output: Array, *, threshold: float | None = None, slices: Mapping[str, Array] | None = None
+) -> Evaluation:
+    """Measure a system by its output: a score (N,), or grade probabilities (N, K).
+
+    A score gives roc_auc, pr_auc, ndcg_at_10 and, with a `threshold`, f1. Probabilities, whose score is p_relevant, also
+    give macro_f1 (over grades), accuracy, and ece (of p_relevant, 15 bins of equal width; Naeini et al. 2015). What is
+    not defined on these rows has value None.
     NDCG@10 (gain 2^grade − 1, ties averaged) is the mean over queries whose rows have at least two different grades.
 
-    Parameters: y_true_grade int (N,); grade_probs (N, K); query_id (N,), any integers; slices: name → bool mask (N,).
-    Raises `ContractError` when there is no row or the lengths differ.
+    Parameters: slices: name → bool mask (N,), each with a row. Raises `ContractError` for output that is not finite, of
+    another length, or no distribution.
     """
-    grade, probs = np.asarray(y_true_grade), np.asarray(grade_probs, dtype=np.float64)
-    query = _dense(query_id)
-    _check_probabilities(grade, probs, query, relevant_from)
-    score = probs[:, relevant_from:].sum(axis=1)
-    measured = [
-        *_system(grade, score, query, relevant_from, threshold),
-        _graded(grade, probs, score, query, relevant_from),
-    ]
-    found = _evaluation(grade, query, relevant_from, measured, n_boot, seed)
+    output = np.asarray(output, dtype=np.float64)
+    score = output
+    if output.ndim == 2:
+        _check_probabilities(labels, output)
+        score = output[:, labels.relevant_from :].sum(axis=1)
+    measured = score_measures(labels, score, threshold)
+    if output.ndim == 2:
+        measured.append(grade_measures(labels, output, score))
+    evaluation = _evaluation(labels, measured)
+    short = replace(labels, n_boot=min(labels.n_boot, SLICE_RESAMPLES))
     for name, mask in (slices or {}).items():
-        if len(mask) != len(grade):
-            raise ContractError(f"the mask of slice '{name}' has {len(mask)} rows for {len(grade)} rows to evaluate")
-        kept = np.flatnonzero(mask)
-        if not len(kept):
-            nothing = {metric: Interval(value=None) for metric in found.metrics}
-            found.slices.append(SliceResult(name=name, n=0, n_relevant=0, metrics=nothing))
-            continue
-        part = evaluate(
-            grade[kept],
-            probs[kept],
-            query[kept],
-            relevant_from=relevant_from,
-            threshold=threshold,
-            n_boot=min(n_boot, SLICE_RESAMPLES),
-            seed=seed,
-        )
-        found.slices.append(SliceResult(name=name, n=part.n, n_relevant=part.n_relevant, metrics=part.metrics))
-    return found
-
-
-def evaluate_ranking(
-    y_true_grade: Array,
-    score: Array,
-    query_id: Array,
-    *,
-    relevant_from: int,
-    threshold: float | None = None,
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> Evaluation:
-    """Measure a system that only gives a score (N,): roc_auc, pr_auc, ndcg_at_10 and, with a `threshold`, f1."""
-    grade, score = np.asarray(y_true_grade), np.asarray(score, dtype=np.float64)
-    query = _dense(query_id)
-    _check(grade, score, query)
-    return _evaluation(
-        grade, query, relevant_from, _system(grade, score, query, relevant_from, threshold), n_boot, seed
-    )
+        part = evaluate(short.take(mask), output[mask], threshold=threshold)
+        evaluation.slices.append(SliceResult(name=name, n=part.n, n_relevant=part.n_relevant, metrics=part.metrics))
+    return evaluation
 
 
 def compare(
+    labels: Labels,
     a: Array,
     b: Array,
-    y_true_grade: Array,
-    query_id: Array,
     *,
-    relevant_from: int,
     metric: str = "roc_auc",
     thresholds: tuple[float | None, float | None] = (None, None),
     names: tuple[str, str] = ("a", "b"),
-    n_boot: int = 1000,
-    seed: int = 0,
 ) -> Comparison:
     """Paired bootstrap of two systems' scores (N,) on the same rows; `metric` is roc_auc, pr_auc or ndcg_at_10.
 
     With `thresholds`, chosen without these rows, it may also be f1, each system at its own.
     Raises `ContractError` as `evaluate` does, and for another `metric`.
     """
-    grade, query = np.asarray(y_true_grade), _dense(query_id)
-    systems = []
-    for score, threshold in zip(
-        (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)), thresholds, strict=True
-    ):
-        _check(grade, score, query)
-        found = [part for part in _system(grade, score, query, relevant_from, threshold) if metric in part.values]
-        if not found:
-            raise ContractError(
-                f"'{metric}' cannot be compared; choose roc_auc, pr_auc, ndcg_at_10, or f1 with thresholds"
-            )
-        systems += found
-    draws_a, draws_b = bootstrap(systems, int(query.max()) + 1, n_boot, seed)
-    low, high = limits(draws_a[metric] - draws_b[metric], int(query.max()) + 1)
+    systems = [
+        part
+        for score, threshold in zip((a, b), thresholds, strict=True)
+        for part in score_measures(labels, np.asarray(score, dtype=np.float64), threshold)
+        if metric in part.values
+    ]
+    if not systems:
+        raise ContractError(f"'{metric}' cannot be compared; choose roc_auc, pr_auc, ndcg_at_10, or f1 with thresholds")
+    draws_a, draws_b = bootstrap(systems, labels.n_queries, labels.n_boot, labels.seed)
+    low, high = limits(draws_a[metric] - draws_b[metric], labels.n_queries)
     value = systems[0].values[metric] - systems[1].values[metric]
+    found = {"low": None, "high": None} if np.isnan(value) else {"low": low, "high": high}
     difference = None if np.isnan(value) else float(value)
-    if difference is None:
-        low = high = None
-    return Comparison(a=names[0], b=names[1], metric=metric, n=len(grade), difference=difference, low=low, high=high)
+    return Comparison(a=names[0], b=names[1], metric=metric, n=len(labels.grade), difference=difference, **found)
 
 
 def roc_auc(relevant: Array, score: Array) -> float:
@@ -180,47 +172,46 @@ def expected_calibration_error(relevant: Array, p: Array) -> float:
     return float(np.abs(gaps).sum() / len(p))
 
 
-# --- measures -------------------------------------------------------------------------------------------------------
-
-
-def _system(grade: Array, score: Array, query: Array, relevant_from: int, threshold: float | None) -> list[Measures]:
-    """What a score (N,) alone gives."""
-    relevant = grade >= relevant_from
+def score_measures(labels: Labels, score: Array, threshold: float | None = None) -> list[Measures]:
+    """What a score (N,) alone gives: its values and what a resample makes of them."""
+    if len(score) != len(labels.grade):
+        raise ContractError(f"{len(labels.grade)} grades and {len(score)} scores: one for each row")
+    if not np.isfinite(score).all():
+        raise ContractError("a score is not a finite number: the model has diverged; lower its learning rate")
+    relevant, query = labels.relevant, labels.query
     both = 0 < relevant.sum() < len(relevant)
     precision = float(average_precision_score(relevant, score)) if both else float("nan")
     values = {"roc_auc": roc_auc(relevant, score), "pr_auc": precision}
-    ndcg, counted = ndcg_by_query(grade, score, query)
-    measures = [
+    ndcg, counted = ndcg_by_query(labels.grade, score, query)
+    of_score = [
         Measures(values, ranked(relevant, score, query)),
-        summed(
-            np.stack([ndcg * counted, counted], axis=1), lambda sums: {"ndcg_at_10": _ratio(sums[:, 0], sums[:, 1])}
-        ),
+        summed(np.stack([ndcg * counted, counted], axis=1), _mean_ndcg),
     ]
     if threshold is not None:
         predicted = score >= threshold
         columns = sums_by_query([relevant & predicted, relevant.astype(int) + predicted, relevant], query)
-        measures.append(summed(columns, _f1))
-    return measures
+        of_score.append(summed(columns, _f1))
+    return of_score
 
 
-def _graded(grade: Array, probs: Array, score: Array, query: Array, relevant_from: int) -> Measures:
+def grade_measures(labels: Labels, probs: Array, score: Array) -> Measures:
     """What grade probabilities (N, K) give beyond their score."""
-    predicted, labels = probs.argmax(axis=1), range(probs.shape[1])
-    place, gap = _bins(score), (grade >= relevant_from) - score
+    grade, predicted, size = labels.grade, probs.argmax(axis=1), range(probs.shape[1])
+    place, gap = _bins(score), labels.relevant - score
     columns = [
         predicted == grade,
-        *((grade == k) & (predicted == k) for k in labels),
-        *((grade == k).astype(int) + (predicted == k) for k in labels),
+        *((grade == k) & (predicted == k) for k in size),
+        *((grade == k).astype(int) + (predicted == k) for k in size),
         *(gap * (place == b) for b in range(ECE_BINS)),
         np.ones(len(grade)),
     ]
     values = {
         "macro_f1": float(f1_score(grade, predicted, average="macro", zero_division=0.0)),
         "accuracy": float((predicted == grade).mean()),
-        "ece": expected_calibration_error(grade >= relevant_from, score),
+        "ece": expected_calibration_error(labels.relevant, score),
     }
-    sums = sums_by_query(columns, query)
-    return Measures(values, lambda counts: _combine_graded(counts @ sums, len(labels)))
+    sums = sums_by_query(columns, labels.query)
+    return Measures(values, lambda counts: _combine_graded(counts @ sums, len(size)))
 
 
 def _combine_graded(sums: Array, size: int) -> dict[str, Array]:
@@ -239,8 +230,9 @@ def _f1(sums: Array) -> dict[str, Array]:
     return {"f1": np.where(relevant > 0, 2 * hit / np.maximum(either, 1.0), np.nan)}
 
 
-def _ratio(above: Array, below: Array) -> Array:
-    return np.where(below > 0, above / np.maximum(below, 1.0), np.nan)
+def _mean_ndcg(sums: Array) -> dict[str, Array]:
+    total, counted = sums.T
+    return {"ndcg_at_10": np.where(counted > 0, total / np.maximum(counted, 1.0), np.nan)}
 
 
 def _bins(p: Array) -> Array:
@@ -273,46 +265,29 @@ def ndcg_by_query(grade: Array, score: Array, query: Array, k: int = 10) -> tupl
     return dcg(score) / np.where(ideal > 0, ideal, 1.0), highest > lowest
 
 
-def _evaluation(
-    grade: Array, query: Array, relevant_from: int, measured: Sequence[Measures], n_boot: int, seed: int
-) -> Evaluation:
-    n_queries = int(query.max()) + 1
-    metrics = {}
-    for part, draws in zip(measured, bootstrap(measured, n_queries, n_boot, seed), strict=True):
+def _evaluation(labels: Labels, measured: Sequence[Measures]) -> Evaluation:
+    n_queries, metrics = labels.n_queries, {}
+    for part, draws in zip(measured, bootstrap(measured, n_queries, labels.n_boot, labels.seed), strict=True):
         for name, value in part.values.items():
             low, high = limits_of(part, name, draws[name], n_queries)
+            if low is not None and high is not None:  # rounding may put the value just outside
+                low, high = min(low, value), max(high, value)
             metrics[name] = Interval(value=None) if np.isnan(value) else Interval(value=value, low=low, high=high)
     return Evaluation(
-        n=len(grade),
+        n=len(labels.grade),
         n_queries=n_queries,
-        n_relevant=int((grade >= relevant_from).sum()),
-        n_ranked_queries=int(ndcg_by_query(grade, grade.astype(float), query)[1].sum()),
+        n_relevant=int(labels.relevant.sum()),
+        n_ranked_queries=int(ndcg_by_query(labels.grade, labels.grade.astype(float), labels.query)[1].sum()),
         metrics=metrics,
     )
 
 
-def _dense(query_id: Array) -> Array:
-    return np.unique(np.asarray(query_id), return_inverse=True)[1].reshape(-1)
-
-
-def _check(grade: Array, scores: Array, query: Array) -> None:
-    if not len(grade):
-        raise ContractError("there is nothing to evaluate: no row has a human grade; label some rows of this split")
-    if not len(grade) == len(scores) == len(query):
-        raise ContractError(f"{len(grade)} grades, {len(scores)} scores and {len(query)} query ids: one for each row")
-    if not np.issubdtype(grade.dtype, np.integer):
-        raise ContractError(f"grades are whole numbers, 0 = irrelevant; these are {grade.dtype}")
-    if not np.isfinite(scores).all():
-        raise ContractError("a score is not a finite number: the model has diverged; lower its learning rate")
-
-
-def _check_probabilities(grade: Array, probs: Array, query: Array, relevant_from: int) -> None:
-    _check(grade, probs, query)
-    if probs.ndim != 2 or not 1 <= relevant_from < probs.shape[1]:
-        raise ContractError(
-            f"grade_probs is (N, K) and relevant_from lies in 1 … K − 1; found {probs.shape}, {relevant_from}"
-        )
-    if grade.min() < 0 or grade.max() >= probs.shape[1]:
-        raise ContractError(f"grades lie in 0 … {probs.shape[1] - 1}; found {grade.min()} … {grade.max()}")
-    if probs.min() < 0 or np.abs(probs.sum(axis=1) - 1).max() > 1e-3:
+def _check_probabilities(labels: Labels, probs: Array) -> None:
+    size, grade = probs.shape[1], labels.grade
+    if not 1 <= labels.relevant_from < size:
+        raise ContractError(f"relevant_from lies in 1 … K − 1; it is {labels.relevant_from} and K is {size}")
+    if grade.min() < 0 or grade.max() >= size:
+        raise ContractError(f"grades lie in 0 … {size - 1}; found {grade.min()} … {grade.max()}")
+    # NaN passes here: `score_measures` says what it means.
+    if probs.min() < 0 or (np.abs(probs.sum(axis=1) - 1) > 1e-3).any():
         raise ContractError("a row of grade_probs is not a distribution: its numbers are not below 0 and sum to 1")

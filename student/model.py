@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from data.contracts import ContractError, GradeScale, first_line
-from student.dataset import Tokens
-from student.scorer import batches_by_length, load_tokenizer
-
-Array = np.ndarray
+from student.scorer import load_tokenizer
 
 
 def pick_device(name: str) -> str:
@@ -50,13 +45,15 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
                 f"{base} cannot be loaded as an encoder ({first_line(error)}); choose a folder with the config and "
                 "safetensors weights of an encoder that transformers can classify with"
             ) from None
-    positions = getattr(model.config, "max_position_embeddings", None)
-    # RoBERTa's family numbers positions from pad_token_id + 1.
-    offset = (model.config.pad_token_id or 0) + 1 if "roberta" in model.config.model_type else 0
-    if positions is not None and max_length > positions - offset:
+    positions = longest_text(model)
+    if positions is not None and positions < 1:
         raise ContractError(
-            f"student.max_length is {max_length}, but the encoder in {base} has {positions - offset} positions; "
-            "lower it to that"
+            f"the encoder in {base} is a {model.config.model_type}, which has no numbered positions and is not supported; "
+            "choose one like BERT, RoBERTa, MPNet, DeBERTa or ModernBERT"
+        )
+    if positions is not None and max_length > positions:
+        raise ContractError(
+            f"student.max_length is {max_length}, but the encoder in {base} has {positions} positions; lower it to that"
         )
     return model.eval()
 
@@ -75,7 +72,7 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def keep_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
+def save_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
     """Write the tokenizer of `base` into `out` and return the one that `out/tokenizer.json` gives.
 
     Raises `ContractError` when there is none that the tokenizers library can run.
@@ -97,29 +94,18 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     return ("input_ids", "attention_mask", "token_type_ids") if segments else ("input_ids", "attention_mask")
 
 
-def forward(model: PreTrainedModel, batch: dict[str, Array], device: str) -> torch.Tensor:
-    """Logits (B, K) of a padded batch."""
-    return model(**_inputs(model, batch, device)).logits
+def first_position(model: PreTrainedModel) -> int:
+    """Number of a text's first position; RoBERTa's family counts from pad_token_id + 1."""
+    for name, module in model.base_model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
-def forward_with_vector(
-    model: PreTrainedModel, batch: dict[str, Array], device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, K) of a padded batch, and the last hidden state of the first token (B, D)."""
-    found = model(**_inputs(model, batch, device), output_hidden_states=True)
-    return found.logits, found.hidden_states[-1][:, 0]
-
-
-def predict_logits(model: PreTrainedModel, tokens: Tokens, batch_size: int, device: str) -> Array:
-    """Logits float64 (N, K), in the order of the rows."""
-    was_training = model.training
-    model.eval()
-    out = np.zeros((len(tokens.ids), model.config.num_labels))
-    with torch.inference_mode():
-        for rows in batches_by_length(tokens.lengths, batch_size):
-            out[rows] = forward(model, tokens.batch(rows), device).double().cpu().numpy()
-    model.train(was_training)
-    return out
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has positions for; None where there is no limit."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else int(positions) - first_position(model)
 
 
 def head_bias(model: PreTrainedModel) -> torch.nn.Parameter | None:
@@ -127,15 +113,6 @@ def head_bias(model: PreTrainedModel) -> torch.nn.Parameter | None:
     k = model.config.num_labels
     heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == k]
     return heads[-1].bias if heads else None
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """Fingerprint of all weights, the same on every machine."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        hashed.update(name.encode())
-        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return hashed.hexdigest()[:16]
 
 
 def model_folder(path: Path) -> Path:
@@ -149,7 +126,3 @@ def model_folder(path: Path) -> Path:
 def pad_token_id(config: Any) -> int:
     """The padding token, 0 where the model names none."""
     return int(getattr(config, "pad_token_id", None) or 0)
-
-
-def _inputs(model: PreTrainedModel, batch: dict[str, Array], device: str) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(batch[name]).to(device) for name in input_names(model)}

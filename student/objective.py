@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel
 
 from data.contracts import ContractError
 from student.config import StudentConfig
@@ -18,7 +16,9 @@ from student.losses import (
     reasoning_contrast,
     squared_emd,
 )
-from student.model import forward, forward_with_vector
+from student.model import longest_text
+from student.reader import Reader
+from student.setup import Setup
 
 Array = np.ndarray
 
@@ -36,47 +36,38 @@ def objective_name(config: StudentConfig) -> str:
 class Objective:
     """The loss of a batch of row numbers; holds the labels of all rows on the device, see `Examples`."""
 
-    def __init__(
-        self,
-        config: StudentConfig,
-        model: PreTrainedModel,
-        rows: Examples,
-        tokens: Tokens,
-        tokenizer: Tokenizer,
-        device: str,
-    ) -> None:
+    def __init__(self, setup: Setup, reader: Reader, rows: Examples) -> None:
         """Raises `ContractError` when reasons are to be read and the encoder has too few positions for them."""
-        self.config, self.model, self.tokens, self.device = config, model, tokens, device
-        self.query_id = torch.from_numpy(rows.query_id).to(device)
+        self.config, self.reader, self.device = setup.config, reader, setup.device
+        self.tokens = setup.tokens(reader.model, rows)
+        self.query_number = torch.from_numpy(np.unique(rows.query_id, return_inverse=True)[1]).to(self.device)
         self.gold, self.soft, self.mix, self.weight = (
-            torch.from_numpy(a).float().to(device) for a in (rows.gold, rows.soft, rows.mix, rows.weight)
+            torch.from_numpy(a).float().to(self.device) for a in (rows.gold, rows.soft, rows.mix, rows.weight)
         )
         self.target = blended_target(self.gold, self.soft, self.mix)
-        self.class_weight = class_weights(self.target, self.weight, config.class_balance)
-        self.bf16 = half_precision(config, device)
+        self.class_weight = class_weights(self.target, self.weight, self.config.class_balance)
+        self.bf16 = half_precision(self.config, self.device)
         self.reasoned: Tokens | None = None
-        if config.contrastive_weight > 0 and any(rows.reasons):
-            self.reasoned = with_reasons(tokens, tokenizer, rows.reasons, config.reason_length)
-            self.has_reason = np.array([bool(reason) for reason in rows.reasons])
-            positions = getattr(model.config, "max_position_embeddings", None)
-            if positions is not None and self.reasoned.lengths.max() > positions - 2:
+        self.has_reason = rows.reasons != ""
+        if self.config.contrastive_weight > 0 and any(rows.reasons):
+            self.reasoned = with_reasons(self.tokens, setup.tokenizer, rows.reasons, self.config.reason_length)
+            positions, longest = longest_text(reader.model), self.reasoned.lengths.max()
+            if positions is not None and longest > positions:
                 raise ContractError(
-                    f"query, ad and reason have up to {self.reasoned.lengths.max()} tokens, but the encoder has {positions} "
-                    "positions; lower student.reason_length or student.max_length"
+                    f"query, ad and reason have up to {longest} tokens, but the encoder has {positions} positions; "
+                    "lower student.reason_length or student.max_length"
                 )
 
     def __call__(self, batch: Array) -> torch.Tensor:
         """The loss, a scalar."""
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16):
-            if self.reasoned is None:
-                return self._loss(forward(self.model, self.tokens.batch(batch), self.device), batch)
-            logits, vectors = forward_with_vector(self.model, self.tokens.batch(batch), self.device)
+            logits, vectors = self.reader(self.tokens, batch)
             loss = self._loss(logits, batch)
             at = np.flatnonzero(self.has_reason[batch])
-            if not len(at):
+            if self.reasoned is None or not len(at):
                 return loss
             with_reason = batch[at]
-            logits, reasoned = forward_with_vector(self.model, self.reasoned.batch(with_reason), self.device)
+            logits, reasoned = self.reader(self.reasoned, with_reason)
             contrast = reasoning_contrast(
                 vectors[torch.from_numpy(at).to(self.device)].float(),
                 reasoned.float(),
@@ -99,7 +90,7 @@ class Objective:
             class_weight=self.class_weight,
         )
         if self.config.margin_weight > 0:
-            loss = loss + self.config.margin_weight * margin_mse(logits, target, self.query_id[rows], weight)
+            loss = loss + self.config.margin_weight * margin_mse(logits, target, self.query_number[rows], weight)
         if self.config.ordinal_weight > 0:
             loss = loss + self.config.ordinal_weight * squared_emd(logits, target, weight)
         return loss

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
@@ -78,12 +79,11 @@ def ranked(relevant: Array, score: Array, query: Array) -> Callable[[Array], dic
 
 def bootstrap(measures: Sequence[Measures], n_queries: int, n_boot: int, seed: int) -> list[dict[str, Array]]:
     """For each of `measures`, its values (n_boot,) by name; all see the same resamples."""
-    draws: list[dict[str, list[Array]]] = [{name: [] for name in measure.values} for measure in measures]
-    for counts in _counts(n_queries, n_boot, seed):
-        for measure, found in zip(measures, draws, strict=True):
-            for name, values in measure.resampled(counts).items():
-                found[name].append(values)
-    return [{name: np.concatenate(parts) for name, parts in found.items()} for found in draws]
+    blocks = [[measure.resampled(counts) for measure in measures] for counts in _counts(n_queries, n_boot, seed)]
+    return [
+        {name: np.concatenate([block[i][name] for block in blocks]) for name in measure.values}
+        for i, measure in enumerate(measures)
+    ]
 
 
 def limits_of(measure: Measures, name: str, draws: Array, n_queries: int) -> tuple[float | None, float | None]:
@@ -114,26 +114,23 @@ def absolute_sum_limits(terms: Array, draws: Array, n_queries: int) -> tuple[flo
     """The 95 % interval of a sum of absolute values Σ|μ_f|, such as ECE, from its terms (F,) and draws of them (B, F).
 
     Noise in the terms can only add to such a sum: on a sample it is too large, on a resample twice so, and percentiles can
-    miss the truth altogether. Here the limits are the multiples c·Σ|terms| from which noise would lead to the sum that was
-    found with probability 2.5 %: quantiles of Σ|c · terms + (draw − terms)| in c. None for one query.
+    miss the truth altogether. Here the limits are the multiples c·Σ|terms| from which noise would lead to this sum with
+    probability 2.5 %: quantiles of Σ|c · terms + (draw − terms)| in c. None for one query.
     """
     if n_queries < 2:
         return None, None
     total, noise, tail = float(np.abs(terms).sum()), draws - terms, _tail(n_queries)
 
-    def reaches(c: float, share: float) -> bool:
-        return float(np.quantile(np.abs(c * terms + noise).sum(axis=1), share)) >= total
+    def excess(c: float, share: float) -> float:
+        return float(np.quantile(np.abs(c * terms + noise).sum(axis=1), share)) - total
 
     def multiple(share: float) -> float:
-        low, high = 0.0, 1.0
-        if total == 0 or reaches(low, share):
+        high = 1.0
+        if total == 0 or excess(0.0, share) >= 0:
             return 0.0
-        while not reaches(high, share):
+        while excess(high, share) < 0:
             high *= 2
-        for _ in range(20):
-            middle = (low + high) / 2
-            low, high = (low, middle) if reaches(middle, share) else (middle, high)
-        return high
+        return float(brentq(excess, 0.0, high, args=(share,), xtol=1e-6))
 
     return multiple(1 - tail) * total, multiple(tail) * total
 

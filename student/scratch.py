@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from data.contracts import PAIRS, ContractError, read_table
+from data.contracts import PAIRS, ContractError, log_progress, read_table
 from student.dataset import tokenize
 from student.model import quiet_transformers
 from student.scorer import ad_text, load_tokenizer, query_text
@@ -116,7 +116,7 @@ def _look_for_equals(model: BertModel) -> None:
             attention.key.weight.copy_(attention.query.weight)
 
 
-def _stands_on_other_side(ids: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+def on_other_side(ids: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
     """For each token (B, L) of ids and segment (B, L): 1.0 if the same token is in the row's other segment."""
     same = ids.unsqueeze(2) == ids.unsqueeze(1)
     other = segment.unsqueeze(2) != segment.unsqueeze(1)
@@ -152,7 +152,7 @@ def _learn_from_text(
         logits = guess @ model.embeddings.word_embeddings.weight.T + bias
         guessing = cross_entropy(logits, ids[chosen]) if chosen.any() else logits.sum()
         seen = masked >= len(SPECIAL)
-        there = _stands_on_other_side(masked, batch["token_type_ids"])
+        there = on_other_side(masked, batch["token_type_ids"])
         finding = binary_cross_entropy_with_logits(found(output.last_hidden_state).squeeze(2)[seen], there[seen])
         made_up = ~torch.isnan(share)
         score = match(output.pooler_output).squeeze(1)[made_up]
@@ -164,11 +164,8 @@ def _learn_from_text(
         schedule.step()
         total += float(loss.detach())
         if (step + 1) % shown == 0:
-            logger.info(
-                "encoder from scratch: step %d of %d, loss %.3f",
-                step + 1, steps, total / shown,
-                extra={"progress": (step + 1, steps)},
-            )  # fmt: skip
+            message = "encoder from scratch: step %d of %d, loss %.3f"
+            log_progress(logger, step + 1, steps, message, step + 1, steps, total / shown)
             total = 0.0
     model.eval()
 

@@ -12,7 +12,7 @@ def write_card(
     folder: Path,
     config: TeacherConfig,
     prompt: Prompt,
-    figures: dict[str, dict[str, float]],
+    metrics: dict[str, dict[str, float]],
     fingerprint: str,
     data_fingerprint: str,
 ) -> None:
@@ -23,7 +23,7 @@ def write_card(
     names = ("accuracy", "macro_f1", "auc", "pass@1", "parse_rate", "completion_tokens")
     rows = "\n".join(
         f"| {phase} | " + " | ".join(f"{values[name]:.3f}" if name in values else "–" for name in names) + " |"
-        for phase, values in figures.items()
+        for phase, values in metrics.items()
     )
     text = f"""# Relevance teacher
 

@@ -1,26 +1,29 @@
-"""The collapse guard: says when a policy's training has gone wrong, from what was logged.
+"""The collapse detector: says when a policy's training has gone wrong, from what was logged.
 
 Policy gradients on verifiable rewards fail in known ways: the policy repeats one completion (entropy to 0), it dissolves
 into noise (entropy up, answers no longer parse), or the reward falls for good (the paper reports this after hundreds of
-steps without KL). A window of steps is judged, never a single one: single steps are noisy.
+steps without KL). A window of steps is judged, never a single one: single steps are noisy. A training in which nothing is
+learnt looks healthy, with loss 0: every group's rewards are of one kind (huggingface/trl issue 3857).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from teacher.config import GuardConfig
+from teacher.config import CollapseConfig
 
 
-def collapse(history: Sequence[dict[str, float]], config: GuardConfig) -> str | None:
+def collapse(history: Sequence[dict[str, float]], config: CollapseConfig) -> str | None:
     """Why the training should stop, in a sentence; None while it may go on.
 
     Args:
         history: the logged values of every step so far, in order: `entropy` (nats per token), `parse_rate` and `accuracy`
-            are looked at, each where it is logged.
+            are judged, each where it is logged, and `advantage/positive` and `advantage/negative` for idle steps.
         config: window and limits. The first window is the measure for the later ones.
     """
     window = config.window
+    if window and (idle := idle_steps(history)) >= config.max_idle_steps:
+        return f"in {idle} steps every advantage was 0: all completions of a prompt get the same reward"
     if not window or len(history) < 2 * window:
         return None
 
@@ -41,3 +44,12 @@ def collapse(history: Sequence[dict[str, float]], config: GuardConfig) -> str | 
     if (accuracy := means("accuracy")) and max(accuracy) - accuracy[-1] > config.max_accuracy_drop:
         return f"accuracy fell from {max(accuracy):.3f} to {accuracy[-1]:.3f}"
     return None
+
+
+def idle_steps(history: Sequence[dict[str, float]]) -> int:
+    """How many of the last steps in a row had no advantage other than 0."""
+    names = ("advantage/positive", "advantage/negative")
+    idle = 0
+    while idle < len(history) and all(history[-1 - idle].get(name) == 0 for name in names):
+        idle += 1
+    return idle

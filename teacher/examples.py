@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from data.contracts import PAIRS, RATIONALES, ContractError, read_table
 from teacher.prompt import Prompt
 from teacher.rationale import lexical_rationale
 from teacher.verifier import ANSWER
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,32 @@ def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit
         target = f"{reason} {ANSWER.format(grade=row['grade'])}"
         examples.append(Example(rendered, row["grade"], target))
     return examples
+
+
+def drop_too_long(
+    examples: list[Example], tokenizer: Any, positions: int | None, max_completion_tokens: int
+) -> list[Example]:
+    """The examples whose prompt leaves room for a completion, and for the target, in a model of so many positions.
+
+    Those left out are counted in one warning. Raises `ContractError` if none is left.
+    """
+    if positions is None or not examples:
+        return examples
+    prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
+    targets = tokenizer([example.target for example in examples], add_special_tokens=False)["input_ids"]
+    needs = [
+        len(prompt) + max(max_completion_tokens, len(target) + 1)
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
+    fitting = [example for example, need in zip(examples, needs, strict=True) if need <= positions]
+    remedy = (
+        f"the longest needs {max(needs):,} tokens with its completion, and the model has {positions:,} positions: lower "
+        "teacher.prompt.max_text_chars or teacher.max_completion_tokens, or choose another model"
+    )
+    if not fitting:
+        raise ContractError(f"every prompt is too long; {remedy}")
+    if len(fitting) < len(examples):
+        logger.warning(
+            "%d of %d examples are left out as too long; %s", len(examples) - len(fitting), len(examples), remedy
+        )
+    return fitting

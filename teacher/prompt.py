@@ -7,30 +7,25 @@ close a turn, start a new line, imitate the answer tag or add a control token. W
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data.contracts import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale, digest
+from teacher.chat_template import render, special_tokens
 from teacher.config import PromptConfig
 from teacher.rationale import compare_words
 
 TEACHER_FILE = "teacher.json"
-PROMPT_FORMAT = 1
+PROMPT_FORMAT = 2
 """Raised by hand when the text that a teacher sees for some pair changes (`messages`, `as_data`, `compare_words`, `render`):
 annotations under the old text are then made anew."""
-
-# For a base model that brings no chat template of its own.
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Answer:\n{% endif %}"
-)
-
+_SAMPLE = ("query", "title", "text", {"name": "value"})
 _BRACKETS = str.maketrans({"<": "‹", ">": "›"})
 _SPACE = re.compile(r"\s+")
 
@@ -45,10 +40,12 @@ class Prompt:
 
     @property
     def version(self) -> str:
-        """A hash of everything that decides the prompt's text."""
-        sample = self.messages("query", "title", "text", {"name": "value"}, ())
-        text = json.dumps([PROMPT_FORMAT, sample, self.config.model_dump(mode="json")], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """A hash of everything that decides what the prompt says, whatever model it is written for."""
+        return digest([PROMPT_FORMAT, self.messages(*_SAMPLE, ()), self.config.model_dump(mode="json")])
+
+    def rendered_version(self, tokenizer: Any) -> str:
+        """A hash of `version` and of a prompt's text as this tokenizer's chat template writes it."""
+        return digest([self.version, self.text(tokenizer, *_SAMPLE)])
 
     def system(self) -> str:
         """The guideline, the grades (if they are spelt out) and the form of the answer."""
@@ -99,7 +96,11 @@ class Prompt:
         attributes: Mapping[str, str] | None = None,
     ) -> str:
         """The prompt as the tokenizer's chat template renders it, ready for a completion."""
-        return render(tokenizer, self.messages(query, ad_title, ad_text, attributes, special_tokens(tokenizer)))
+        return self.render(tokenizer, self.messages(query, ad_title, ad_text, attributes, special_tokens(tokenizer)))
+
+    def render(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+        """`render` with the config's `chat_template_kwargs`."""
+        return render(tokenizer, messages, self.config.chat_template_kwargs)
 
     def ids(
         self,
@@ -133,8 +134,7 @@ class PromptWriter:
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[int] | str]:
         """For each pair its token ids, or the reason why it has none.
 
-        A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of entries with `key` and `value`; any of them
-        may be None.
+        A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of (name, value); any of them may be None.
         """
         heads: list[list[int] | None] = []
         texts: list[str] = []
@@ -161,13 +161,13 @@ class PromptWriter:
         for name, called in (("query", "query"), ("ad_title", "ad title")):
             if not as_data(pair[name] or "", self._prompt.config.max_title_chars, ()):
                 raise _NoPromptError(f"the {called} is empty or has no visible character")
-        attributes = {entry["key"]: entry["value"] for entry in pair["attributes"] or ()}
+        attributes = dict(pair["attributes"] or ())
         messages = self._prompt.messages(pair["query"], pair["ad_title"], pair["ad_text"], attributes, self._special)
         data = messages[-1]["content"]
         # A template may strip what it is given; text without spaces at its ends is the same either way.
         if self._frame is not None and data == data.strip():
             return self._head, data.join(self._frame)
-        return [], render(self._tokenizer, messages)
+        return [], self._prompt.render(self._tokenizer, messages)
 
     def _tokenised_once(self, frame: tuple[str, str] | None) -> tuple[list[int], tuple[str, str] | None]:
         """Token ids of the beginning that all prompts share, and the frame without it; none, and `frame`, where the
@@ -181,7 +181,8 @@ class PromptWriter:
         if frame is None:
             return [], None
         before, after = frame
-        cut = max((before.rfind(token) for token in self._special), default=-1)
+        own = self._tokenizer.added_tokens_encoder
+        cut = max((before.rfind(token) for token in self._special if token in own), default=-1)
         if cut <= 0:
             return [], frame
         sample = f"red shoes{after}"
@@ -214,18 +215,12 @@ def _frame(prompt: Prompt, tokenizer: Any) -> tuple[str, str] | None:
     system = {"role": "system", "content": prompt.system()}
 
     def rendered(data: str) -> str:
-        return render(tokenizer, [system, {"role": "user", "content": data}])
+        return prompt.render(tokenizer, [system, {"role": "user", "content": data}])
 
     first = prompt.messages("q", "t", None, None, ())[-1]["content"]
     before, found, after = rendered(first).partition(first)
     second = prompt.messages("1" * 200, "Größe 3 " * 30, "x {{ y }} \\n", {"a": "b"}, ())[-1]["content"]
     return (before, after) if found and rendered(second) == f"{before}{second}{after}" else None
-
-
-def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Chat messages as the tokenizer's template writes them, ready for a completion."""
-    template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
-    return tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
 
 
 def as_data(text: str, limit: int, special_tokens: tuple[str, ...]) -> str:
@@ -240,10 +235,18 @@ def as_data(text: str, limit: int, special_tokens: tuple[str, ...]) -> str:
     if not text.isprintable():  # printable text, which is nearly all there is, has none of these
         text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs", "Co", "Cn") and c not in _BIDI)
     text = text.translate(_BRACKETS)
+    dot = _divider(special_tokens)
     for token in special_tokens:
         while token in text:
-            text = text.replace(token, f"{token[0]}·{token[1:]}")
+            text = text.replace(token, f"{token[0]}{dot}{token[1:]}")
     return text[:limit].strip()
+
+
+@lru_cache
+def _divider(special_tokens: tuple[str, ...]) -> str:
+    """A dot that is in no special token: what it breaks up cannot become one again, whatever stands beside it."""
+    used = set("".join(special_tokens))
+    return next(dot for dot in map(chr, (0xB7, *range(0x2219, 0x2300))) if dot not in used)
 
 
 def used_chars(limit: int) -> int:
@@ -253,17 +256,6 @@ def used_chars(limit: int) -> int:
 
 # Characters that reorder what a reader sees (Unicode bidirectional controls).
 _BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Strings that the tokenizer turns into control tokens, longest first.
-
-    One-character tokens and plain words are not among them: breaking those up would damage ordinary text, and a special
-    token without any mark would already be ambiguous to its own tokenizer.
-    """
-    found = {str(token) for token in tokenizer.added_tokens_encoder} | set(tokenizer.all_special_tokens)
-    marked = {token for token in found if len(token) > 1 and not token.isalnum() and not token.isspace()}
-    return tuple(sorted(marked, key=lambda token: (-len(token), token)))
 
 
 def save_prompt(prompt: Prompt, folder: Path, **more: Any) -> None:

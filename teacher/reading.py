@@ -1,4 +1,4 @@
-"""From the completions of one pair to its annotation: votes, grade, probabilities, reasoning.
+"""From the completions of one pair to votes, a grade, probabilities and reasoning, for annotation and evaluation alike.
 
 A grade's probability comes from the model's own distribution over the grade digits at the answer, averaged over the
 samples; where an engine gives no log probabilities, a sample counts as its vote.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.contracts import ContractError, read_json
 from teacher.engines.base import Completion
 from teacher.verifier import ANSWER, parse_grade
 
@@ -18,9 +20,33 @@ FLOOR = 1e-6  # probability of a grade that is not among the reported tokens
 _TAIL = "</answer>"
 _ANSWER_END = re.compile(r"[0-9]</answer>\s*\Z")
 _ANSWER_LENGTH = len(ANSWER.format(grade=0))
+_THINK_TAGS = re.compile(r"</?think>")
 _LONGEST_TAIL = 24  # tokens; the tail and white space are far fewer
 _USUAL_TAIL = 8
 _REMEMBERED = 100_000  # entries of a cache; answers are spelt in few ways
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """The ids of all tokens that end a completion of the model in `folder`, for rewards, evaluation and annotation alike.
+
+    They are the tokenizer's own end token and every `eos_token_id` of generation_config.json or, where that names none, of
+    config.json: what vLLM and `transformers.generate` stop at. A completion is finished if its last token is one of them;
+    an engine's finish reason `stop` says the same. Raises `ContractError` when there is none.
+    """
+    ids = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        named = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        if named is not None:
+            ids.update(named if isinstance(named, list) else [named])
+            break
+    if not (ids := ids - {None}):
+        raise ContractError(f"{folder} names no end token: set eos_token_id in its generation_config.json")
+    return frozenset(ids)
+
+
+def answer_logprobs(num_grades: int) -> int:
+    """How many log probabilities of a step to ask an engine for: the grades, and room for other spellings of them."""
+    return min(20, num_grades + 4)
 
 
 class Sample(NamedTuple):
@@ -31,11 +57,11 @@ class Sample(NamedTuple):
     reasoning: str
 
 
-class Outcome(NamedTuple):
-    """A pair's annotation; `grade`, `probs`, `agreement` and `reasoning` are None when no sample parsed."""
+class Aggregate(NamedTuple):
+    """What the samples of one pair say together, as columns of `ANNOTATIONS`; the first four are None when none parsed."""
 
     grade: int | None
-    probs: list[float] | None
+    grade_probs: list[float] | None
     agreement: float | None
     reasoning: str | None
     votes: list[int]
@@ -47,18 +73,20 @@ class AnswerReader:
 
     def __init__(self, tokenizer: Any, num_grades: int) -> None:
         self._tokenizer = tokenizer
-        self._num_grades = num_grades
+        self.num_grades = num_grades
         # What tokens mean at the answer, and where the digit is from the end: the same few over and over.
         self._grades: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._places: dict[tuple[int, ...], int] = {}
 
     def read(self, completion: Completion) -> Sample:
-        """A completion that was cut off has no grade, whatever it says."""
+        """A completion that did not end by itself has no grade, whatever it says."""
         text = completion.text
-        grade = None if completion.finish_reason == "length" else parse_grade(text, self._num_grades)
+        grade = parse_grade(text, self.num_grades) if completion.finish_reason == "stop" else None
         if grade is None:
             return Sample(None, None, text.strip())
-        return Sample(grade, self._distribution(completion, grade), text.rstrip()[:-_ANSWER_LENGTH].strip())
+        return Sample(
+            grade, self._distribution(completion, grade), _THINK_TAGS.sub("", text.rstrip()[:-_ANSWER_LENGTH]).strip()
+        )
 
     def _distribution(self, completion: Completion, grade: int) -> list[float] | None:
         """The model's distribution over the K grades at the answer digit, renormalised; None without log probabilities."""
@@ -74,7 +102,7 @@ class AnswerReader:
         if not grades:
             return None
         logprobs = completion.top_logprobs[place]
-        mass = [0.0] * self._num_grades
+        mass = [0.0] * self.num_grades
         for token, other in grades:
             if token in logprobs:
                 mass[other] += math.exp(logprobs[token])
@@ -94,7 +122,7 @@ class AnswerReader:
         if not digit:
             return []
         ends = [_TAIL[:length] for length in range(len(_TAIL) + 1)]
-        spelt = {f"{head}{other}{end}": other for other in range(self._num_grades) for end in ends}
+        spelt = {f"{head}{other}{end}": other for other in range(self.num_grades) for end in ends}
         found = {text: find(text) for text in spelt}
         # What the vocabulary lacks comes back as its unknown token, or as None.
         return [(t, spelt[text]) for text, t in found.items() if t is not None and spell(t) == text]
@@ -117,8 +145,8 @@ class AnswerReader:
         return None
 
 
-def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
-    """The annotation that the samples of one pair amount to.
+def aggregate(samples: Sequence[Sample], num_grades: int) -> Aggregate:
+    """The grade and the probabilities that follow from the samples of one pair.
 
     grade: the majority of the votes; a tie goes to the higher mean probability, then to the lower grade.
     agreement: the share of the parsed samples that voted for the grade.
@@ -127,11 +155,11 @@ def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
     """
     if len(samples) == 1 and samples[0].probs:  # what follows says the same, at some length
         (only,) = samples
-        return Outcome(only.grade, only.probs, 1.0, only.reasoning, [only.grade], 0)  # type: ignore[list-item]
+        return Aggregate(only.grade, only.probs, 1.0, only.reasoning, [only.grade], 0)  # type: ignore[list-item]
     parsed = [sample for sample in samples if sample.grade is not None]
     unparsed = len(samples) - len(parsed)
     if not parsed:
-        return Outcome(None, None, None, None, [], unparsed)
+        return Aggregate(None, None, None, None, [], unparsed)
     votes: list[int] = [sample.grade for sample in parsed]  # type: ignore[misc]
     shares = [
         sample.probs or [float(g == grade) for g in range(num_grades)]
@@ -144,4 +172,4 @@ def combine(samples: Sequence[Sample], num_grades: int) -> Outcome:
     best = max(
         (place for place, vote in enumerate(votes) if vote == grade), key=lambda place: (shares[place][grade], -place)
     )
-    return Outcome(grade, probs, most / len(parsed), parsed[best].reasoning, votes, unparsed)
+    return Aggregate(grade, probs, most / len(parsed), parsed[best].reasoning, votes, unparsed)

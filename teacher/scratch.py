@@ -39,7 +39,7 @@ def make_decoder(pairs: Path, out: Path, size: str, seed: int) -> Path:
     if size not in SIZES:
         raise ContractError(f"unknown size 'scratch:{size}'; choose one of {', '.join(SIZES)}")
     hidden, layers, heads, feed_forward, vocabulary = SIZES[size]
-    tokenizer = _train_tokenizer(_corpus(pairs), vocabulary)
+    tokenizer = train_tokenizer(_corpus(pairs), vocabulary)
     return write_decoder(
         tokenizer, out, seed, hidden=hidden, layers=layers, heads=heads, feed_forward=feed_forward, positions=1024
     )
@@ -91,7 +91,7 @@ def _corpus(pairs: Path) -> Iterator[str]:
             yield f"{reason} {ANSWER.format(grade=0)}"
 
 
-def _train_tokenizer(corpus: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     # One case: half the vocabulary, and a word is the same token in a query and at the head of a title.
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -1,7 +1,6 @@
-"""AGPO on TRL's GRPOTrainer: the advantages are ours; loss, generation, logging and checkpoints stay TRL's.
+"""AGPO on TRL's GRPOTrainer: the advantages and the log probabilities are ours; loss, logging and checkpoints stay TRL's.
 
-Only `_calculate_rewards`, `_tokenize_prompts` and `_generate_and_score_completions` are overridden, as TRL's maintainers
-advise. They are private, so TRL is pinned and a test fails if they move.
+The methods that begin with an underscore are private in TRL, so TRL is pinned and a test fails if they move.
 """
 
 from __future__ import annotations
@@ -12,33 +11,180 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from teacher.rollouts import sample_completions
+from teacher.shared_prefix import (
+    Group,
+    can_share,
+    group_by_prefix,
+    micro_batches,
+    token_log_probs,
+)
 
 Advantages = Callable[[Tensor], Tensor]
 
 
 class AGPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` with the advantage estimator given as a function, and optionally DAPO's dynamic sampling.
+    """`GRPOTrainer` with the advantage estimator given as a function, and each prompt computed once for its group.
+
+    A batch of TRL's is an optimiser step here; it is computed in micro-batches of a limited number of tokens.
 
     Args:
         advantages: from rewards (num_groups, group_size) to advantages of the same shape; the rewards are those of the
             one reward function, gathered from all processes, NaN where a completion could not be scored.
         dynamic_sampling: rounds of generation with other prompts that replace groups whose rewards are all equal
             (arXiv 2503.14476); 0 keeps such groups. Needs a dataset of known length, and whole groups on each process.
+        shared_prefix: compute a prompt once for all its completions in a micro-batch, if the model allows it.
+        micro_batch_tokens: tokens, padding included, in one forward and backward pass.
         **options: everything else is GRPOTrainer's. Exactly one reward function is expected.
     """
 
-    def __init__(self, *arguments: Any, advantages: Advantages, dynamic_sampling: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        advantages: Advantages,
+        dynamic_sampling: int = 0,
+        shared_prefix: bool = True,
+        micro_batch_tokens: int = 16_384,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         if len(self.reward_funcs) != 1:
             raise ValueError("AGPOTrainer takes one reward function: the verifier's")
         self.advantages = advantages
         self.dynamic_sampling = dynamic_sampling
+        self.shared_prefix = shared_prefix
+        self.micro_batch_tokens = micro_batch_tokens
         self._gathered_rewards: Tensor | None = None
         self._sampled_tokens = 0.0
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """See `Trainer.train`. First sees whether this model's prompts can be shared."""
+        if self.shared_prefix:
+            prompts = self._tokenize_prompts(sorted(self.train_dataset["prompt"], key=len)[-16:])[0]
+            with self.accelerator.autocast():
+                pad = self._tokenizer.pad_token_id
+                self.shared_prefix = can_share(self.model, prompts, self.max_completion_length, pad)
+        return super().train(*arguments, **options)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """TRL's loss of a batch, whose gradient is already there but for the last micro-batch's.
+
+        The micro-batches are weighted so that the sum is the loss of the whole batch.
+        """
+        if not torch.is_grad_enabled():
+            return super().compute_loss(model, inputs, return_outputs)
+        *others, last = self._micro_batches(inputs)
+        total = 0.0
+        for part, weight in others:
+            with self.accelerator.no_sync(model):
+                loss = weight * super().compute_loss(model, part, return_outputs)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        part, weight = last
+        return weight * super().compute_loss(model, part, return_outputs) + total
+
+    def _micro_batches(self, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+        """Rows of `inputs` for one forward and backward pass each, and their weights; as many on every process."""
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        sequences, starts = _sequences(input_ids, mask, inputs["completion_ids"].size(1))
+        plan = self._plan(sequences, starts)
+        if self.accelerator.num_processes > 1:  # each forward pass gathers metrics from all
+            most = self.accelerator.gather(torch.tensor([len(plan)], device=input_ids.device)).max().item()
+            plan = self._plan(sequences, starts, int(most))
+        tokens = inputs["completion_mask"].sum(dim=1)
+        parts = []
+        for groups in plan:
+            rows = torch.tensor([row for group in groups for row in group.rows], device=input_ids.device)
+            weight = len(rows) / len(sequences)
+            if self.loss_type in ("dapo", "cispo"):  # means over tokens; the other losses are means over completions
+                weight = (tokens[rows].sum() / tokens.sum().clamp(min=1)).item()
+            part = {
+                name: value[rows] if isinstance(value, Tensor) and value.dim() else value
+                for name, value in inputs.items()
+            }
+            part["num_items_in_batch"] = inputs["num_items_in_batch"] * weight
+            parts.append((part, weight))
+        return parts
+
+    def _plan(self, sequences: list[list[int]], starts: list[int], at_least: int = 1) -> list[list[Group]]:
+        if self.shared_prefix:
+            groups = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
+        else:
+            groups = [Group((row,), 0) for row in range(len(sequences))]
+        hidden_size = self.model.config.get_text_config().hidden_size
+        return micro_batches(groups, [len(ids) for ids in sequences], self.micro_batch_tokens, hidden_size, at_least)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log probabilities and entropies of the completions (B, logits_to_keep), 0 where the mask is 0."""
+        if compute_aux_loss:  # of mixtures of experts: its balance is counted over the repeated form
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
+            )
+        sequences, starts = _sequences(input_ids, attention_mask, logits_to_keep)
+        places, log_probs, entropies = [], [], []
+        for groups in self._plan(sequences, starts):
+            with self.accelerator.autocast():
+                values = token_log_probs(model, sequences, starts, groups, self._tokenizer.pad_token_id)
+            log_probs.append(values[0])
+            entropies.append(values[1])
+            for row in (row for group in groups for row in group.rows):
+                begin = row * logits_to_keep
+                places.append(torch.arange(begin, begin + len(sequences[row]) - starts[row]))
+        place = torch.cat(places).to(input_ids.device)
+
+        def scatter(values: list[Tensor]) -> Tensor:
+            flat = values[0].new_zeros(len(sequences) * logits_to_keep)
+            return flat.index_copy(0, place, torch.cat(values)).view(len(sequences), logits_to_keep)
+
+        return scatter(log_probs), scatter(entropies) if compute_entropy else None, None
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         # The prompts are rendered already, control tokens included: a tokenizer that adds its own would double them.
         return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        *more: Any,
+        **others: Any,
+    ) -> tuple[list[list[int]], Any]:
+        if self.use_vllm or not self.shared_prefix:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *more, **others
+            )
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            completions = sample_completions(
+                model,
+                prompt_ids,
+                max_tokens=self.max_completion_length,
+                ends=self.eos_token_ids,
+                temperature=self.temperature,
+                pad=self._tokenizer.pad_token_id,
+            )
+        return completions, None
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -82,7 +228,9 @@ class AGPOTrainer(GRPOTrainer):
         """Replace groups whose rewards are all equal by mixed groups of other prompts, while rounds and groups last."""
         local_groups = len(inputs) // self.num_generations
         if local_groups * self.num_generations != len(inputs):
-            raise ValueError("dynamic sampling needs whole groups on each process: make micro_batch a multiple of G")
+            raise ValueError(
+                "dynamic sampling needs whole groups on each process: make prompts_per_step a multiple of them"
+            )
         first = self.accelerator.process_index * local_groups
         for round_ in range(self.dynamic_sampling):
             if _mixed(rewards).all():
@@ -131,6 +279,13 @@ class AGPOTrainer(GRPOTrainer):
             values[list(rows)] = replacement[list(rows.values())]
             result[name] = values
         return result
+
+
+def _sequences(input_ids: Tensor, mask: Tensor, completion_length: int) -> tuple[list[list[int]], list[int]]:
+    """The tokens of every row where the mask is 1, and at which of them its completion starts; from (B, P + C)."""
+    lengths = mask.sum(dim=1).tolist()
+    starts = mask[:, : mask.size(1) - completion_length].sum(dim=1).tolist()
+    return [ids.tolist() for ids in input_ids[mask.bool()].split(lengths)], starts
 
 
 def _mixed(rewards: Tensor) -> Tensor:

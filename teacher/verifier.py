@@ -14,6 +14,7 @@ Judge = Callable[[str, Any], bool | None]
 """From a completion's text and the gold answer: right, wrong, or None where the completion does not answer properly."""
 
 ANSWER = "<answer>{grade}</answer>"
+_THINK_END = "</think>"
 
 # ASCII digits only: `\d` would take full-width and other scripts' digits.
 _FINAL = re.compile(r"<answer>([0-9])</answer>\s*\Z")
@@ -25,18 +26,28 @@ _ANY_TAG = re.compile(r"<\s*(?:/\s*)?answer", re.IGNORECASE)
 def parse_grade(text: str, num_grades: int) -> int | None:
     """The grade (0 … num_grades−1) that `text` answers with, or None when it does not answer properly.
 
-    Proper is: exactly one `<answer>g</answer>`, at the very end but for white space, g one ASCII digit on the scale.
+    Proper is: exactly one `<answer>g</answer>`, at the very end but for white space, g one ASCII digit on the scale. What
+    stands in `<think>…</think>` is a reason and holds no answer.
 
     >>> parse_grade("Same product.<answer>3</answer>", 4)
     3
     >>> parse_grade("<answer>1</answer> or <answer>3</answer>", 4) is None
     True
     """
+    text = _after_thinking(text)
     found = _FINAL.search(text)
     if found is None or len(_ANY_TAG.findall(text)) != 2:
         return None
     grade = int(found.group(1))
     return grade if grade < num_grades else None
+
+
+def _after_thinking(text: str) -> str:
+    """What follows the last `</think>`, where a reasoning model thinks; empty while the thinking has not ended."""
+    if "<think>" not in text and _THINK_END not in text:
+        return text
+    _, end, rest = text.rpartition(_THINK_END)
+    return rest if end else ""
 
 
 def grade_judge(num_grades: int) -> Judge:

@@ -6,21 +6,20 @@ reason looks like.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import MetricsLog
 from teacher.config import TeacherConfig
 from teacher.distributed import world_size
 from teacher.examples import Example
-
-logger = logging.getLogger(__name__)
+from teacher.loop import StepLog, shared_arguments, train
+from teacher.shared_prefix import Group, can_share, causal_lm, common_prefix, micro_batches, token_log_probs
 
 
 def warm_start(
@@ -34,7 +33,7 @@ def warm_start(
     dataset = Dataset.from_list([_tokenised(example, tokenizer, settings.loss_on_prompt) for example in examples])
     steps = max(1, settings.min_steps, round(len(examples) * settings.epochs / settings.batch_size))
     arguments = TrainingArguments(
-        output_dir=str(out),
+        **shared_arguments(config, out),
         per_device_train_batch_size=settings.batch_size // world_size(),
         max_steps=steps,
         learning_rate=settings.learning_rate,
@@ -47,52 +46,50 @@ def warm_start(
         # (on the synthetic shop, validation accuracy after the same steps fell from 0.67 to 0.42, seed 0).
         train_sampling_strategy="random",
         logging_steps=max(1, steps // 20),
-        save_strategy="steps",
         save_steps=max(10, steps // 4),
-        save_total_limit=1,
-        seed=config.seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=config.dtype == "bfloat16",
-        gradient_checkpointing=config.gradient_checkpointing,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        disable_tqdm=True,
     )
-    trainer = Trainer(
+    add_fused_lm_head(causal_lm(model))
+    trainer = _SharedPrefixTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-        callbacks=[_Progress(log, "warm_start", steps)],
+        callbacks=[StepLog(log, "warm_start")],
     )
-    trainer.remove_callback(PrinterCallback)  # our own progress lines say it
-    checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
-    log.rewind("warm_start", int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1)
-    logger.info(
-        "warm start: %d examples, %d steps%s", len(examples), steps, f" from {checkpoint}" if checkpoint else ""
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if config.agpo.shared_prefix and len(examples) > 1:
+        longest = sorted(dataset["input_ids"], key=len)[-1:]
+        with trainer.accelerator.autocast():
+            trainer.shared_prefix = can_share(model, longest, config.max_completion_tokens, tokenizer.pad_token_id)
+    train(trainer, log, "warm_start")
+
+
+class _SharedPrefixTrainer(Trainer):
+    """A trainer that computes what all examples of a batch begin with, the guideline, once."""
+
+    shared_prefix = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The mean negative log probability of the batch's targets, over all processes."""
+        mask, labels = inputs["attention_mask"].bool(), inputs["labels"]
+        lengths = mask.sum(dim=1).tolist()
+        sequences = [ids.tolist() for ids in inputs["input_ids"][mask].split(lengths)]
+        # Targets are the end of an example, and nothing predicts a first token.
+        counts = (labels != -100).sum(dim=1).tolist()
+        starts = [max(1, length - count) for length, count in zip(lengths, counts, strict=True)]
+        shared = common_prefix(sequences) if self.shared_prefix else 0
+        hidden_size = self.model.config.get_text_config().hidden_size
+        (groups,) = micro_batches([Group(tuple(range(len(sequences))), shared)], lengths, 10**9, hidden_size)
+        log_probs, _ = token_log_probs(model, sequences, starts, groups, self.processing_class.pad_token_id)
+        if num_items_in_batch is None:
+            return -log_probs.sum() / sum(counts)
+        # The count is of all processes, over which the gradients are averaged.
+        return -log_probs.sum() / num_items_in_batch * self.accelerator.num_processes
 
 
 def _tokenised(example: Example, tokenizer: Any, loss_on_prompt: bool) -> dict[str, list[int]]:
     prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
     target = tokenizer(example.target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return {"input_ids": prompt + target, "labels": (prompt if loss_on_prompt else [-100] * len(prompt)) + target}
-
-
-class _Progress(TrainerCallback):
-    """Hands the trainer's logs to our metrics file, and says how far it is."""
-
-    def __init__(self, log: MetricsLog, phase: str, total: int) -> None:
-        self.log, self.phase, self.total = log, phase, total
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
-        self.log.write(self.phase, state.global_step, values)
-        logger.info(
-            "%s: step %d of %d, loss %.3f",
-            self.phase, state.global_step, self.total, logs["loss"],
-            extra={"progress": (state.global_step, self.total)},
-        )  # fmt: skip

@@ -3,7 +3,8 @@
 The one package of this room that other rooms import; light on purpose (pyarrow and pydantic only).
 """
 
-from data.contracts.config import Config
+from data.contracts.annotations import KEY_FILE, annotation_key_of, read_annotations
+from data.contracts.config import Config, UserPath
 from data.contracts.errors import ContractError, Unavailable, first_line
 from data.contracts.files import digest, digest_bytes, digest_files, read_json, write_json, write_text
 from data.contracts.metrics_log import MetricsLog, metric_lines
@@ -26,6 +27,7 @@ __all__ = [
     "ANNOTATIONS",
     "DISAGREEMENT",
     "FREQUENCIES",
+    "KEY_FILE",
     "PAIRS",
     "RATIONALES",
     "SCORES",
@@ -38,6 +40,8 @@ __all__ = [
     "MetricsLog",
     "OnProgress",
     "Unavailable",
+    "UserPath",
+    "annotation_key_of",
     "check_schema",
     "digest",
     "digest_bytes",
@@ -46,6 +50,7 @@ __all__ = [
     "log_progress",
     "metric_lines",
     "on_progress",
+    "read_annotations",
     "read_json",
     "read_table",
     "write_json",

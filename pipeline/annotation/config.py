@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from data.contracts import Config
-from teacher.engines.base import EngineConfig
+from teacher.engines.config import EngineConfig, VLLMConfig
 
 
 class AnnotateConfig(Config):
+    renamed: ClassVar[dict[str, str]] = {"window": "max_in_flight"}
+
     split: Literal["train", "valid", "test", "pool"] = "pool"
     """Which pairs the teacher labels."""
     limit: int = Field(default=0, ge=0)
@@ -23,24 +25,31 @@ class AnnotateConfig(Config):
     """Sample from the smallest set of tokens whose probabilities reach this sum."""
     max_tokens: int = Field(default=0, ge=0, le=100_000)
     """Longest completion in tokens; 0 takes the length that the teacher was trained with."""
-    window: int = Field(default=512, ge=1, le=1_000_000)
-    """Pairs that an engine has under way, started and not yet committed: what a kill loses at most. They are committed in
-    files of a quarter of it. An engine is kept busy by at least twice `max_num_seqs` / n (or, of servers, twice
-    `concurrency` × servers)."""
+    max_in_flight: int = Field(default=512, ge=1, le=1_000_000)
+    """Pairs that an engine has started and not yet committed: what a kill loses at most. They are committed in files of a
+    quarter of it. An engine is kept busy by at least twice `max_num_seqs` / n (or, of servers, twice `concurrency` ×
+    servers)."""
     engines: int = Field(default=1, ge=1, le=10_000)
     """Engines at work at the same time, one partition and one worker process each; on GPUs one for each."""
     partitions: int = Field(default=0, ge=0, le=1_000_000)
     """Partitions of the job; 0 makes one for each engine. A few times as many even out engines of unequal speed, on a
     cluster that has no more task slots than engines (a worker keeps its engine for its next partition)."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = VLLMConfig()
     """Which engine, and its memory."""
     max_files: int = Field(default=1000, ge=1)
     """When a run has finished and its annotations lie in more files than this, small ones are merged."""
     file_rows: int = Field(default=1_000_000, ge=2)
     """Rows of a merged file, about."""
     max_failed_share: float = Field(default=0.05, ge=0, le=1)
-    """The job fails (after keeping everything it made) when more than this share of its pairs failed."""
+    """The job fails, and its annotations stay, when more than this share of the pairs failed."""
+    min_ok_share: float = Field(default=0.5, ge=0, le=1)
+    """The job fails, and its annotations stay, when less than this share of the pairs got a grade."""
     retry_failed: bool = False
     """First drop the rows with status `failed`, so that they are tried again."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of the sampling; with the same seed a pair gets the same completions again."""
+
+    @property
+    def part_size(self) -> int:
+        """Pairs of a file as a worker commits it."""
+        return max(1, self.max_in_flight // 4)

@@ -1,4 +1,4 @@
-"""What an annotation table amounts to: counts, quality against withheld human grades, and a fingerprint.
+"""Metrics of a table of annotations: counts, quality against withheld human grades, and a fingerprint.
 
 Counted by Spark, so that the driver holds a few rows whatever the size of the table.
 """
@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.contracts import GradeScale
+from data.contracts import ANNOTATIONS, GradeScale
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 _HASHED = ("pair_id", "status", "error", "grade", "grade_probs", "reasoning", "votes")
-_REASONS = 100  # kinds of errors that are counted apart
 _BROADCAST = 100_000  # human grades that are sent to every worker
 _STEPS = 10_000  # p(relevant) is rounded to this resolution for the AUC, so that the counts stay few
+
+Reasons = dict[str, Counter[str]]
+"""For the statuses `failed` and `unparsed`: how often each error occurs."""
 
 
 def annotated(spark: SparkSession, out: Path, key: str) -> DataFrame:
     """The rows of `out` under `key`."""
-    # The types of `ANNOTATIONS`, given so that Spark need not open every file to find them.
-    schema = (
-        "pair_id string, annotation_key string, grade int, grade_probs array<double>, reasoning string, votes array<int>, "
-        "agreement double, n_samples int, n_unparsed int, status string, error string, prompt_tokens bigint, "
-        "completion_tokens bigint, created_at timestamp"
-    )
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    # The schema is given so that Spark need not open every file to find it.
+    schema = from_arrow_schema(ANNOTATIONS)
     return spark.read.schema(schema).option("pathGlobFilter", f"{key}-*.parquet").parquet(str(out))
 
 
@@ -45,88 +45,62 @@ def hash_sums(*columns: str) -> list[Column]:
     return [F.sum(value).alias(f"hash{i}") for i, value in enumerate(hashes)]
 
 
-def table_figures(
+def table_metrics(
     spark: SparkSession, out: Path, key: str, pairs: Path, split: str
-) -> tuple[str, dict[str, Any], Counter[str]]:
-    """Fingerprint, key figures and counted failures of the rows of `out` under `key`.
+) -> tuple[str, dict[str, Any], Reasons]:
+    """Fingerprint, metrics and the counted errors of the rows of `out` under `key`.
 
-    The fingerprint depends on the rows only, not on their files or their order, nor on when they were made. Quality is
-    measured on the pairs of `split` that have a human grade and an annotation with status ok; without such pairs
-    those figures are absent.
+    The fingerprint depends on the rows only, not on their files or order, nor on when they were made. Quality is measured on
+    the pairs of `split` that have a human grade and an annotation with status ok; those metrics are absent without any.
     """
     from pyspark.sql import functions as F
 
     rows = annotated(spark, out, key)
     total = rows.agg(
         F.count("*").alias("pairs"),
-        *[F.count(F.when(F.col("status") == status, 1)).alias(status) for status in ("ok", "unparsed", "failed")],
+        *[F.count_if(F.col("status") == status).alias(status) for status in ("ok", "unparsed", "failed")],
         *[F.sum(name).alias(name) for name in ("prompt_tokens", "completion_tokens", "n_samples", "n_unparsed")],
         F.avg("agreement").alias("agreement"),
         *hash_sums(*_HASHED),
     ).first()
     assert total is not None  # an aggregate without groups has one row
-    count = total["pairs"]
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "annotation_key": key,
-        "pairs": count,
-        "ok": total["ok"],
-        "ok_share": total["ok"] / count if count else 0.0,
-        "unparsed": total["unparsed"],
-        "failed": total["failed"],
+        **{name: total[name] for name in ("pairs", "ok", "unparsed", "failed")},
+        "ok_share": total["ok"] / total["pairs"] if total["pairs"] else 0.0,
         "sample_parse_rate": 1 - total["n_unparsed"] / total["n_samples"] if total["n_samples"] else 0.0,
-        "agreement": total["agreement"] or 0.0,
-        "prompt_tokens": total["prompt_tokens"] or 0,
-        "completion_tokens": total["completion_tokens"] or 0,
+        **{name: total[name] or 0 for name in ("agreement", "prompt_tokens", "completion_tokens")},
     }
-    reasons: Counter[str] = Counter()
-    if total["failed"]:
+    reasons: Reasons = {"failed": Counter(), "unparsed": Counter()}
+    if total["ok"] < total["pairs"]:
         # "too long: 812 tokens" and "too long: 790 tokens" are one reason.
         reason = F.substring(F.regexp_replace("error", r"\d+", "#"), 1, 160).alias("reason")
-        found = rows.where(F.col("status") == "failed").groupBy(reason).count().orderBy(F.desc("count"), "reason")
-        reasons = Counter({row["reason"]: row["count"] for row in found.limit(_REASONS).collect()})
-    scale = GradeScale.load(pairs)
-    figures |= quality(_judged(spark, rows, pairs, split, scale), scale)
-    parts = [int(total[f"hash{i}"] or 0) % 2**64 for i in range(2)]
-    return f"{parts[0]:016x}{parts[1]:016x}", figures, reasons
+        errors = rows.where(F.col("status") != "ok").groupBy("status", reason).count()
+        for row in errors.orderBy(F.desc("count"), "reason").limit(100).collect():
+            reasons[row["status"]][row["reason"]] = row["count"]
+    metrics |= _quality(spark, rows, pairs, split)
+    hashes = [int(total[f"hash{i}"] or 0) % 2**64 for i in range(2)]
+    return f"{hashes[0]:016x}{hashes[1]:016x}", metrics, reasons
 
 
-Judged = list[tuple[int, int, float, int]]
-
-
-def _judged(spark: SparkSession, rows: DataFrame, pairs: Path, split: str, scale: GradeScale) -> Judged:
-    """How often each (human grade, teacher's grade, rounded p(relevant)) occurs."""
+def _quality(spark: SparkSession, rows: DataFrame, pairs: Path, split: str) -> dict[str, float]:
+    """`label_metrics` of the usable rows, from counts of (human grade, teacher's grade, rounded p(relevant))."""
     from pyspark.sql import functions as F
 
+    scale = GradeScale.load(pairs)
     graded = spark.read.parquet(str(pairs / "pairs")).where((F.col("split") == split) & F.col("grade").isNotNull())
     human = graded.select("pair_id", F.col("grade").alias("human"))
-    few = human.count()
-    if not few:
-        return []
-    if few <= _BROADCAST:  # then the whole table of annotations need not be shuffled for them
+    count = human.count()
+    if not count:
+        return {}
+    if count <= _BROADCAST:  # then the whole table of annotations need not be shuffled for them
         human = F.broadcast(human)
-    relevant = F.aggregate(
-        F.slice("grade_probs", scale.relevant_from + 1, scale.size), F.lit(0.0), lambda total, p: total + p
-    )
+    relevant = F.aggregate(F.slice("grade_probs", scale.relevant_from + 1, scale.size), F.lit(0.0), lambda s, p: s + p)
     ok = rows.where(F.col("status") == "ok").select("pair_id", "grade", F.round(relevant * _STEPS).alias("p"))
     counted = human.join(ok, "pair_id").groupBy("human", "grade", "p").count().collect()
-    return [(row["human"], row["grade"], row["p"] / _STEPS, row["count"]) for row in counted]
-
-
-def quality(judged: Judged, scale: GradeScale) -> dict[str, float]:
-    """Accuracy, macro-F1 and AUC of p(relevant) for (human grade, teacher's grade, p(relevant), number of such pairs)."""
-    if not judged:
+    if not counted:
         return {}
-    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+    from teacher.evaluate import label_metrics  # scikit-learn is a third of the driver's memory
 
-    human, grades, p, counts = (np.array(column) for column in zip(*judged, strict=True))
-    found = {
-        "n_graded": float(counts.sum()),
-        "accuracy": float(accuracy_score(human, grades, sample_weight=counts)),
-        "macro_f1": float(
-            f1_score(human, grades, average="macro", labels=np.unique(human), zero_division=0, sample_weight=counts)
-        ),
-    }
-    relevant = human >= scale.relevant_from
-    if len(np.unique(relevant)) == 2:  # undefined otherwise
-        found["auc"] = float(roc_auc_score(relevant, p, sample_weight=counts))
-    return found
+    gold, grades, p, pairs_of = (np.array(column) for column in zip(*counted, strict=True))
+    return {"n_graded": float(pairs_of.sum()), **label_metrics(gold, grades, p, scale.relevant_from, pairs_of)}

@@ -10,6 +10,8 @@ import pyarrow.dataset as pads
 from data.contracts import PAIRS, ContractError, check_schema
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.metrics import annotated, hash_sums
+from pipeline.annotation.store import files_of
+from pipeline.rows import attributes_as_json
 from teacher.config import PromptConfig
 from teacher.prompt import used_chars
 
@@ -22,36 +24,37 @@ _LONGEST = 2**20  # bytes; texts beyond this count as equally long
 def missing(
     spark: SparkSession, config: AnnotateConfig, prompt: PromptConfig, pairs: Path, out: Path, key: str
 ) -> tuple[DataFrame, int, int]:
-    """The wanted pairs that have no row under `key` yet (the id, and as much text as the prompt uses); how many pairs
-    are wanted, and how many of them are missing."""
+    """The pairs of `config` that have no row under `key` yet (the id, and as much text as the prompt uses), how many pairs
+    `config` names, and how many of them are missing.
+
+    Raises `ContractError` when there is no table of pairs, or none of its pairs is meant.
+    """
     from pyspark.sql import functions as F
 
     source = pairs / "pairs"
     if not source.is_dir():
         raise ContractError(f"{source} does not exist; run data-prepare first")
     check_schema(pads.dataset(source, format="parquet").schema, PAIRS, str(source))
-    wanted = spark.read.parquet(str(source)).where(F.col("split") == config.split)
+    meant = spark.read.parquet(str(source)).where(F.col("split") == config.split)
     if config.limit:
-        first = wanted.select("pair_id").distinct().orderBy("pair_id").limit(config.limit)
-        wanted = wanted.join(first, "pair_id", "left_semi")
+        first = meant.select("pair_id").distinct().orderBy("pair_id").limit(config.limit)
+        meant = meant.join(first, "pair_id", "left_semi")
+    todo = meant.select("pair_id", *_texts(prompt))
     # These passes read the ids alone; the texts are read once, when the job runs.
-    done = annotated(spark, out, key).select("pair_id")
-    if any(out.glob(f"{key}-*.parquet")):
-        sums = _id_sums(wanted)
-        if sums["rows"] and sums == _id_sums(done):  # the same ids: known without a join
-            return wanted.select("pair_id", *_texts(prompt)).limit(0), sums["rows"], 0
-        wanted, ids = wanted.join(done, "pair_id", "left_anti"), wanted.select("pair_id").distinct()
-        count, left = ids.count(), ids.join(done, "pair_id", "left_anti").count()
-        wanted = wanted.dropDuplicates(["pair_id"])
-    else:
-        count, repeats = _counted(wanted)
-        if repeats:
-            wanted = wanted.dropDuplicates(["pair_id"])
-            count = wanted.count()
-        left = count
-    if not count:
+    done = annotated(spark, out, key).select("pair_id") if files_of(out, key) else None
+    sums = _id_sums(meant)
+    if not sums["rows"]:
         raise ContractError(f"split '{config.split}' of {source} has no pairs; choose another split")
-    return wanted.select("pair_id", *_texts(prompt)), count, left
+    if done is not None and sums == _id_sums(done):  # the same ids: known without a join
+        return todo.limit(0), sums["rows"], 0
+    # Spread first: removing repeats within every task beforehand, as Spark would, gains nothing where hardly an id repeats.
+    ids = meant.select("pair_id").repartition("pair_id").distinct()
+    total = left = ids.count()
+    if total < sums["rows"]:
+        todo = todo.dropDuplicates(["pair_id"])
+    if done is not None:
+        todo, left = todo.join(done, "pair_id", "left_anti"), ids.join(done, "pair_id", "left_anti").count()
+    return todo, total, left
 
 
 def in_order(todo: DataFrame, partitions: int) -> DataFrame:
@@ -81,18 +84,6 @@ def _id_sums(table: DataFrame) -> Row:
     return row
 
 
-def _counted(table: DataFrame) -> tuple[int, bool]:
-    """How many rows there are, and whether an id occurs twice; the latter may be wrongly true (a collision of hashes),
-    never wrongly false."""
-    from pyspark.sql import functions as F
-
-    # Spread first: counting within every task beforehand, as Spark would, gains nothing where hardly an id repeats.
-    hashes = table.select(F.xxhash64("pair_id").alias("id")).repartition("id")
-    row = hashes.groupBy("id").count().agg(F.sum("count").alias("rows"), F.max("count").alias("most")).first()
-    assert row is not None  # an aggregate without groups has one row
-    return row["rows"] or 0, (row["most"] or 0) > 1
-
-
 def _texts(prompt: PromptConfig) -> list[Column]:
     """The columns that the prompt shows, cut to what it can use: a megabyte of title must not travel, and pairs that
     differ only in what is left out have equal columns. Valid UTF-8 afterwards, which Arrow and Python insist on."""
@@ -104,15 +95,8 @@ def _texts(prompt: PromptConfig) -> list[Column]:
         return F.make_valid_utf8(F.when(F.octet_length(column) <= used, column).otherwise(F.substring(column, 1, used)))
 
     title, text = prompt.max_title_chars, prompt.max_text_chars
-    listed = text or title
-    # A list of entries: names that are equal after the cut would be an error in a map. As JSON, which Spark hands to Python
-    # faster than lists: in Spark 4.3 a batch whose lists are all null takes 15 µs a row.
-    attributes = F.transform(
-        F.map_entries("attributes"),
-        lambda e: F.struct(cut(e["key"], listed).alias("key"), cut(e["value"], listed).alias("value")),
-    )
-    attributes = F.to_json(attributes, {"ignoreNullFields": "false"})
     nothing = F.lit(None).cast("string")
+    attributes = attributes_as_json(lambda column: cut(column, text or title))
     return [
         cut(F.col("query"), title).alias("query"),
         cut(F.col("ad_title"), title).alias("ad_title"),

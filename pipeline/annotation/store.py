@@ -1,36 +1,39 @@
-"""How annotations get into their folder: whole files by atomic rename, from one run at a time.
+"""The folder of annotations: whole files by atomic rename, from one run at a time; small files merged.
 
 A run owns the folder from `take_over` until the next run takes it over. Workers of a killed run may outlive it for a
-moment; they look before every rename whether they still own the folder, under a lock that `take_over` holds alone. So no
-pair is ever there twice under a key. The folder is one that all workers can write, with POSIX rename and locks (a local
-disk, NFS 4, Lustre); object stores have neither, so mount one with a file system that does.
+moment; they check before every rename whether their run still owns the folder, under a lock that `take_over` holds alone.
+So no pair is ever there twice under a key. All workers must be able to write the folder, with POSIX rename and locks (a
+local disk, NFS 4, Lustre); object stores have neither, so mount one with a file system that does.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.contracts import ContractError, digest
+from data.contracts import ANNOTATIONS, ContractError, digest, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 # Names with a leading "_" are skipped by Arrow, by Spark and by `files_of`.
 TEMPORARY = "_tmp-"
 DAMAGED = "_damaged-"
+_MERGED = "_merged-"
 _OWNER = "_owner.json"
-_LOCK = "_lock"
 _MAGIC = b"PAR1"
+_ROW_GROUP = 100_000
+_MERGE_THREADS = 4
 
 
 def files_of(out: Path, key: str) -> list[Path]:
@@ -38,28 +41,30 @@ def files_of(out: Path, key: str) -> list[Path]:
     return sorted(out.glob(f"{key}-*.parquet"))
 
 
-def take_over(out: Path) -> str:
-    """Make this run the owner of the folder and return its name; clears away what killed runs left.
+def part_path(out: Path, key: str, pair_ids: Sequence[str]) -> Path:
+    """A part's file: its name follows from the key and the pairs, so that the same part is never there twice."""
+    return out / f"{key}-{digest(sorted(pair_ids))}.parquet"
 
-    Half-written files go. A file that is not whole (a disk or a file system failed under it) is set aside, so that its
-    pairs are done again.
+
+def take_over(out: Path) -> str:
+    """Make this run the owner of the folder and return its name; completes or clears away what killed runs left.
+
+    Half-written files go, and merges that were begun are finished. A file that is not whole (a disk or a file system failed
+    under it) is set aside, so that its pairs are annotated again.
     """
     out.mkdir(parents=True, exist_ok=True)
     run = uuid.uuid4().hex
     with disk_errors(out), _locked(out, fcntl.LOCK_EX):
-        (out / _OWNER).write_text(json.dumps({"run": run, "pid": os.getpid()}) + "\n", encoding="utf-8")
-    for leftover in out.glob(f"{TEMPORARY}*"):
+        write_json(out / _OWNER, {"run": run, "pid": os.getpid()})
+    for note in out.glob(f"{_MERGED}*.json"):
+        _finish_merge(note)
+    for leftover in [*out.glob(f"{TEMPORARY}*"), *out.glob(f"{_MERGED}*")]:
         leftover.unlink(missing_ok=True)
     for file in out.glob("[!_]*.parquet"):
         if not _whole(file):
-            log.warning("annotate: %s is damaged and set aside; its pairs are done again", file)
+            log.warning("annotate: %s is damaged and set aside; its pairs are annotated again", file)
             file.rename(file.with_name(f"{DAMAGED}{file.name}"))
     return run
-
-
-def part_path(out: Path, key: str, pair_ids: list[str]) -> Path:
-    """A part's file: its name follows from the key and the pairs, so that the same part is never there twice."""
-    return out / f"{key}-{digest(sorted(pair_ids))}.parquet"
 
 
 def commit(path: Path, table: pa.Table, run: str) -> None:
@@ -70,25 +75,52 @@ def commit(path: Path, table: pa.Table, run: str) -> None:
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with disk_errors(path.parent):
-            with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())  # before the rename: a name must not outlive a power cut that its bytes do not
+            _write(temporary, [table])
             with _locked(path.parent, fcntl.LOCK_SH):
-                check_owner(path.parent, run)
+                _check_owner(path.parent, run)
                 temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def check_owner(out: Path, run: str) -> None:
-    """Raise `ContractError` when `run` does not own the folder any more."""
-    owner = json.loads((out / _OWNER).read_text(encoding="utf-8"))
-    if owner["run"] != run:
-        raise ContractError(
-            f"another run (process {owner['pid']}) has taken {out} over and goes on with it; this one ends here"
-        )
+def drop_failed(out: Path, key: str, run: str) -> int:
+    """Take the failed rows of `key` out of their files, one file at a time; returns how many they were."""
+    dropped = 0
+    for file in files_of(out, key):
+        table = pq.read_table(file, schema=ANNOTATIONS)
+        remaining = table.filter(pc.not_equal(table["status"], "failed"))
+        dropped += table.num_rows - remaining.num_rows
+        # Under the old name, by one rename: no row is ever there twice. A new part cannot have this name, as its pairs
+        # would be those of the old one, of which some are still here.
+        if not remaining.num_rows:
+            file.unlink()
+        elif remaining.num_rows < table.num_rows:
+            commit(file, remaining, run)
+    log.info("annotate: %d failed rows dropped, to be tried again", dropped)
+    return dropped
+
+
+def compact(out: Path, key: str, run: str, rows: int) -> int:
+    """Merge the files of `key` with fewer than half of `rows` rows into files of about `rows`; how many files went away.
+
+    A merge is noted before it is done: the merged file is written under a hidden name, then a note of its sources; then the
+    sources go, and the merged file gets its name. `take_over` completes one that was killed, so no row is lost and none is
+    there twice. `run` must own the folder. Memory holds a row group for each of at most four threads.
+    """
+
+    def merge(sources: Sequence[Path]) -> int:
+        _check_owner(out, run)
+        with disk_errors(out):
+            note = _note_merge(out, key, sources)
+        _finish_merge(note)
+        return len(sources) - 1
+
+    with ThreadPoolExecutor(min(_MERGE_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        gone = sum(pool.map(merge, list(_small_files(out, key, rows))))
+    if gone:
+        log.info("annotate: %d files merged away, %d left", gone, len(files_of(out, key)))
+    return gone
 
 
 @contextmanager
@@ -104,9 +136,63 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+def _small_files(out: Path, key: str, rows: int) -> Iterator[list[Path]]:
+    """Groups of files to be merged, each of about `rows` rows in all."""
+    group: list[Path] = []
+    total = 0
+    for file in files_of(out, key):
+        count = pq.read_metadata(file).num_rows
+        if 2 * count < rows:
+            group.append(file)
+            total += count
+        if total >= rows:
+            yield group
+            group, total = [], 0
+    if len(group) > 1:
+        yield group
+
+
+def _note_merge(out: Path, key: str, sources: Sequence[Path]) -> Path:
+    """Write the merged file and, last, the note that makes it count."""
+    name = digest([file.name for file in sources])
+    # Threads of Arrow's own would read no faster and have their allocator keep 40 MiB more.
+    readers = (pq.ParquetFile(file).iter_batches(_ROW_GROUP, use_threads=False) for file in sources)
+    _write(out / f"{_MERGED}{name}.parquet", (batch for batches in readers for batch in batches))
+    note = out / f"{_MERGED}{name}.json"
+    write_json(note, {"target": f"{key}-{name}.parquet", "sources": [file.name for file in sources]})
+    return note
+
+
+def _finish_merge(note: Path) -> None:
+    content, merged = read_json(note), note.with_suffix(".parquet")
+    for source in content["sources"]:
+        (note.parent / source).unlink(missing_ok=True)
+    if merged.exists():  # else it has its name already
+        merged.rename(note.parent / content["target"])
+    note.unlink()
+
+
+def _write(path: Path, tables: Iterator[pa.RecordBatch] | Sequence[pa.Table]) -> None:
+    """Write annotations and sync them: a name must not outlive a power cut that its bytes do not."""
+    with path.open("wb") as sink:
+        with pq.ParquetWriter(sink, ANNOTATIONS, compression="zstd") as writer:
+            for table in tables:
+                writer.write(table.cast(ANNOTATIONS))
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def _check_owner(out: Path, run: str) -> None:
+    owner = read_json(out / _OWNER)
+    if owner["run"] != run:
+        raise ContractError(
+            f"another run (process {owner['pid']}) has taken {out} over and goes on with it; this one ends here"
+        )
+
+
 @contextmanager
 def _locked(out: Path, how: int) -> Iterator[None]:
-    with (out / _LOCK).open("a") as file:
+    with (out / "_lock").open("a") as file:
         fcntl.flock(file, how)
         yield
 

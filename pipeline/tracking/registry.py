@@ -1,8 +1,9 @@
-"""Versions of the teacher and the student in MLflow's model registry.
+"""Versions of the teacher and the student in MLflow's model registry, and which of them is champion.
 
-A new version gets the alias `candidate`. A teacher is `champion` while there is none; which student is,
-`pipeline.tracking.promotion` decides. A registration may come long after the stage,
-when the store was down, and may be tried twice.
+A new version gets the alias `candidate`. A teacher is `champion` while there is none. A student becomes champion when a
+paired bootstrap on human labels finds it no worse than the champion before it; the reason is a tag of the version
+(`promotion`), whatever was decided. Rolling back is moving the alias, see docs/operations.md. A registration may come long
+after the stage, and twice.
 """
 
 from __future__ import annotations
@@ -10,158 +11,158 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array, Map
 
-from data.contracts import ContractError
+from data.contracts import ContractError, GradeScale, read_json
 from pipeline.artifacts import read_record
-from pipeline.tracking.promotion import promote_student
+from pipeline.executions import Execution
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.models import ModelSignature
+    from student.metrics import Comparison
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx")
+METRIC = "roc_auc"
+DESCRIPTIONS = {
+    "teacher": "Reasoning relevance model; labels the pool.",
+    "student": "Relevance cross-encoder; scores query-ad pairs.",
+}
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.onnx")
+SERVED_BY = ("mlflow", "numpy", "onnxruntime", "pandas", "tokenizers")
+_INPUTS = [ColSpec("string", "query"), ColSpec("string", "ad_title"), ColSpec("string", "ad_text", required=False)]
+_OUTPUTS = [ColSpec("double", "p_relevant"), ColSpec("boolean", "relevant")]
+SIGNATURE = ModelSignature(
+    inputs=Schema([*_INPUTS, ColSpec(Map(DataType.string), "attributes", required=False)]),
+    outputs=Schema([*_OUTPUTS, ColSpec(Array(DataType.double), "grade_probs")]),
+)
+EXAMPLE = {"query": ["red running shoes"], "ad_title": ["Velora red running shoes"], "ad_text": ["Free delivery."]}
 
 
-class Registration(BaseModel):
-    """What to register. Folders are relative to the stage's: `folder` is the model, `student` the distill stage's output."""
-
-    role: Literal["teacher", "student"]
-    name: str
-    run: str
-    folder: str
-    fingerprint: str
-    log_weights: bool
-    promotion_margin: float
-    student: str = ""
-    student_fingerprint: str = ""
-
-
-def register(client: MlflowClient, run_id: str, stage_folder: Path, wanted: Registration) -> None:
-    """Make a version of `wanted.name` from a stage's run and set its aliases.
+def register(client: Any, run_id: str, place: Path | None, execution: Execution) -> None:
+    """Make a version of PREFIX-`role` from an execution whose files lie in `place`, and set its aliases.
 
     Raises `ContractError` when what it is made from is no longer there.
     """
-    model = stage_folder / wanted.folder
-    if not model.is_dir():
-        raise ContractError(f"{model} is gone; run the stage again to register its model")
-    found = [
-        each
-        for each in client.search_model_versions(f"name = '{wanted.name}' and run_id = '{run_id}'")
-        if each.tags.get("fingerprint") == wanted.fingerprint
-    ]
-    if wanted.role == "teacher":
-        _register_teacher(client, run_id, model, wanted, str(found[0].version) if found else "")
-    else:
-        _register_student(client, run_id, stage_folder, model, wanted, str(found[0].version) if found else "")
-
-
-def _register_teacher(client: MlflowClient, run_id: str, model: Path, wanted: Registration, made: str) -> None:
-    """Register the teacher folder; without `log_weights` the version holds all of it but the weights."""
-    if not made:
-        with tempfile.TemporaryDirectory() as temporary:
-            light = Path(temporary) / "teacher"
-            drop = None if wanted.log_weights else shutil.ignore_patterns(*(f"*{weights}" for weights in WEIGHTS))
-            shutil.copytree(model, light, ignore=drop)
-            client.log_artifacts(run_id, str(light), "teacher")
-        source = f"{client.get_run(run_id).info.artifact_uri}/teacher"
-        _ensure(client, wanted.name, "Reasoning relevance model; labels the pool.")
-        tags = _tags(wanted, model)
-        made = str(client.create_model_version(wanted.name, source, run_id, tags=tags, await_creation_for=0).version)
-    client.set_registered_model_alias(wanted.name, "candidate", made)
-    if "champion" not in client.get_registered_model(wanted.name).aliases:
-        client.set_registered_model_alias(wanted.name, "champion", made)
-
-
-def _register_student(
-    client: MlflowClient, run_id: str, stage_folder: Path, export: Path, wanted: Registration, made: str
-) -> None:
-    """Register the exported folder as an MLflow model that can be loaded and served as it is, and choose the champion."""
-    student = stage_folder / wanted.student
-    record = read_record(student)
-    if (record.fingerprint if record else "") != wanted.student_fingerprint:
+    model = execution.model
+    if model is None or place is None or not (folder := place / model.folder).is_dir():
+        raise ContractError("the folder of the model is gone; run its stage again to register it")
+    student = place / model.student if model.student else None
+    record = read_record(student) if student else None
+    if (record.fingerprint if record else "") != model.student_fingerprint:
         raise ContractError(f"{student} holds another student by now, so this one cannot be compared with the champion")
-    if not made:
-        _ensure(client, wanted.name, "Relevance cross-encoder; scores query-ad pairs.")
-        made = _log_student(client, run_id, export, wanted)
-    reason = promote_student(client, wanted.name, made, student, export, wanted.promotion_margin)
-    logger.info("student version %s is %s", made, reason)
+    name = f"{execution.tracking['experiment_prefix']}-{model.role}"
+    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = next((each for each in found if each.tags.get("fingerprint") == execution.fingerprint), None)
+    if version is None:
+        version = _create_version(client, name, run_id, folder, execution)
+    if "promotion" not in version.tags:  # what was decided stays: the aliases may have been moved by hand since
+        _promote(client, version, student, folder, execution.tracking["promotion_margin"])
 
 
-def _log_student(client: MlflowClient, run_id: str, export: Path, wanted: Registration) -> str:
-    import mlflow
+def verdict(found: Comparison, margin: float) -> tuple[bool, str]:
+    """Whether the new student (a) may follow the old one (b), and why.
 
-    with tempfile.TemporaryDirectory() as temporary:
-        served = Path(temporary) / "export"
-        shutil.copytree(export, served, ignore=shutil.ignore_patterns("_*.json", "_*.jsonl"))
-        with mlflow.start_run(run_id=run_id):
-            info = mlflow.pyfunc.log_model(
-                name="student",
-                python_model=str(Path(__file__).with_name("student_pyfunc.py")),
-                artifacts={"export": str(served)},
-                signature=student_signature(),
-                input_example=input_example(),
-                pip_requirements=requirements(),
-            )
-    made = client.create_model_version(
-        wanted.name, info.model_uri, run_id, tags=_tags(wanted, export), await_creation_for=0, model_id=info.model_id
+    `margin` is how far the lower limit of the difference in ROC-AUC may lie below 0.
+    """
+    if found.difference is None or found.low is None:
+        return False, f"not champion: {METRIC} cannot be compared on {found.n} shared test rows"
+    measured = (
+        f"{METRIC} {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}] on {found.n} test rows, "
+        f"allowed {-margin:+.4f}"
     )
-    return str(made.version)
+    return (True, f"champion: {measured}") if found.low >= -margin else (False, f"not champion: {measured}")
 
 
-def student_signature() -> ModelSignature:
-    """Columns in and out of the registered student."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array, Map
-
-    inputs = Schema(
-        [
-            ColSpec(DataType.string, "query"),
-            ColSpec(DataType.string, "ad_title"),
-            ColSpec(DataType.string, "ad_text", required=False),
-            ColSpec(Map(DataType.string), "attributes", required=False),
-        ]
-    )
-    outputs = Schema(
-        [
-            ColSpec(DataType.double, "p_relevant"),
-            ColSpec(DataType.boolean, "relevant"),
-            ColSpec(Array(DataType.double), "grade_probs"),
-        ]
-    )
-    return ModelSignature(inputs=inputs, outputs=outputs)
-
-
-def input_example() -> Any:
-    """One pair, as a frame."""
-    import pandas as pd
-
-    return pd.DataFrame(
-        {"query": ["red running shoes"], "ad_title": ["Velora red running shoes"], "ad_text": ["Free delivery."]}
-    )
-
-
-def requirements() -> list[str]:
-    """What serving the student needs, pinned to what made it; given, so that MLflow does not guess."""
-    return [f"{name}=={version(name)}" for name in ("mlflow", "numpy", "onnxruntime", "pandas", "tokenizers")]
-
-
-def _ensure(client: MlflowClient, name: str, description: str) -> None:
-    from mlflow.exceptions import MlflowException
-
+def _create_version(client: Any, name: str, run_id: str, folder: Path, execution: Execution) -> Any:
+    is_teacher = name.endswith("-teacher")
     try:
-        client.create_registered_model(name, description=description)
+        client.create_registered_model(name, description=DESCRIPTIONS[name.rpartition("-")[2]])
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    with tempfile.TemporaryDirectory() as temporary:
+        drop = WEIGHTS if is_teacher and not execution.tracking["log_weights"] else ("_*.json", "_*.jsonl")
+        copy = shutil.copytree(folder, Path(temporary) / folder.name, ignore=shutil.ignore_patterns(*drop))
+        if is_teacher:
+            client.log_artifacts(run_id, str(copy), "teacher")
+            source, model_id = f"{client.get_run(run_id).info.artifact_uri}/teacher", None
+        else:
+            mlflow.set_tracking_uri(client.tracking_uri)  # for this process; models cannot be logged through a client
+            source, model_id = _log_student(run_id, copy)
+    tags = {"fingerprint": execution.fingerprint, "run": execution.tags["run"], "folder": str(folder.resolve())}
+    return client.create_model_version(name, source, run_id, tags=tags, await_creation_for=0, model_id=model_id)
 
 
-def _tags(wanted: Registration, folder: Path) -> dict[str, str]:
-    return {"fingerprint": wanted.fingerprint, "run": wanted.run, "folder": str(folder.resolve())}
+def _log_student(run_id: str, export: Path) -> tuple[str, str]:
+    """Upload the exported folder as an MLflow model that can be loaded and served as it is; returns its address and id."""
+    with mlflow.start_run(run_id=run_id):
+        info = mlflow.pyfunc.log_model(
+            name="student",
+            python_model=str(Path(__file__).with_name("student_pyfunc.py")),
+            artifacts={"export": str(export)},
+            signature=SIGNATURE,
+            input_example=pd.DataFrame(EXAMPLE),
+            pip_requirements=[f"{name}=={installed(name)}" for name in SERVED_BY],  # given, or MLflow guesses
+        )
+    return info.model_uri, info.model_id
+
+
+def _promote(client: Any, version: Any, student: Path | None, export: Path, margin: float) -> None:
+    """Give a version its aliases, and note why. A student's run keeps its test predictions, for later comparisons."""
+    name, number = version.name, str(version.version)
+    client.set_registered_model_alias(name, "candidate", number)
+    if student is not None:
+        from student.evaluation import PREDICTIONS
+
+        client.log_artifact(version.run_id, str(student / PREDICTIONS), f"predictions/{number}")
+    champion = client.get_registered_model(name).aliases.get("champion")
+    promoted, reason = champion is None, "champion: the first version"
+    if champion is not None and student is None:
+        reason = f"not champion: version {champion} is, until the alias is moved by hand"
+    elif student is not None and (fault := _floor_fault(student)):
+        promoted, reason = False, f"not champion: {fault}"
+    elif champion is not None and student is not None:
+        try:
+            promoted, reason = _against(client, name, str(champion), student, export, margin)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            reason = f"not champion: version {champion}, or the run that made it, has been deleted"
+    if promoted:
+        client.set_registered_model_alias(name, "champion", number)
+    client.set_model_version_tag(name, number, "promotion", reason)  # last: it says that all is done
+    logger.info("version %s of %s is %s", number, name, reason)
+
+
+def _floor_fault(student: Path) -> str | None:
+    """Why a student is no better than what costs no label; None if it is, or if it was never evaluated."""
+    from student.evaluation import floor_fault  # here, since it loads torch
+
+    path = student / "evaluation.json"
+    return floor_fault(read_json(path)) if path.exists() else None
+
+
+def _against(client: Any, name: str, champion: str, student: Path, export: Path, margin: float) -> tuple[bool, str]:
+    from student.evaluation import PREDICTIONS, compare_students  # here, since it loads torch
+
+    old, place = client.get_model_version(name, champion), f"predictions/{champion}"
+    if f"{place}/{PREDICTIONS}" not in {item.path for item in client.list_artifacts(old.run_id, place)}:
+        return False, f"not champion: version {champion} has no test predictions to be compared with"
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = Path(client.download_artifacts(old.run_id, place, temporary))
+        try:
+            scale = GradeScale.load(export)
+            found = compare_students(student, kept, relevant_from=scale.relevant_from, metric=METRIC)
+        except ContractError as error:
+            return False, f"not champion: {error}"
+    promoted, reason = verdict(found, margin)
+    return promoted, f"{reason}; against version {champion}"

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from data.contracts import ContractError
-from teacher.engines.base import Completion, EngineConfig, Result, Sampling, check_lengths, prompt_seed
+from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
+from teacher.engines.config import TransformersConfig
 
 MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Batched generation with a causal language model that is already loaded; the model stays the caller's.
 
     Its mode (train or eval) and its generation config are put back after every call.
@@ -30,21 +32,18 @@ class TransformersEngine:
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
-        self.max_model_len: int = min(max_model_len or own, own)
+        own = position_limit(model.config)
+        self.max_model_len = min(max_model_len or own, own)
         self._end = _end_tokens(model, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end[0]
         self._queue: list[tuple[Any, list[int], Sampling]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`."""
         check_lengths(prompts, self.max_model_len)
-        copies = 1 if sampling.temperature == 0 else sampling.n  # greedy copies are all the same
-        work = [(i, k) for i in range(len(prompts)) for k in range(copies)]
-        work.sort(
-            key=lambda item: -len(prompts[item[0]])
-        )  # like lengths together, and memory runs out at once or never
-        results: list[list[Completion]] = [[None] * copies for _ in prompts]  # type: ignore[list-item]
+        # Like lengths together, the longest first: memory runs out at once or never.
+        places = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        work = [(place, copy) for place in places for copy in range(sampling.copies)]
+        results: list[list[Completion]] = [[] for _ in prompts]
         training, kept = self._model.training, self._model.generation_config
         self._model.eval()
         # Only the end tokens: a model's own repetition penalty or top-k would change the distribution.
@@ -52,15 +51,15 @@ class TransformersEngine:
         try:
             for start in range(0, len(work), self._batch_size):
                 batch = work[start : start + self._batch_size]
-                for (i, k), completion in zip(batch, self._batch(batch, prompts, sampling), strict=True):
-                    results[i][k] = completion
+                completions = self._batch([(prompts[place], copy) for place, copy in batch], sampling)
+                for (place, _), completion in zip(batch, completions, strict=True):
+                    results[place].append(completion)
         finally:
             self._model.generation_config = kept
             self._model.train(training)
-        return [row * (sampling.n // copies) for row in results]
+        return [row * (sampling.n // sampling.copies) for row in results]
 
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
-        """See `Engine.submit`."""
         self._queue.append((tag, prompt, sampling))
 
     def finished(self) -> list[tuple[Any, Result]]:
@@ -68,68 +67,54 @@ class TransformersEngine:
         if not self._queue:
             return []
         sampling = self._queue[0][2]
-        size = max(1, self._batch_size // (1 if sampling.temperature == 0 else sampling.n))
+        size = max(1, self._batch_size // sampling.copies)
         batch = list(itertools.takewhile(lambda request: request[2] == sampling, self._queue[:size]))
         self._queue = self._queue[len(batch) :]
+        return self._completed(batch)
+
+    def _completed(self, batch: list[tuple[Any, list[int], Sampling]]) -> list[tuple[Any, Result]]:
+        """A batch; when it fails each of its prompts alone, so that only the culprit is lost."""
         try:
-            results = self.generate([prompt for _, prompt, _ in batch], sampling)
+            results = self.generate([prompt for _, prompt, _ in batch], batch[0][2])
         except Exception as error:
             if len(batch) == 1:
                 return [(batch[0][0], error)]
-            return [(tag, self._alone(prompt, sampling)) for tag, prompt, _ in batch]
+            return [result for request in batch for result in self._completed([request])]
         return [(tag, result) for (tag, _, _), result in zip(batch, results, strict=True)]
 
     def cancel(self) -> None:
-        """See `Engine.cancel`."""
         self._queue = []
-
-    def _alone(self, prompt: list[int], sampling: Sampling) -> Result:
-        try:
-            return self.generate([prompt], sampling)[0]
-        except Exception as error:
-            return error
 
     def close(self) -> None:
         """Let the model go; one that the caller still holds stays loaded."""
         self._model = None
 
     @torch.inference_mode()
-    def _batch(
-        self, batch: list[tuple[int, int]], prompts: Sequence[list[int]], sampling: Sampling
-    ) -> list[Completion]:
+    def _batch(self, batch: list[tuple[list[int], int]], sampling: Sampling) -> list[Completion]:
         device = self._model.device
-        lengths = [len(prompts[i]) for i, _ in batch]
-        width = max(lengths)
-        ids = torch.full((len(batch), width), self._pad, dtype=torch.long)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        for row, (i, _) in enumerate(batch):
-            ids[row, width - lengths[row] :] = torch.tensor(prompts[i])
-            mask[row, width - lengths[row] :] = 1
-        room = self.max_model_len - min(lengths)
-        seeds = [prompt_seed(sampling.seed, prompts[i]) + k for i, k in batch]
-        sampler = _Sampler(sampling, seeds, device)
+        rows = [torch.tensor(prompt) for prompt, _ in batch]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self._pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        sampler = _Sampler(sampling, [prompt_seed(sampling.seed, prompt) + k for prompt, k in batch], device)
+        limits = [min(sampling.max_tokens, self.max_model_len - len(row)) for row in rows]
         output = self._model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=max(1, min(sampling.max_tokens, room)),
+            max_new_tokens=max(limits),
             do_sample=False,
             use_cache=True,
             logits_processor=[sampler],
         )
         # generate returns one tensor unless its config asks for more
-        rows = output[:, width:].tolist()
-        return [
-            self._completion(tokens, min(sampling.max_tokens, self.max_model_len - lengths[row]), sampler, row)
-            for row, tokens in enumerate(rows)
-        ]
+        sampled = output[:, ids.shape[1] :].tolist()
+        return [self._completion(sampled[row][:limit], sampler, row) for row, limit in enumerate(limits)]
 
-    def _completion(self, tokens: list[int], limit: int, sampler: _Sampler, row: int) -> Completion:
-        tokens = tokens[:limit]
+    def _completion(self, tokens: list[int], sampler: _Sampler, row: int) -> Completion:
         end = next((t for t, token in enumerate(tokens) if token in self._end), None)
-        if end is not None:
-            tokens = tokens[: end + 1]
+        tokens = tokens[: None if end is None else end + 1]
         return Completion(
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            # An end token may be an ordinary one, and is no text either way.
+            text=self._tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False),
             token_ids=tokens,
             finish_reason="length" if end is None else "stop",
             top_logprobs=sampler.top_logprobs(row, tokens),
@@ -174,35 +159,31 @@ class _Sampler(LogitsProcessor):
         """The kept log probabilities of one row, for as many steps as it has tokens."""
         if not self._sampling.logprobs:
             return None
-        found = []
-        for token, (indices, values, picked) in zip(tokens, self._steps, strict=False):
-            found.append({token: picked[row]} | dict(zip(indices[row], values[row], strict=True)))
-        return found
+        return [
+            {token: picked[row]} | dict(zip(indices[row], values[row], strict=True))
+            for token, (indices, values, picked) in zip(tokens, self._steps, strict=False)
+        ]
 
 
-def load_transformers(config: EngineConfig, folder: Path) -> TransformersEngine:
+def load_transformers(config: TransformersConfig, folder: Path) -> TransformersEngine:
     """The engine over a model folder; raises `ContractError` when the folder cannot be loaded."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Any = config.dtype
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
+    dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ContractError(f"transformers cannot load {folder}: {error}") from error
-    return TransformersEngine(
-        model.to(device), tokenizer, batch_size=config.batch_size, max_model_len=config.max_model_len
-    )
+    return TransformersEngine(model.to(device), tokenizer, config.batch_size, config.max_model_len)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """All tokens that end a completion: the tokenizer's and those of the generation config, as vLLM has it."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = own if isinstance(own, list) else [own]
-    found = [token for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]
-    if not found:
+    named = dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])])
+    named.pop(None, None)
+    if not named:
         raise ContractError("the model has no end-of-text token: set eos_token_id in its generation_config.json")
-    return found
+    return list(named)

@@ -12,20 +12,15 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
-from data.contracts import ContractError
-from teacher.engines.base import (
-    Completion,
-    EngineConfig,
-    Result,
-    Sampling,
-    check_lengths,
-    generate_all,
-    prompt_seed,
-)
+from pydantic import ValidationError
+
+from data.contracts import ContractError, first_line
+from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, prompt_seed
+from teacher.engines.config import VLLMConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +36,16 @@ _ENVIRONMENT = {
 }
 
 
-class VLLMEngine:
-    """See `Engine`. Prefixes that prompts share (the guideline) are computed once.
+class VLLMEngine(Engine):
+    """See `Engine`. Prefixes that prompts share (the guideline) are computed once, where the architecture allows it."""
 
-    `prompt_tokens` and `cached_tokens` count the tokens of all finished prompts (once for a prompt, not for each of its
-    samples) and those of them that came from the prefix cache, which keeps whole blocks of `block_size` tokens.
-    """
-
-    def __init__(self, config: EngineConfig, model: Path) -> None:
+    def __init__(self, config: VLLMConfig, model: Path) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own code
         try:
             import torch
-            from vllm import LLM
+            from vllm import LLM, EngineArgs
             from vllm.platforms import current_platform
         except ImportError as error:
             raise ContractError(
@@ -62,54 +53,48 @@ class VLLMEngine:
                 "`transformers` or `openai`"
             ) from error
         on_cpu = current_platform.is_cpu()
-        options: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
-        if on_cpu:
-            # A prompt is never prefilled in parts: after a part vLLM 0.31 rewinds the request's own generator, which a
-            # CPU generator cannot do ("CPU Generator does not use offset"), and the whole batch is lost.
-            options = {"kv_cache_memory_bytes": config.kv_cache_gib << 30, "enable_chunked_prefill": False}
+        options: dict[str, Any] = {
+            "model": str(model),
+            "load_format": "safetensors",  # never a pickle
+            "trust_remote_code": False,
+            "dtype": "float32" if config.dtype == "auto" and on_cpu else config.dtype,
+            "max_model_len": config.max_model_len or -1,  # −1: the model's own limit, or what memory allows
+            "max_num_seqs": config.max_num_seqs,
+            "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+        }
         set_num_threads = torch.set_num_threads
         if config.threads:
             set_num_threads(config.threads)
         self._owns_group = not torch.distributed.is_initialized()
+        registry, logged = logging.getLogger("vllm.model_executor.models.registry"), BufferingHandler(1000)
+        registry.addHandler(logged)  # it only logs why a model's class cannot be had, and then raises "check the logs"
         try:
-            self._llm = LLM(
-                model=str(model),
-                load_format="safetensors",  # never a pickle
-                trust_remote_code=False,
-                dtype="float32" if config.dtype == "auto" and on_cpu else config.dtype,
-                max_model_len=config.max_model_len or -1,  # −1: the model's own limit, or what memory allows
-                max_num_seqs=config.max_num_seqs,
-                use_tqdm_on_load=False,
-                enforce_eager=on_cpu if config.enforce_eager is None else config.enforce_eager,
-                **options,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ContractError(
-                f"vLLM cannot load {model}: {error}; a smaller max_model_len or max_num_seqs, or more memory "
-                "(kv_cache_gib, gpu_memory_utilization), helps when it does not fit"
-            ) from error
+            if on_cpu:
+                # A prompt is never prefilled in parts: after a part vLLM 0.31 rewinds the request's own generator, which a
+                # CPU generator cannot do ("CPU Generator does not use offset"), and the whole batch is lost.
+                options |= {"kv_cache_memory_bytes": config.kv_cache_gib << 30, "enable_chunked_prefill": False}
+                if EngineArgs(**options).create_model_config().has_inner_state:
+                    options["enable_prefix_caching"] = False  # of recurrent layers it is only to be had with parts
+            self._llm = LLM(**options, use_tqdm_on_load=False)
+        except Exception as error:  # of whatever kind: the model's code runs here
+            errors = [error, *(record.exc_info[1] for record in logged.buffer if record.exc_info)]
+            raise ContractError(f"vLLM cannot load {model}: {_reason(errors[-1] or error)}") from error
         finally:
             torch.set_num_threads = set_num_threads  # the CPU worker replaces it for the whole process
-        self.max_model_len: int = self._llm.model_config.max_model_len
-        self.block_size: int = self._llm.llm_engine.vllm_config.cache_config.block_size
-        self.prompt_tokens = self.cached_tokens = 0
+            registry.removeHandler(logged)
+        self.max_model_len = self._llm.model_config.max_model_len
         self._numbers = itertools.count()
         self._running: dict[str, tuple[Any, list[int], Sampling]] = {}
         self._refused: list[tuple[Any, Result]] = []
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`."""
-        check_lengths(prompts, self.max_model_len)
-        return generate_all(self, prompts, sampling)
-
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
-        """See `Engine.submit`."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(
-            n=_copies(sampling),
+            n=sampling.copies,  # it refuses more than one when greedy
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
@@ -128,7 +113,6 @@ class VLLMEngine:
             self._running[name] = (tag, prompt, sampling)
 
     def finished(self) -> list[tuple[Any, Result]]:
-        """See `Engine.finished`."""
         done, self._refused = self._refused, []
         while self._running and not done:
             try:
@@ -140,16 +124,17 @@ class VLLMEngine:
         return done
 
     def cancel(self) -> None:
-        """See `Engine.cancel`."""
         self._llm.llm_engine.abort_request(list(self._running))
         self._running, self._refused = {}, []
 
     def _take(self, output: Any) -> tuple[Any, Result]:
-        tag, prompt, sampling = self._running.pop(output.request_id)
-        self.prompt_tokens += len(prompt)
-        self.cached_tokens += output.num_cached_tokens or 0
-        samples = [_completion(sample) for sample in output.outputs]
-        return tag, samples * (sampling.n // len(samples))
+        tag, _, sampling = self._running.pop(output.request_id)
+        unfinished = [
+            sample.finish_reason for sample in output.outputs if sample.finish_reason not in ("stop", "length")
+        ]
+        if unfinished:
+            return tag, RuntimeError(f"vLLM ended a completion with finish_reason {unfinished[0]!r}")
+        return tag, [_completion(sample) for sample in output.outputs] * (sampling.n // sampling.copies)
 
     def _one_by_one(self, error: Exception) -> list[tuple[Any, Result]]:
         """vLLM's step failed with everything in it: each prompt again, alone, so that only the culprit is lost."""
@@ -177,17 +162,24 @@ class VLLMEngine:
         gc.collect()
 
 
-def _copies(sampling: Sampling) -> int:
-    return 1 if sampling.temperature == 0 else sampling.n  # vLLM refuses n > 1 when greedy: all are the same
+def _reason(error: BaseException) -> str:
+    """The root cause in one line, with what helps when it is memory."""
+    while error.__cause__ is not None and "subprocess" not in str(error):
+        error = error.__cause__
+    if isinstance(error, ValidationError):
+        reason = error.errors()[0]["msg"]
+    else:  # of a subprocess its last words
+        reason = str(error).strip().splitlines()[-1] if "subprocess" in str(error) else first_line(error)
+    if "memory" in reason.lower() or "KV cache" in reason:
+        return (
+            f"{reason}; lower max_model_len or max_num_seqs, or give more with kv_cache_gib or gpu_memory_utilization"
+        )
+    return f"{reason}; kind `transformers` may load it"
 
 
 def _completion(sample: Any) -> Completion:
-    return Completion(
-        text=sample.text,
-        token_ids=list(sample.token_ids),
-        finish_reason="length" if sample.finish_reason == "length" else "stop",
-        top_logprobs=None if sample.logprobs is None else _by_token(sample.logprobs),
-    )
+    logprobs = None if sample.logprobs is None else _by_token(sample.logprobs)
+    return Completion(sample.text, list(sample.token_ids), sample.finish_reason, logprobs)
 
 
 def _by_token(flat: Any) -> list[dict[int, float]]:

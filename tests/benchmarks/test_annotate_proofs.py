@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.annotate_kills import compare, python_workers, rows_in
-from benchmarks.annotate_scale import make_pairs
-from benchmarks.replay import load_replay, make_teacher
+from benchmarks.replay import load_replay, make_pairs, make_teacher
 from data.contracts import PAIRS, ContractError, Grade, GradeScale
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotate
@@ -62,19 +61,19 @@ def calm(tmp_path_factory, spark, teacher: Path, recording: Path) -> Path:
     make_pairs(spark, PAIRS_MADE, folder / "pairs")
     SCALE.save(folder / "pairs")
     fast = make_teacher(teacher, recording, folder / "fast")
-    config = AnnotateConfig(n=1, window=400, max_failed_share=1.0)
+    config = AnnotateConfig(n=1, max_in_flight=400, max_failed_share=1.0)
     figures = annotate(config, fast, folder / "pairs", folder / "calm", spark, load_replay).figures
     assert 0 < figures["unparsed"] < figures["ok"]
     return folder
 
 
-def test_an_engine_killed_in_the_middle_loses_at_most_a_window(
+def test_an_engine_killed_in_the_middle_loses_at_most_what_is_in_flight(
     tmp_path: Path, spark, teacher: Path, recording: Path, calm: Path
 ):
-    pairs, log, window = PAIRS_MADE, tmp_path / "log", 400
+    pairs, log, in_flight = PAIRS_MADE, tmp_path / "log", 400
     log.mkdir()
     slow = make_teacher(teacher, recording, tmp_path / "slow", pairs_per_s=1000, log=str(log))
-    config = AnnotateConfig(n=1, window=window, max_failed_share=1.0)
+    config = AnnotateConfig(n=1, max_in_flight=in_flight, max_failed_share=1.0)
 
     def kill() -> None:
         while rows_in(tmp_path / "rough") < pairs // 3:
@@ -94,7 +93,7 @@ def test_an_engine_killed_in_the_middle_loses_at_most_a_window(
     assert compare(calm / "calm", tmp_path / "rough") == {"missing": 0, "duplicates": 0, "different": 0}
     completed = Counter(line for file in log.iterdir() for line in file.read_text().splitlines())
     assert len(completed) == pairs
-    assert completed.total() - pairs <= window
+    assert completed.total() - pairs <= in_flight
 
 
 def test_a_disk_that_fills_up_in_mid_job_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path, spark, calm: Path):
@@ -109,7 +108,7 @@ def test_a_disk_that_fills_up_in_mid_job_is_one_sentence_and_the_next_run_goes_o
     if refused := mount("-o", f"size={size // 2}"):
         pytest.skip(f"a file system cannot be mounted here: {refused}")
     try:
-        config = AnnotateConfig(n=1, window=400, max_failed_share=1.0)
+        config = AnnotateConfig(n=1, max_in_flight=400, max_failed_share=1.0)
         with pytest.raises(ContractError, match=r"^the disk of .* is full; free some space[^\n]*$"):
             annotate(config, calm / "fast", calm / "pairs", disk, spark, load_replay)
         kept = rows_in(disk)

@@ -67,9 +67,7 @@ def tiny_countdown(monkeypatch):
 
     def cut(options):
         task = whole(options)
-        agpo = task.config.agpo.model_copy(
-            update={"steps": 4, "prompts_per_step": 2, "micro_batch": 16, "max_sampled_tokens": 400}
-        )
+        agpo = task.config.agpo.model_copy(update={"steps": 4, "prompts_per_step": 2, "max_sampled_tokens": 400})
         config = task.config.model_copy(update={"agpo": agpo})
         from benchmarks.countdown import make_model
 

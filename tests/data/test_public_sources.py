@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.config import DataConfig
+from data.config import DataConfig, Shares
 from data.contracts import DISAGREEMENT, PAIRS, ContractError, read_table
 from data.prepare import prepare
 from data.sources import input_fingerprint, read_source
@@ -141,7 +141,8 @@ def test_crowdflower_keeps_the_variance_of_its_raters(spark: Any, tmp_path: Path
         '"id","query","product_title","product_description","median_relevance","relevance_variance"\n'
         + "\n".join(lines)
     )
-    config = DataConfig(source="crowdflower", path=file, max_rejected_share=0.5)
+    shares = Shares(train=0, valid=0, test=0, pool=1)
+    config = DataConfig(source="crowdflower", path=file, max_rejected_share=0.5, shares=shares)
     result = prepare(config, tmp_path, spark)
     assert (result.figures["rows_in"], result.figures["rows"], result.figures["rejected"]) == (5, 2, 2)
     rows = {row["ad_title"]: row for row in read_table(tmp_path / "pairs", PAIRS).to_pylist()}

@@ -6,6 +6,7 @@ say nothing about quality.
 
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -19,6 +20,7 @@ import pyarrow.dataset as pads
 import pytest
 
 from data.contracts import ANNOTATIONS, PAIRS, SCORES, read_table
+from flows.deploy import fill
 
 pytestmark = [pytest.mark.e2e, pytest.mark.spark, pytest.mark.vllm]
 
@@ -32,14 +34,14 @@ TINY = [
     "teacher.agpo.steps=2",
     "teacher.agpo.group_size=4",
     "teacher.agpo.prompts_per_step=2",
-    "teacher.agpo.micro_batch=8",
     "teacher.evaluation.examples=8",
     "teacher.evaluation.every=0",
     "teacher.evaluation.samples=2",
     "teacher.max_completion_tokens=32",
     "annotate.n=2",
-    "annotate.window=16",
+    "annotate.max_in_flight=16",
     "annotate.max_failed_share=1.0",
+    "annotate.min_ok_share=0.0",
     "student.base=scratch:tiny",
     "student.epochs=1",
     "student.gold_only_baseline=false",
@@ -131,6 +133,27 @@ def test_every_stage_left_its_folder_and_figures(finished):
     assert "export" in stdout
 
 
+def test_the_report_shows_every_section_with_its_metrics(finished):
+    folder = finished[0]
+    stages = json.loads((folder / "summary.json").read_text())["stages"]
+    metrics = {name: stage["figures"] for name, stage in stages.items()}
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Left out" not in report
+    named = re.split(r'<section id="(\w+)">', report)[1:]
+    sections = dict(zip(named[::2], named[1::2], strict=True))
+    for section, shown in {
+        "pairs": f"{metrics['data']['rows']:,}",
+        "teacher": f"{metrics['teacher']['test/completion_tokens']:.4g}",
+        "annotation": f"{metrics['annotate']['failed']:,} failed",
+        "student": f"{metrics['student']['test_roc_auc']:.3f}",
+        "export": f"{metrics['export']['int8_megabytes']:.2f}",
+        "examples": "agreement" if metrics["annotate"]["ok"] else "no usable annotation",
+        "second_look": "pairs",
+        "lineage": stages["export"]["fingerprint"],
+    }.items():
+        assert shown in sections[section], section
+
+
 def test_mlflow_has_the_runs_and_the_registered_versions(finished):
     folder = finished[0]
     with sqlite3.connect(folder.parent / "mlflow.db") as store:
@@ -194,14 +217,8 @@ def test_a_worker_runs_a_registered_deployment_to_the_end(finished, environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    settings = {"preset": "sample", "run": "e2e", "runs": str(folder.parent)}
-    for override in [*TINY, "export.seed=1"]:  # another seed, so that the export has work to do
-        key, value = override.split("=", 1)
-        *parents, name = key.split(".")
-        place = settings
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = json.loads(value) if value[0].isdigit() or value in ("true", "false") else value
+    # Another seed, so that the export has work to do.
+    parameters = json.dumps(fill("sample", name="e2e", runs=str(folder.parent), set=[*TINY, "export.seed=1"]))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "env": served}
     with subprocess.Popen([prefect, "server", "start", "--port", str(port)], start_new_session=True, **quiet) as server:
         try:
@@ -211,7 +228,7 @@ def test_a_worker_runs_a_registered_deployment_to_the_end(finished, environment)
             listed = call("deployment", "ls")
             assert "nightly-annotate" in listed
             assert "weekly-pipeline" in listed
-            call("deployment", "run", "student-export/student-export", "--param", f"settings={json.dumps(settings)}")
+            call("deployment", "run", "student-export/student-export", "--params", parameters)
             before = (folder / "export" / "_stage.json").stat().st_mtime_ns
             worker = [prefect, "worker", "start", "--pool", "ads-relevance", "--run-once"]
             subprocess.run(worker, timeout=600, check=True, **quiet)

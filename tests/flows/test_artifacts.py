@@ -1,5 +1,6 @@
 """What Prefect's pages get from a run, on a real Prefect server; and that a server which refuses costs one warning."""
 
+import contextvars
 import json
 import logging
 import threading
@@ -13,8 +14,9 @@ from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from data.contracts import log_progress
 from flows import artifacts
-from flows.artifacts import Progress, artifact_key, plain, progress_on_page, publish
+from flows.artifacts import PageProgress, artifact_key, plain, progress_on_page, publish
 
 pytestmark = pytest.mark.usefixtures("server")
 HOSTILE = "![x](http://ads.invalid/x.png) <img src=x onerror=alert(1)> | **b** `c` www.ads.invalid a@b.invalid"
@@ -82,15 +84,16 @@ def test_a_task_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @task
     def work() -> None:
-        progress = Progress("Half way", "pairs of *run* x")
-        for percent in (-5.0, 50.0, float("nan"), 250.0):
-            thread = threading.Thread(target=progress.update, args=(percent,))  # as a job's watcher would
+        progress = PageProgress("Half way", "pairs of *run* x")
+        for done in (-1, 2, 10):
+            context = contextvars.copy_context()  # as a job's watcher has it
+            thread = threading.Thread(target=context.run, args=(progress, done, 4))
             thread.start()
             thread.join()
             seen.append(found("half-way")[0].data)
 
     flow(lambda: work(), name="progressing")()
-    assert seen == [0.0, 50.0, 50.0, 100.0]
+    assert seen == [0.0, 50.0, 100.0]
     (bar,) = found("half-way")
     assert bar.type == "progress"
     assert bar.description == r"pairs of \*run\* x"
@@ -98,25 +101,21 @@ def test_a_task_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_updates_are_few_and_the_last_one_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    import prefect.artifacts
-
     sent: list[float] = []
-    update = prefect.artifacts.update_progress_artifact
+    update = artifacts.update_progress_artifact
     monkeypatch.setattr(
-        prefect.artifacts,
-        "update_progress_artifact",
-        lambda artifact, percent: (sent.append(percent), update(artifact, percent))[1],
+        artifacts, "update_progress_artifact", lambda artifact, done: (sent.append(done), update(artifact, done))[1]
     )
     clock = iter(range(1000))
     # 10 ms between calls; of this module alone, as Prefect needs the real clock.
     monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: next(clock) / 100))
 
     def work() -> None:
-        progress = Progress("often")
-        for percent in range(450):
-            progress.update(percent / 5)
-        progress.update(100)
-        progress.update(100)
+        progress = PageProgress("often")
+        for done in range(450):
+            progress(done, 500)
+        progress(500, 500)
+        progress(500, 500)
 
     flow(work, name="progressing")()
     assert len(sent) == 3  # two within 4.5 s, and the end
@@ -125,19 +124,19 @@ def test_updates_are_few_and_the_last_one_is_sent(monkeypatch: pytest.MonkeyPatc
 
 
 def test_outside_a_run_nothing_is_sent() -> None:
-    Progress("nowhere").update(100)
+    PageProgress("nowhere")(1, 1)
     assert not found("nowhere")
 
 
-def test_progress_that_is_refused_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    def work() -> None:
-        progress = Progress("gone")
-        progress._artifact = progress._artifact and type(progress._artifact)(int=0)  # the server knows no such bar
-        for _ in range(3):
-            progress.update(100)
-
+@pytest.mark.usefixtures("nobody_listens")
+def test_progress_that_is_refused_costs_one_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "FlowRunContext", SimpleNamespace(get=lambda: True))
+    progress = PageProgress("gone")
     with caplog.at_level(logging.WARNING, logger="flows.artifacts"):
-        flow(work, name="progressing")()
+        for _ in range(3):
+            progress(1, 1)
     assert [record.name for record in caplog.records].count("flows.artifacts") == 1
 
 
@@ -153,7 +152,7 @@ def test_a_key_is_as_prefect_takes_it(name: str, key: str) -> None:
     assert artifact_key(name) == key
 
 
-def test_a_bar_follows_what_the_log_says_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_follows_the_progress_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "UPDATE_SECONDS", 0.0)
     log = logging.getLogger("pipeline.annotation.job")
 
@@ -162,8 +161,8 @@ def test_a_bar_follows_what_the_log_says_of_a_stage(monkeypatch: pytest.MonkeyPa
         with progress_on_page("Trial 1", "annotate"):
             log.warning("nothing of progress in this line")
             assert not found("trial-1-annotate")
-            log.warning("annotate: 3 of 4 pairs", extra={"progress": (3, 4)})
-        log.warning("after the stage", extra={"progress": (4, 4)})
+            log_progress(log, 3, 4, "annotate: %d of %d pairs", 3, 4)
+        log_progress(log, 4, 4, "after the stage")
 
     running()
     (bar,) = found("trial-1-annotate")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from flows.catalog import FLOWS
-from pipeline.artifacts import Recipe, StageOutput, run_stage
+from pipeline.artifacts import StageOutput, run_stage
 from pipeline.settings import load_preset
-from pipeline.stages import STAGES, stage_config, stage_inputs, with_upstream
+from pipeline.stages import STAGES, with_upstream
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +44,9 @@ def test_alone_it_lists_the_flows() -> None:
         (("teacher-train", "--set", "nonsense"), "key=value"),
         (("teacher-train", "--config", "nowhere.toml"), "nowhere.toml does not exist"),
         (("teacher-train", "--name", "../x"), "run: "),
+        (("teacher-train", "--config", "flows"), "config flows is a folder; name a TOML file in it"),
+        (("teacher-train", "teacher.seed=3"), "'teacher.seed=3' is too much; give settings as --set key=value"),
+        (("compare", "--runs", "a", "b", "--folder", "nowhere"), "nowhere"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(arguments: tuple[str, ...], told: str) -> None:
@@ -89,8 +92,8 @@ def test_a_dry_run_says_what_would_run_and_why(tmp_path: Path) -> None:
     settings = load_preset("sample", [f"runs={tmp_path}"])
     for name in ("data", "teacher"):
         run_stage(
-            settings.folder / STAGES[name].folder,
-            Recipe(name, stage_config(settings, name), stage_inputs(settings, name), STAGES[name].version),
+            STAGES[name].path(settings),
+            STAGES[name].recipe(settings, STAGES[name].inputs(settings)),
             lambda out: StageOutput(fingerprint="f", figures={}),
         )
 

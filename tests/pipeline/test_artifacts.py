@@ -1,6 +1,8 @@
 """When a stage's output is used again, and what becomes of an old one."""
 
 import json
+import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -9,8 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import Config
-from pipeline import artifacts
-from pipeline.artifacts import MANIFEST, Recipe, StageOutput, StageRecord, read_record, reusable, run_stage
+from pipeline.artifacts import (
+    MANIFEST,
+    STARTED,
+    Recipe,
+    StageOutput,
+    StageRecord,
+    read_record,
+    reason_to_run,
+    reusable,
+    run_stage,
+)
 
 
 class Settings(Config):
@@ -21,7 +32,7 @@ def recipe(value: int, version: int = 1) -> Recipe:
     return Recipe("s", Settings(value=value), {}, version)
 
 
-def run(folder: Path, value: int, *, fails: bool = False, **how: bool) -> StageRecord:
+def run(folder: Path, value: int, *, fails: bool = False, version: int = 1, **how: bool) -> StageRecord:
     """A stage whose output is a table and a note with `value`."""
 
     def work(out: Path) -> StageOutput:
@@ -31,7 +42,13 @@ def run(folder: Path, value: int, *, fails: bool = False, **how: bool) -> StageR
         (out / "note.txt").write_text(str(value))
         return StageOutput(fingerprint=f"f{value}", figures={})
 
-    return run_stage(folder, recipe(value), work, **how)
+    return run_stage(folder, recipe(value, version), work, **how)
+
+
+def interrupted(folder: Path, value: int) -> None:
+    with pytest.raises(RuntimeError):
+        run(folder, value, fails=True)
+    (folder / "checkpoint").write_text("half")
 
 
 def value_in(folder: Path) -> int:
@@ -49,22 +66,52 @@ def test_the_same_key_is_reused_and_another_puts_the_finished_output_aside(tmp_p
 def test_an_interrupted_attempt_does_not_displace_the_last_finished_output(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "s"
     run(folder, 1)
-    with pytest.raises(RuntimeError):
-        run(folder, 2, fails=True)
-    with pytest.raises(RuntimeError):
-        run(folder, 3, fails=True)
+    interrupted(folder, 2)
+    interrupted(folder, 3)
     record = read_record(tmp_path / "a" / "s.previous")
     assert record is not None
     assert record.fingerprint == "f1"
 
 
-def test_an_interrupted_stage_finds_its_folder_as_it_left_it(tmp_path: Path) -> None:
+def test_an_interrupted_stage_goes_on_where_its_recipe_is_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "a" / "s"
-    with pytest.raises(RuntimeError):
-        run(folder, 1, fails=True)
-    (folder / "checkpoint").write_text("half")
-    run(folder, 1)
+    interrupted(folder, 0)
+    started = json.loads((folder / STARTED).read_text())
+    assert {name: started[name] for name in ("stage", "version", "config", "inputs")} == {
+        "stage": "s", "version": 1, "config": {"value": 0}, "inputs": {},
+    }  # fmt: skip
+    (folder / STARTED).write_text(json.dumps(started | {"config": {}}))  # a setting that has come since, at its default
+    with caplog.at_level(logging.INFO):
+        run(folder, 0)
     assert (folder / "checkpoint").exists()
+    assert "it goes on where it was interrupted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("started", "reason"),
+    [
+        ({"stage": "s", "config": {"value": 2}, "inputs": {}, "version": 1}, "changed settings: s.value"),
+        ({"stage": "s", "config": {"value": 1}, "inputs": {"data": "d"}, "version": 1}, "changed inputs: data"),
+        (
+            {"stage": "s", "config": {"value": 1}, "inputs": {}, "version": 0},
+            "version 1 of the stage, made by version 0",
+        ),
+        ({"stage": "s", "key": "made from hashed code", "pid": 3}, "an older release began it"),
+    ],
+)
+def test_an_interrupted_stage_of_another_recipe_starts_anew_and_says_why(
+    started: dict[str, object], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "a" / "s"
+    interrupted(folder, 1)
+    (folder / STARTED).write_text(json.dumps(started))
+    assert reason_to_run(folder, recipe(1)) == f"the interrupted attempt cannot go on: {reason}"
+    with caplog.at_level(logging.INFO):
+        run(folder, 1)
+    assert not (folder / "checkpoint").exists()
+    assert reason in caplog.text
 
 
 def test_another_runs_output_comes_as_links_and_is_independent(tmp_path: Path) -> None:
@@ -84,8 +131,7 @@ def test_another_runs_output_comes_as_links_and_is_independent(tmp_path: Path) -
 
 def test_a_finished_output_elsewhere_wins_over_half_of_ones_own(tmp_path: Path) -> None:
     mine = tmp_path / "b" / "s"
-    with pytest.raises(RuntimeError):
-        run(mine, 1, fails=True)
+    interrupted(mine, 1)
     run(tmp_path / "a" / "s", 1)
     assert run(mine, 1).made_by == "a"
     assert not (mine.with_name("s.previous")).exists()
@@ -106,16 +152,16 @@ def test_what_is_not_shared(tmp_path: Path) -> None:
 def test_an_output_that_changes_while_it_is_taken_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, theirs = tmp_path / "b" / "s", tmp_path / "a" / "s"
     run(theirs, 1)
-    copy, moved = artifacts._link_or_copy, []
+    link, moved = os.link, []
 
-    def copying(source: str, target: str) -> None:
-        copy(source, target)
+    def linking(source: str, target: str) -> None:
+        link(source, target)
         if not moved:  # after the first file the other run makes its stage anew
             moved.append(source)
             run(theirs, 2)
             run(theirs, 1)
 
-    monkeypatch.setattr(artifacts, "_link_or_copy", copying)
+    monkeypatch.setattr(os, "link", linking)
     made = run(mine, 1)
     assert (made.reused, made.made_by, value_in(mine)) == (False, "", 1)
     assert not list((tmp_path / "b").glob(".s.*"))
@@ -133,3 +179,4 @@ def test_a_record_without_a_version_counts_as_version_1_and_new_settings_as_thei
     assert reusable(folder, recipe(0)) is not None
     (folder / MANIFEST).write_text(json.dumps(record | {"config": {"value": 1, "gone": 2}}))
     assert reusable(folder, recipe(1)) is None
+    assert reason_to_run(folder, recipe(1)) == "changed settings: s.gone"

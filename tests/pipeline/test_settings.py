@@ -6,18 +6,17 @@ import pytest
 from pydantic import ValidationError
 
 from data.contracts import ContractError
-from pipeline import settings as module
+from pipeline.keys import fields, merge, nearest, parse_value
 from pipeline.settings import (
     PipelineConfig,
     apply_overrides,
     build_settings,
-    field_names,
+    choose,
     load_preset,
-    merge,
-    parse_value,
     preset_names,
     read_toml,
 )
+from teacher.engines.config import TransformersConfig
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -25,7 +24,7 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     config = load_preset(name)
     assert config.preset == name
     assert config.run == name
-    assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
+    assert PipelineConfig.model_validate_json(config.model_dump_json()) == config == apply_overrides(config, [])
 
 
 def test_the_presets_asked_for_are_there() -> None:
@@ -90,7 +89,22 @@ def test_overrides_reach_nested_fields_with_the_right_types() -> None:
         ("teacher.seed=-1", "teacher.seed"),
         ("teacher.seed=many", "teacher.seed"),
         ("teacher.agpo.estimator=ppo", "'agpo'"),
-        ("teacher=3", "teacher"),
+        ("teacher=3", "teacher: must be a table of settings"),
+        ("Data.rows=3", "data.rows"),
+        ("data.preset=sample", "did you mean preset? In a file it stands above the first [table]"),
+        ("hold=teacher", 'hold: must be a list, such as ["a", "b"]'),
+        ("score.splits=3", "score.splits: must be a list"),
+        ("data.delimiter=tabs", "a delimiter is one character, or comma, semicolon, tab, pipe; it is 'tabs'"),
+        ("data.delimiter=tab", "`delimiter` has no effect on the source 'synthetic'"),
+        ("spark.driver_memory=much", "is not written as it must be (given: 'much'). Help: Heap of the driver's JVM"),
+        ("run=a b", "letters, digits, dots, dashes and underscores"),
+        ("teacher.agpo.learning_rate=fast", "must be a number"),
+        ("share=maybe", "must be true or false"),
+        ("data.split_by=word", "must be one of 'near_query' or 'query'"),
+        ("wait_minutes=-1", "wait_minutes: must be at least 0"),
+        ("spark.extra=3", "spark.extra: must be a table of settings"),
+        ("data.columns.colour=c", "must be one of 'query', 'ad_title'"),
+        ("annotate.engine.urlz=x", "annotate.engine.urls"),
         ("seed", "key=value"),
         ("=3", "key=value"),
         ("run=../elsewhere", "run"),
@@ -105,6 +119,7 @@ def test_a_wrong_override_is_one_line_that_helps(override: str, told: str) -> No
         apply_overrides(load_preset(), [override])
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("Input should", "String should", "valid tuple", "extra_"))
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
@@ -143,11 +158,62 @@ def test_files_take_values_from_the_environment(tmp_path: Path, monkeypatch: pyt
     file.write_text('run = "${ADS_TEST_NOT_SET}"')
     with pytest.raises(ContractError, match="ADS_TEST_NOT_SET"):
         read_toml(file)
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    with pytest.raises(ContractError, match="does not exist"):
+        read_toml(file)
     file.write_text("run = ")
     with pytest.raises(ContractError, match="is not TOML"):
         read_toml(file)
-    with pytest.raises(ContractError, match="does not exist"):
-        read_toml(tmp_path / "none.toml")
+    file.write_text('run = "é"', encoding="utf-16")
+    with pytest.raises(ContractError, match=r"is not text in UTF-8; save it as UTF-8"):
+        read_toml(file)
+    with pytest.raises(ContractError, match=r"is a folder; name a TOML file in it; choose one of a\.toml"):
+        read_toml(tmp_path)
+    with pytest.raises(ContractError, match=r"cannot be read \(Not a directory\)"):
+        read_toml(file / "b.toml")
+    file.write_text('# Grüße\nrun = "x"\r\n', encoding="utf-8-sig")  # the mark that Windows puts first
+    assert read_toml(file) == {"run": "x"}
+
+
+def test_paths_in_a_file_start_at_its_folder_and_others_where_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    file = folder / "shop.toml"
+    file.write_text(
+        'runs = "out"\n[data]\nsource = "home_depot"\npath = "pairs.csv"\n[data.log]\npath = "/abs/log.csv"\n'
+        '[data.log.columns]\nquery = "q"\nad_title = "t"\n[teacher]\nmodel = "path:base"\n[student]\nbase = "path:~/b"\n'
+    )
+    monkeypatch.setenv("HOME", "/home/me")
+    given = choose(config=file)
+    assert (given.runs, given.data.path) == (folder / "out", folder / "pairs.csv")
+    assert given.data.log is not None
+    assert given.data.log.path == Path("/abs/log.csv")
+    assert (given.teacher.model, given.student.base) == (f"path:{folder / 'base'}", "path:~/b")
+    monkeypatch.chdir(folder)  # beside the file a path stays as it is written, so that older runs are reused
+    assert choose(config=Path("shop.toml")).data.path == Path("pairs.csv")
+    over = choose(config=file, overrides=["data.path=here.csv", "runs=~/runs", "teacher.model=path:m/"])
+    assert (over.data.path, over.runs) == (Path("here.csv"), Path("/home/me/runs"))
+    assert over.teacher.model == "path:m/"
+    assert load_preset("sample", ["data.source=qbqtc", "data.path=~/a"]).data.path == Path("/home/me/a")
+
+
+def test_another_kind_of_engine_keeps_what_it_has_too() -> None:
+    assert load_preset("sample").annotate.engine.max_model_len == 512
+    assert load_preset("sample", ["annotate.engine.kind=vllm"]).annotate.engine.max_model_len == 512
+    other = load_preset("sample", ["annotate.engine.kind=transformers", "annotate.n=1"])
+    # What the preset says of the engine holds for the other kind too, where that has such a setting.
+    assert other.annotate.engine == TransformersConfig(max_model_len=512)
+
+
+def test_the_nearest_names_or_all_of_a_few() -> None:
+    assert nearest("Sampel", ["sample", "cluster"]) == ": did you mean sample?"
+    assert nearest("zzz", ["sample"]) == "; choose one of sample"
+    assert nearest("zzz", map(str, range(21))) == ""
 
 
 def test_every_field_has_help_for_the_form() -> None:
@@ -166,14 +232,13 @@ def test_merge_replaces_values_and_joins_tables() -> None:
     assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}}
 
 
-def test_dotted_keys_are_unique() -> None:
-    names = list(field_names(PipelineConfig))
-    assert len(names) == len(set(names))
-    assert "teacher.agpo.delta" in names
+def test_fields_have_dotted_keys() -> None:
+    assert {"teacher.agpo.delta", "data.log.path", "run"} <= fields(PipelineConfig).keys()
+    assert {"runs", "data.path"} <= fields(PipelineConfig, of=Path).keys() < fields(PipelineConfig).keys()
 
 
 def test_the_store_lies_in_the_folder_of_runs(tmp_path: Path) -> None:
     config = load_preset("sample", [f"runs={tmp_path}"])
     assert config.tracking_uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert config.folder == tmp_path / "sample"
-    assert module.DEFAULT_PRESET == "sample"
+    assert PipelineConfig().preset == "sample"

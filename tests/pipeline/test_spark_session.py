@@ -1,5 +1,6 @@
 """How Spark is started: with this interpreter, quietly, and with a clear refusal where it cannot be."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,14 @@ def test_the_session_is_as_asked(spark: Any) -> None:
 
 
 @pytest.mark.spark
-def test_a_bad_master_is_one_sentence_and_a_session_prints_nothing() -> None:
+def test_a_bad_master_is_one_sentence_and_a_session_prints_nothing(tmp_path: Path) -> None:
+    """In a locale that knows ASCII only, with names that are not."""
+    folder = tmp_path / "größe 日本"
+    folder.mkdir()
+    (folder / "é.txt").write_text("a line\n")
     code = """
 import sys
+from pathlib import Path
 from data.contracts import ContractError
 from pipeline.spark import SparkConfig, start_spark
 try:
@@ -51,9 +57,14 @@ except ContractError as error:
 print("--", file=sys.stderr, flush=True)  # the JVM tells its side of a refusal above this line
 session = start_spark(SparkConfig(shuffle_partitions=3, extra={"spark.sql.session.timeZone": "Asia/Tokyo"}))
 print(session.conf.get("spark.sql.shuffle.partitions"), session.conf.get("spark.sql.session.timeZone"))
+folder = Path(sys.argv[1])
+print([session.read.text(str(place)).count() for place in (folder, folder / "é.txt")])
 session.stop()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
-    assert done.stdout.splitlines() == ["refused: 0 True", "3 Asia/Tokyo"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["refused: 0 True", "3 Asia/Tokyo", "[1, 1]"]
     quiet = done.stderr.split("--\n", 1)[1]
     assert [line for line in quiet.splitlines() if "incubator modules" not in line] == []

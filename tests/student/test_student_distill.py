@@ -10,19 +10,21 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from data.contracts import ContractError, GradeScale, MetricsLog, metric_lines
+from student import checkpoint
 from student import fit as fit_module
 from student.baselines import Bm25, words
 from student.dataset import read_examples, tokenize
 from student.distill import distill
 from student.evaluation import compare_students
-from student.model import load_classifier, predict_logits
+from student.model import load_classifier
+from student.reader import Reader, predict_logits
 from student.scorer import load_tokenizer, softmax
-from student.scratch import _stands_on_other_side, make_encoder
+from student.scratch import make_encoder, on_other_side
 
 from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 
 
-def test_the_model_folder_is_complete_and_the_figures_add_up(distilled, tiny):
+def test_the_model_folder_is_complete_and_the_metrics_add_up(distilled, tiny):
     model = distilled / "model"
     for name in ("model.safetensors", "tokenizer.json", "scale.json", "student.json", "model_card.md", "metrics.json"):
         assert (model / name).stat().st_size > 0, name
@@ -40,9 +42,9 @@ def test_the_model_folder_is_complete_and_the_figures_add_up(distilled, tiny):
     assert {c["b"] for c in evaluation["comparisons"]} == set(systems) - {"student"}
     assert np.sum(evaluation["confusion"]) == evaluation["n"] == 48
     assert {s["name"] for s in evaluation["slices"]} >= {"source: synthetic", "query words in the ad: none"}
-    figures = json.loads((model / "metrics.json").read_text())
-    assert figures["test_roc_auc"] == systems["student"]["metrics"]["roc_auc"]["value"]
-    assert figures["n_gold"] == figures["n_annotated"] == 48
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert metrics["test_roc_auc"] == systems["student"]["metrics"]["roc_auc"]["value"]
+    assert metrics["n_gold"] == metrics["n_annotated"] == 48
     curves = json.loads((distilled / "curves.json").read_text())
     assert set(curves) == {"student", "gold_only", "bm25"}
     assert curves["student"]["roc"][0] == {"fpr": 0.0, "tpr": 0.0}
@@ -59,7 +61,7 @@ def test_the_saved_model_is_the_calibrated_one(distilled, tiny):
     test = read_examples(tiny["pairs"], scale, "test")
     tokens = tokenize(load_tokenizer(model / "tokenizer.json", card["max_length"]), test.queries, test.ads, 0)
     loaded = load_classifier(model, scale, max_length=card["max_length"], seed=0)
-    probs = softmax(predict_logits(loaded, tokens, 32, "cpu"), card["temperature"])
+    probs = softmax(predict_logits(Reader(loaded, "cpu"), tokens, 32), card["temperature"])
     written = pq.read_table(distilled / "test_predictions.parquet")
     score = dict(zip(written.column("pair_id").to_pylist(), written.column("p_relevant").to_pylist(), strict=True))
     expected = [score[pair_id] for pair_id in test.pair_ids]
@@ -94,65 +96,64 @@ def test_valid_labels_do_change_the_calibration(distilled, tiny, quick, tmp_path
 
 
 def test_the_rate_rises_stays_and_falls():
-    rates = [fit_module._schedule(step, 100, 0.1, 0.2) for step in range(100)]
+    rates = [fit_module.schedule(step, 100, 0.1, 0.2) for step in range(100)]
     assert 0 < rates[0] < rates[9] < rates[10] == 1
     assert set(rates[10:81]) == {1}
     assert np.diff(rates[80:]) == pytest.approx(-0.05 * np.ones(19))
-    assert {fit_module._schedule(step, 10, 0, 0) for step in range(10)} == {1}
-    assert 0 < fit_module._schedule(9, 10, 0.9, 1) < 0.2
+    assert {fit_module.schedule(step, 10, 0, 0) for step in range(10)} == {1}
+    assert 0 < fit_module.schedule(9, 10, 0.9, 1) < 0.2
 
 
 def test_a_killed_training_ends_as_an_uninterrupted_one(tiny, quick, tmp_path, monkeypatch):
     config = quick(epochs=4, patience=4)
     arguments = (config, tiny["base"], tiny["pairs"], tiny["annotations"])
     whole = distill(*arguments, tmp_path / "whole")
-    real = fit_module._epoch
+    real, epochs = checkpoint.save, []
 
-    def killed(*args):
-        if args[6].epoch == 2:
-            raise KeyboardInterrupt
-        return real(*args)
+    def killed_after(last: int):
+        def save(folder, progress, *state):
+            real(folder, progress, *state)
+            epochs.append(progress.epoch)
+            if progress.epoch == last:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit_module, "_epoch", killed)
+        monkeypatch.setattr(checkpoint, "save", save)
+        epochs.clear()
+
+    killed_after(2)
     with pytest.raises(KeyboardInterrupt):
         distill(*arguments, tmp_path / "cut")
-    seen = []
-
-    def counted(*args):
-        seen.append(args[6].epoch)
-        return real(*args)
-
-    monkeypatch.setattr(fit_module, "_epoch", counted)
+    killed_after(0)
     resumed = distill(*arguments, tmp_path / "cut")
-    assert seen == [2, 3]
+    assert epochs == [3, 4]
     assert resumed == whole
     lines = [metric_lines(p / "metrics.jsonl") for p in (tmp_path / "whole", tmp_path / "cut")]
     assert [line | {"time": 0} for line in lines[0]] == [line | {"time": 0} for line in lines[1]]
     assert not (tmp_path / "cut" / "checkpoints").exists()
     # Other settings do not go on from a checkpoint that is not theirs.
-    monkeypatch.setattr(fit_module, "_epoch", killed)
+    killed_after(2)
     with pytest.raises(KeyboardInterrupt):
         distill(*arguments, tmp_path / "other")
-    monkeypatch.setattr(fit_module, "_epoch", counted)
-    seen.clear()
+    killed_after(0)
     distill(quick(epochs=3, seed=1), *arguments[1:], tmp_path / "other")
-    assert seen == [0, 1, 2]
+    assert epochs == [1, 2, 3]
 
 
 def test_early_stopping_keeps_the_best_epoch(tiny, quick, tmp_path, monkeypatch):
     scores = iter([0.6, 0.9, 0.7, 0.8, 0.99])
-    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(fit_module, "roc_auc", lambda *_: next(scores))
+    weights, real = [], checkpoint.save
 
-    def validate(config, model, *_):
-        kept.append(next(model.parameters()).detach().clone())
-        return next(scores), {"valid_loss": 1.0}
+    def save(folder, progress, model, optimiser):
+        weights.append(next(model.parameters()).detach().clone())
+        real(folder, progress, model, optimiser)
 
-    monkeypatch.setattr(fit_module, "_validate", validate)
+    monkeypatch.setattr(checkpoint, "save", save)
     distill(quick(epochs=5, patience=2), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
     card = json.loads((tmp_path / "model" / "student.json").read_text())
     assert (card["epochs"], card["best_epoch"]) == (4, 2)
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    np.testing.assert_array_equal(weights["bert.embeddings.word_embeddings.weight"], kept[1].numpy())
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    np.testing.assert_array_equal(saved["bert.embeddings.word_embeddings.weight"], weights[1].numpy())
 
 
 def test_margin_balance_and_temperature_options_run(tiny, quick, tmp_path):
@@ -286,4 +287,4 @@ def test_the_scale_travels_with_the_model(distilled, tiny):
 def test_labels_for_single_words_by_hand():
     ids = torch.tensor([[2, 7, 8, 7, 3, 8, 9, 3]])
     segment = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
-    assert _stands_on_other_side(ids, segment).tolist() == [[0, 0, 1, 0, 1, 1, 0, 1]]
+    assert on_other_side(ids, segment).tolist() == [[0, 0, 1, 0, 1, 1, 0, 1]]

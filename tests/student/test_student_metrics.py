@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score, f1_score, ndcg_score, roc_a
 from data.contracts import ContractError
 from student import metrics
 from student.calibration import best_f1_threshold, fit_calibration
+from student.metrics import Labels
 from student.resampling import ranked
 from student.scorer import softmax
 
@@ -26,7 +27,7 @@ def sample() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_point_values_agree_with_scikit_learn(sample):
     grade, probs, query = sample
-    found = metrics.evaluate(grade, probs, query, relevant_from=2, threshold=0.4, n_boot=100).metrics
+    found = metrics.evaluate(Labels(grade, query, 2, 100), probs, threshold=0.4).metrics
     relevant, score = grade >= 2, probs[:, 2:].sum(axis=1)
     ndcg = [
         ndcg_score([2.0 ** grade[query == q] - 1], [score[query == q]], k=10)
@@ -46,7 +47,8 @@ def test_a_resample_gives_what_scikit_learn_gives_on_the_repeated_rows(sample):
     counts = np.random.default_rng(1).multinomial(query.max() + 1, np.full(query.max() + 1, 1 / (query.max() + 1)))
     rows = np.repeat(np.arange(len(grade)), counts[query])
     relevant, score = grade >= 2, probs[:, 2:].sum(axis=1)
-    measures = [*metrics._system(grade, score, query, 2, 0.4), metrics._graded(grade, probs, score, query, 2)]
+    labels = Labels(grade, query, 2)
+    measures = [*metrics.score_measures(labels, score, 0.4), metrics.grade_measures(labels, probs, score)]
     expected = {
         "roc_auc": roc_auc_score(relevant[rows], score[rows]),
         "pr_auc": average_precision_score(relevant[rows], score[rows]),
@@ -78,7 +80,7 @@ def test_intervals_hold_the_value_and_are_wider_when_rows_of_a_query_agree():
     probs = softmax(np.stack([-score, score], axis=1))
 
     def width(query: np.ndarray) -> float:
-        auc = metrics.evaluate(grade, probs, query, relevant_from=1, n_boot=400).metrics["roc_auc"]
+        auc = metrics.evaluate(Labels(grade, query, 1, 400), probs).metrics["roc_auc"]
         assert auc.low < auc.value < auc.high
         return auc.high - auc.low
 
@@ -89,31 +91,31 @@ def test_compare_is_paired(sample):
     grade, probs, query = sample
     score = probs[:, 2:].sum(axis=1)
     slightly_worse = score + np.random.default_rng(0).normal(size=len(score)) * 0.05
-    same = metrics.compare(score, score.copy(), grade, query, relevant_from=2, n_boot=200)
+    labels = Labels(grade, query, 2, 400)
+    same = metrics.compare(labels, score, score.copy())
     assert (same.difference, same.low, same.high) == (0, 0, 0)
-    found = metrics.compare(score, slightly_worse, grade, query, relevant_from=2, n_boot=400)
-    alone = metrics.evaluate_ranking(grade, score, query, relevant_from=2, n_boot=400).metrics["roc_auc"]
+    found = metrics.compare(labels, score, slightly_worse)
+    alone = metrics.evaluate(labels, score).metrics["roc_auc"]
     assert found.high - found.low < 0.6 * (alone.high - alone.low)
-    assert metrics.compare(score, -score, grade, query, relevant_from=2, n_boot=200).low > 0
+    assert metrics.compare(labels, score, -score).low > 0
 
 
 def test_f1_is_compared_at_each_system_s_own_threshold(sample):
     grade, probs, query = sample
     score, relevant = probs[:, 2:].sum(axis=1), grade >= 2
-    found = metrics.compare(
-        score, score / 2, grade, query, relevant_from=2, metric="f1", thresholds=(0.5, 0.25), n_boot=200
-    )
+    labels = Labels(grade, query, 2, 200)
+    found = metrics.compare(labels, score, score / 2, metric="f1", thresholds=(0.5, 0.25))
     assert (found.difference, found.low, found.high) == (0, 0, 0)
-    found = metrics.compare(score, score, grade, query, relevant_from=2, metric="f1", thresholds=(0.5, 0.9), n_boot=200)
+    found = metrics.compare(labels, score, score, metric="f1", thresholds=(0.5, 0.9))
     assert found.difference == pytest.approx(f1_score(relevant, score >= 0.5) - f1_score(relevant, score >= 0.9))
     assert found.low < found.difference < found.high
     with pytest.raises(ContractError, match="or f1 with thresholds"):
-        metrics.compare(score, score, grade, query, relevant_from=2, metric="f1")
+        metrics.compare(labels, score, score, metric="f1")
 
 
 def test_one_class_only_gives_none_and_stays_json(sample):
     _, probs, query = sample
-    found = metrics.evaluate(np.zeros(400, int), probs, query, relevant_from=1, threshold=0.5, n_boot=100)
+    found = metrics.evaluate(Labels(np.zeros(400, int), query, 1, 100), probs, threshold=0.5)
     for name in ("roc_auc", "pr_auc", "f1", "ndcg_at_10"):
         assert found.metrics[name].value is None
     assert found.metrics["accuracy"].value is not None
@@ -122,39 +124,43 @@ def test_one_class_only_gives_none_and_stays_json(sample):
 
 def test_no_rows_and_bad_scores_are_refused(sample):
     grade, probs, query = sample
+
+    def evaluate(grade=grade, probs=probs, query=query, relevant_from=2):
+        return metrics.evaluate(Labels(grade, query, relevant_from), probs)
+
     with pytest.raises(ContractError, match="nothing to evaluate"):
-        metrics.evaluate(grade[:0], probs[:0], query[:0], relevant_from=2)
+        evaluate(grade=grade[:0])
     with pytest.raises(ContractError, match="diverged"):
-        metrics.evaluate(grade, probs * np.nan, query, relevant_from=2)
+        evaluate(probs=probs * np.nan)
     with pytest.raises(ContractError, match="one for each row"):
-        metrics.evaluate(grade[1:], probs, query, relevant_from=2)
+        evaluate(grade=grade[1:])
+    with pytest.raises(ContractError, match="one for each row"):
+        evaluate(probs=probs[1:])
     with pytest.raises(ContractError, match="not a distribution"):
-        metrics.evaluate(grade, probs * 2, query, relevant_from=2)
+        evaluate(probs=probs * 2)
     with pytest.raises(ContractError, match=r"grades lie in 0 … 3; found -1"):
-        metrics.evaluate(np.where(grade == 0, -1, grade), probs, query, relevant_from=2)
+        evaluate(grade=np.where(grade == 0, -1, grade))
     with pytest.raises(ContractError, match="whole numbers"):
-        metrics.evaluate(grade / 2, probs, query, relevant_from=2)
+        evaluate(grade=grade / 2)
     with pytest.raises(ContractError, match="relevant_from"):
-        metrics.evaluate(grade, probs, query, relevant_from=4)
-    with pytest.raises(ContractError, match="mask of slice"):
-        metrics.evaluate(grade, probs, query, relevant_from=2, slices={"part": np.ones(3, bool)})
+        evaluate(relevant_from=4)
     with pytest.raises(ContractError, match="cannot be compared"):
-        metrics.compare(grade, grade, grade, query, relevant_from=2, metric="ece")
+        metrics.compare(Labels(grade, query, 2), grade, grade, metric="ece")
 
 
 def test_one_query_has_values_and_no_intervals(sample):
     grade, probs, _ = sample
-    found = metrics.evaluate(grade, probs, np.zeros(400, int), relevant_from=2, n_boot=100).metrics
+    found = metrics.evaluate(Labels(grade, np.zeros(400, int), 2, 100), probs).metrics
     assert found["roc_auc"].value == pytest.approx(roc_auc_score(grade >= 2, probs[:, 2:].sum(axis=1)))
     assert all((interval.low, interval.high) == (None, None) for interval in found.values())
-    compared = metrics.compare(probs[:, 3], probs[:, 2], grade, np.zeros(400, int), relevant_from=2, n_boot=100)
+    compared = metrics.compare(Labels(grade, np.zeros(400, int), 2, 100), probs[:, 3], probs[:, 2])
     assert compared.difference is not None
     assert (compared.low, compared.high) == (None, None)
 
 
 def test_scores_that_are_all_equal_rank_nothing(sample):
     grade, _, query = sample
-    found = metrics.evaluate(grade, np.full((400, 4), 0.25), query, relevant_from=2, threshold=0.5, n_boot=100).metrics
+    found = metrics.evaluate(Labels(grade, query, 2, 100), np.full((400, 4), 0.25), threshold=0.5).metrics
     assert (found["roc_auc"].value, found["roc_auc"].low, found["roc_auc"].high) == (0.5, 0.5, 0.5)
     assert found["pr_auc"].value == pytest.approx((grade >= 2).mean())
     assert found["f1"].value == pytest.approx(f1_score(grade >= 2, np.ones(400)))
@@ -167,11 +173,11 @@ def test_ranked_measures_equal_scikit_learn_on_any_counts(seed, rows, queries, l
     relevant, score = rng.random(rows) < 0.5, rng.integers(levels, size=rows) / levels
     query = np.unique(rng.integers(queries, size=rows), return_inverse=True)[1]
     counts = rng.integers(4, size=query.max() + 1)
-    kept = np.repeat(np.arange(rows), counts[query])
+    drawn = np.repeat(np.arange(rows), counts[query])
     found = ranked(relevant, score, query)(counts[None, :].astype(float))
-    if 0 < relevant[kept].sum() < len(kept):
-        assert found["roc_auc"][0] == pytest.approx(roc_auc_score(relevant[kept], score[kept]), abs=1e-9)
-        assert found["pr_auc"][0] == pytest.approx(average_precision_score(relevant[kept], score[kept]), abs=1e-9)
+    if 0 < relevant[drawn].sum() < len(drawn):
+        assert found["roc_auc"][0] == pytest.approx(roc_auc_score(relevant[drawn], score[drawn]), abs=1e-9)
+        assert found["pr_auc"][0] == pytest.approx(average_precision_score(relevant[drawn], score[drawn]), abs=1e-9)
     else:
         assert np.isnan(found["roc_auc"][0])
 
@@ -179,12 +185,8 @@ def test_ranked_measures_equal_scikit_learn_on_any_counts(seed, rows, queries, l
 def test_slices_measure_their_rows_only(sample):
     grade, probs, query = sample
     mask = grade % 2 == 0
-    found = metrics.evaluate(
-        grade, probs, query, relevant_from=2, slices={"even": mask, "none": mask & ~mask}, n_boot=100
-    )
-    assert [part.name for part in found.slices] == ["even", "none"]
-    assert found.slices[1].n == 0
-    assert {interval.value for interval in found.slices[1].metrics.values()} == {None}
+    found = metrics.evaluate(Labels(grade, query, 2, 100), probs, slices={"even": mask})
+    assert [part.name for part in found.slices] == ["even"]
     assert found.slices[0].n == mask.sum()
     expected = roc_auc_score(grade[mask] >= 2, probs[mask, 2:].sum(axis=1))
     assert found.slices[0].metrics["roc_auc"].value == pytest.approx(expected)
@@ -203,9 +205,8 @@ def test_the_interval_of_ece_holds_the_truth_where_percentiles_miss_it():
     for seed in range(20):  # a calibrated model: the truth is 0, every sample's value is above it
         p = rng.random(300)
         probs = np.stack([1 - p, p], axis=1)
-        found = metrics.evaluate(
-            (rng.random(300) < p).astype(int), probs, np.arange(300), relevant_from=1, n_boot=200, seed=seed
-        )
+        labels = Labels((rng.random(300) < p).astype(int), np.arange(300), 1, n_boot=200, seed=seed)
+        found = metrics.evaluate(labels, probs)
         ece = found.metrics["ece"]
         assert 0 <= ece.low <= ece.value <= ece.high
         held += ece.low == 0

@@ -1,4 +1,4 @@
-"""The collapse guard: what it stops, what it lets pass, and what is left after it."""
+"""The collapse detector: what it stops, what it lets pass, and what is left after it."""
 
 import json
 
@@ -6,13 +6,13 @@ import pytest
 from safetensors.torch import load_file
 
 from teacher.collapse_detector import collapse
-from teacher.config import GuardConfig
+from teacher.config import CollapseConfig
 from teacher.train import train_teacher
 
 from .test_trainer import TINY
 
 HEALTHY = {"entropy": 1.0, "parse_rate": 0.9, "accuracy": 0.5}
-LIMITS = GuardConfig(window=5)
+LIMITS = CollapseConfig(window=5)
 
 
 def history(*parts):
@@ -39,18 +39,29 @@ def test_ordinary_changes_pass(changed):
     assert collapse(history((10, {}), (50, changed)), LIMITS) is None
 
 
+def test_a_training_in_which_nothing_is_learnt_is_stopped():
+    idle = {"advantage/positive": 0.0, "advantage/negative": 0.0}
+    limits = CollapseConfig(window=5, max_idle_steps=20)
+    assert "in 20 steps every advantage was 0" in collapse(
+        history((3, {"advantage/negative": -1.0}), (20, idle)), limits
+    )
+    assert collapse(history((19, idle)), limits) is None
+    assert collapse(history((30, idle), (1, {**idle, "advantage/negative": -0.1})), limits) is None
+    assert collapse(history((30, idle)), CollapseConfig(window=0)) is None
+
+
 def test_it_is_silent_without_enough_steps_values_or_when_off():
     fallen = history((4, {}), (5, {"accuracy": 0.0}))
     assert collapse(fallen, LIMITS) is None
     assert collapse([], LIMITS) is None
-    assert collapse(history((10, {}), (5, {"accuracy": 0.0})), GuardConfig(window=0)) is None
+    assert collapse(history((10, {}), (5, {"accuracy": 0.0})), CollapseConfig(window=0)) is None
     assert collapse([{"loss": 1.0}] * 30, LIMITS) is None
 
 
 def test_a_stopped_training_keeps_the_best_weights_and_says_why(decoder, pairs, tmp_path):
     # Limits that no training can keep: the second step already counts as entropy falling.
-    guard = GuardConfig(window=1, min_entropy=1e6)
-    config = TINY.model_copy(update={"agpo": TINY.agpo.model_copy(update={"guard": guard, "steps": 6})})
+    limits = CollapseConfig(window=1, min_entropy=1e6)
+    config = TINY.model_copy(update={"agpo": TINY.agpo.model_copy(update={"collapse": limits, "steps": 6})})
     stopped, untouched = tmp_path / "stopped", tmp_path / "untouched"
     for folder in (stopped, untouched):
         folder.mkdir()

@@ -4,11 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from data.contracts import ContractError
-from teacher.engines.base import EngineConfig, Sampling, open_engine, prompt_seed
+from teacher.engines import open_engine
+from teacher.engines.base import Sampling, prompt_seed
+from teacher.engines.config import EngineConfig, ServerConfig, TransformersConfig, VLLMConfig
+from teacher.reading import end_tokens
+from tests.teacher.families import FAMILIES, make_family
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45, 46, 47, 48], [9], [100, 101, 102, 103, 104]]
 
@@ -47,7 +59,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path):
-    opened = open_engine(EngineConfig(kind="transformers", batch_size=4), tiny_model)
+    opened = open_engine(TransformersConfig(batch_size=4), tiny_model)
     yield opened
     opened.close()
 
@@ -106,16 +118,76 @@ def test_seed_depends_on_prompt_and_run():
 
 def test_config_refuses_what_cannot_work(tmp_path: Path):
     with pytest.raises(ValueError, match="needs `urls`"):
-        EngineConfig(kind="openai")
+        ServerConfig()
     with pytest.raises(ValueError, match="http"):
-        EngineConfig(kind="openai", urls=("localhost:8000",))
+        ServerConfig(urls=("localhost:8000",))
     with pytest.raises(ContractError, match=r"config\.json"):
-        open_engine(EngineConfig(), tmp_path)
+        open_engine(VLLMConfig(), tmp_path)
+
+
+def test_a_config_is_one_of_its_kind():
+    read = TypeAdapter(EngineConfig).validate_python
+    assert read({"max_model_len": 9}) == VLLMConfig(max_model_len=9)  # vLLM unless another kind is named
+    assert read({"kind": "transformers", "batch_size": 3}) == TransformersConfig(batch_size=3)
+    servers = ServerConfig(urls=("http://a:1/v1",))
+    assert read(servers) is servers
+    assert read(servers.model_dump(mode="json")) == servers
+    with pytest.raises(ValueError, match="'vllm', 'openai', 'transformers'"):
+        read({"kind": "vlm"})
+    with pytest.raises(ValueError, match="max_num_sequences"):
+        read({"kind": "vllm", "max_num_sequences": 3})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"batch_size": 3}, "batch_size has no effect on kind 'vllm': leave it out, or set the kind to transformers"),
+        (
+            {"kind": "openai", "urls": ["http://a"], "dtype": "auto"},
+            "no effect on kind 'openai': .* vllm or transformers",
+        ),
+        ({"kind": "transformers", "kv_cache_gib": 1}, "kv_cache_gib has no effect on kind 'transformers'"),
+    ],
+)
+def test_a_setting_without_effect_on_the_kind_is_refused(values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TypeAdapter(EngineConfig).validate_python(values)
+    recorded = TypeAdapter(EngineConfig).validate_python(values, context="recorded")  # by a release that had one kind
+    assert recorded.kind == values.get("kind", "vllm")
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_stops_at_each_of_its_end_tokens(name, tmp_path):
+    folder = make_family(name, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    engine = open_engine(TransformersConfig(batch_size=64), folder)
+    ends = end_tokens(folder, tokenizer)
+    assert ends == set(tokenizer.convert_tokens_to_ids(list(FAMILIES[name].ends)))
+    (row,) = engine.generate([tokenizer("Query: red shoes")["input_ids"]], Sampling(n=64, max_tokens=200, seed=5))
+    for sample in row:
+        assert not ends & set(sample.token_ids[:-1])
+        assert (sample.finish_reason == "stop") == (sample.token_ids[-1] in ends)
+        assert not any(end in sample.text for end in FAMILIES[name].ends)
+    assert {sample.token_ids[-1] for sample in row if sample.finish_reason == "stop"} == ends
+
+
+def test_an_end_token_that_is_an_ordinary_one_is_no_text(tmp_path):
+    folder = make_family("gpt-2", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "Ċ"  # a line break
+    tokenizer.save_pretrained(folder)
+    engine = open_engine(TransformersConfig(batch_size=64), folder)
+    (row,) = engine.generate([tokenizer("red")["input_ids"]], Sampling(n=64, max_tokens=200, seed=5))
+    assert any(sample.finish_reason == "stop" for sample in row)
+    assert not any("\n" in sample.text for sample in row)
 
 
 @pytest.mark.vllm
 def test_vllm_agrees_with_transformers(engine, tiny_model: Path):
-    other = open_engine(EngineConfig(kind="vllm", max_num_seqs=16), tiny_model)
+    other = open_engine(VLLMConfig(max_num_seqs=16), tiny_model)
     try:
         assert other.max_model_len == engine.max_model_len == 96
         greedy = Sampling(n=2, temperature=0.0, max_tokens=16, logprobs=5)
@@ -173,3 +245,82 @@ def test_a_stream_gives_what_a_list_gives_and_a_bad_prompt_harms_no_other(engine
     engine.submit("dropped", PROMPTS[0], sampling)
     engine.cancel()
     assert engine.finished() == []
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["phi-3", "gemma-2"])
+def test_vllm_stops_at_each_end_token_of_a_family(name, tmp_path):
+    folder = make_family(name, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = end_tokens(folder, tokenizer)
+    engine = open_engine(VLLMConfig(max_num_seqs=64), folder)
+    try:
+        prompt = tokenizer("Query: red shoes")["input_ids"]
+        (row,) = engine.generate([prompt], Sampling(n=64, max_tokens=200, seed=5))
+        assert {sample.token_ids[-1] for sample in row if sample.finish_reason == "stop"} == ends
+        assert not any(end in sample.text for sample in row for end in FAMILIES[name].ends)
+        greedy = Sampling(temperature=0.0, max_tokens=20)
+        ours = open_engine(TransformersConfig(), folder).generate([prompt], greedy)
+        assert texts(engine.generate([prompt], greedy)) == texts(ours)
+        # A completion that vLLM gives up is none: what there is of it must not count as an answer.
+        inner = engine._llm.llm_engine
+        step = inner.step
+
+        def abort():
+            outputs = step()
+            for output in outputs:
+                output.outputs[0].finish_reason = "abort"
+            return outputs
+
+        inner.step = abort
+        engine.submit("cut", prompt, Sampling(max_tokens=4))
+        ((tag, result),) = engine.finished()
+        assert tag == "cut"
+        assert isinstance(result, RuntimeError)
+        assert "finish_reason 'abort'" in str(result)
+    finally:
+        engine.close()
+
+
+def save_model(folder: Path, model_type: str, **sizes) -> Path:
+    """A random model of an architecture, with the tiny tokenizer."""
+    make_tiny_model(folder)
+    common = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    common |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 96, "eos_token_id": 1}
+    config = AutoConfig.for_model(model_type, **common | {"pad_token_id": 0, "bos_token_id": None} | sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.vllm
+def test_an_architecture_with_recurrent_layers_runs_on_vllm(tmp_path):
+    mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+    folder = save_model(tmp_path, "falcon_h1", head_dim=32, **mamba)
+    engine = open_engine(VLLMConfig(dtype="bfloat16", max_num_seqs=16), folder)
+    try:
+        many = [[2 + (i + j) % 200 for j in range(60)] for i in range(60)]
+        sampled = engine.generate(many, Sampling(n=2, temperature=1.0, max_tokens=4, seed=3))
+        assert [len(row) for row in sampled] == [2] * 60
+    finally:
+        engine.close()
+    # The CPU build has no float32 kernel for these layers; its own words, and not a lack of memory, are the reason.
+    with pytest.raises(ContractError, match=r"vLLM cannot load .*not implemented for 'Float'; kind `transformers` may"):
+        open_engine(VLLMConfig(), folder)
+
+
+@pytest.mark.vllm
+def test_what_vllm_only_logs_is_the_reason_too(tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("with torchvision the class loads")
+    make_tiny_model(tmp_path)
+    text = {"vocab_size": 258, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ContractError, match=r"vLLM cannot load .*torchvision") as caught:
+        open_engine(VLLMConfig(), tmp_path)
+    assert "memory" not in str(caught.value)

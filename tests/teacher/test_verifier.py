@@ -132,3 +132,16 @@ def test_the_reward_follows_the_verdict(text, finished, verdict, paid):
     judge = grade_judge(4)
     assert judge(text, 3) is verdict
     assert reward(judge(text, 3), finished) == paid
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [
+        ("<think>red shoes, so <answer>1</answer> or more</think>The same.<answer>3</answer>", 3),
+        ("red shoes</think><answer>2</answer>", 2),  # the template had opened it
+        ("<think>the same.<answer>3</answer>", None),
+        ("<think>the same.</think>", None),
+    ],
+)
+def test_thinking_holds_no_answer(text: str, grade: int | None) -> None:
+    assert parse_grade(text, 4) == grade

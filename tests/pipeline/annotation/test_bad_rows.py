@@ -100,7 +100,7 @@ def test_every_bad_row_is_one_row_with_its_status_and_no_control_token(tmp_path:
     recording.write_text(json.dumps([sample]) + "\n")
     (tmp_path / "log").mkdir()
     teacher = make_teacher(real, recording, tmp_path / "replay", prompts=True, log=str(tmp_path / "log"))
-    config = AnnotateConfig(n=1, window=8, max_failed_share=1.0)
+    config = AnnotateConfig(n=1, max_in_flight=8, max_failed_share=1.0)
     annotate(config, teacher, pairs, tmp_path / "out", spark, load_replay)
 
     rows = {row["pair_id"]: row for row in read_table(tmp_path / "out", ANNOTATIONS).to_pylist()}

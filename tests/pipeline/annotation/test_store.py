@@ -1,4 +1,4 @@
-"""How annotations get into their folder: whole or not at all, from one run at a time."""
+"""How annotations get into their folder: whole or not at all, from one run at a time, merged whatever is killed."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import ANNOTATIONS, ContractError, read_table
-from pipeline.annotation.store import DAMAGED, TEMPORARY, commit, files_of, part_path, take_over
+from pipeline.annotation import store
+from pipeline.annotation.store import DAMAGED, TEMPORARY, commit, compact, files_of, part_path, take_over
 from pipeline.annotation.worker import Answer, table_of
 
 KEY = "0123456789abcdef"
@@ -19,7 +20,7 @@ KEY = "0123456789abcdef"
 
 def rows(count: int, size: int = 0) -> pa.Table:
     """Failed rows whose errors are of `size` random letters, which do not compress."""
-    answers = [Answer(None, os.urandom(size).hex(), 0) for _ in range(count)]
+    answers = [Answer("failed", os.urandom(size).hex(), 0) for _ in range(count)]
     return table_of(KEY, [f"p{i}" for i in range(count)], answers)
 
 
@@ -97,3 +98,72 @@ def test_files_of_another_key_are_not_mine(tmp_path: Path):
     pq.write_table(rows(1), tmp_path / "fedcba9876543210-1.parquet")
     assert files_of(tmp_path, KEY) == []
     assert ANNOTATIONS.equals(pq.read_schema(tmp_path / "fedcba9876543210-1.parquet"))
+
+
+def filled(out: Path, files: int, rows: int = 10, key: str = KEY) -> str:
+    run = take_over(out)
+    for number in range(files):
+        ids = [f"{key[:2]}{number}-{row}" for row in range(rows)]
+        commit(out / f"{key}-{number:04d}.parquet", table_of(key, ids, [Answer("failed", "none", 0)] * rows), run)
+    return run
+
+
+def content(out: Path) -> list[dict]:
+    return sorted(read_table(out, ANNOTATIONS).to_pylist(), key=lambda row: row["pair_id"])
+
+
+def test_small_files_are_merged_and_large_ones_stay(tmp_path: Path):
+    run = filled(tmp_path, 23)
+    large = table_of(KEY, [f"large{i}" for i in range(60)], [Answer("failed", "none", 0)] * 60)
+    commit(tmp_path / f"{KEY}-large.parquet", large, run)
+    filled(tmp_path, 3, key="fedcba9876543210")
+    before, kept = content(tmp_path), (tmp_path / f"{KEY}-large.parquet").stat().st_mtime_ns
+    run = take_over(tmp_path)
+    assert compact(tmp_path, KEY, run, 100) == 23 - 3
+    sizes = sorted(pq.read_metadata(file).num_rows for file in files_of(tmp_path, KEY))
+    assert sizes == [30, 60, 100, 100]
+    assert (tmp_path / f"{KEY}-large.parquet").stat().st_mtime_ns == kept
+    assert len(files_of(tmp_path, "fedcba9876543210")) == 3
+    assert content(tmp_path) == before
+    assert compact(tmp_path, KEY, run, 60) == 0
+    assert not list(tmp_path.glob("_merged-*"))
+
+
+@pytest.mark.parametrize("steps", range(14))
+def test_a_merge_that_is_killed_anywhere_loses_and_doubles_nothing(tmp_path: Path, steps: int, monkeypatch):
+    """Every change of the folder counts as a step; the process dies before step number `steps`."""
+    run = filled(tmp_path, 4)
+    before = content(tmp_path)
+    left = steps
+
+    def mortal(real):
+        def step(*arguments, **options):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return real(*arguments, **options)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", mortal(Path.unlink))
+        patch.setattr(Path, "rename", mortal(Path.rename))
+        patch.setattr(Path, "open", mortal(Path.open))
+        patch.setattr(store, "write_json", mortal(store.write_json))
+        try:
+            compact(tmp_path, KEY, run, 100)
+        except KeyboardInterrupt:
+            assert steps < 13
+    take_over(tmp_path)
+    assert content(tmp_path) == before
+    assert not list(tmp_path.glob("_merged-*"))
+    assert len(files_of(tmp_path, KEY)) in (1, 4)
+
+
+def test_only_the_owner_merges(tmp_path: Path):
+    run = filled(tmp_path, 4)
+    take_over(tmp_path)
+    with pytest.raises(ContractError, match="another run"):
+        compact(tmp_path, KEY, run, 100)
+    assert len({row["pair_id"] for row in content(tmp_path)}) == len(content(tmp_path)) == 40

@@ -1,10 +1,8 @@
-"""The report shows what is there, says what is not, and never lets an ad's text become markup."""
+"""The report shows every stage that has run, refuses damaged files, and never lets an ad's text become markup."""
 
 import json
+import logging
 import re
-import shlex
-import subprocess
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,27 +10,31 @@ from typing import Any
 import pytest
 
 from data.contracts import ContractError
-from pipeline.artifacts import StageRecord
-from pipeline.report.page import TEMPLATES, shell_lines, style_hash, write_report
-from pipeline.report.summary import finish_run, number, reproduce_command, stage_rows, summarise
-from pipeline.settings import PipelineConfig, load_preset
+from pipeline.report.page import TEMPLATES, finish_run, write_report
+from pipeline.report.summary import stage_rows, summarise
+from pipeline.report.text import number
+from pipeline.settings import PipelineConfig
+from pipeline.stages import STAGES, finished_stages
 
-Fill = Callable[[PipelineConfig, tuple[str, ...]], list[StageRecord]]
-ALL = ("data", "teacher", "annotate", "student", "export")
+pytestmark = pytest.mark.spark
 
 
 class Page(HTMLParser):
-    """Collects what a browser would: tags with their attributes, and the text."""
+    """Collects what a browser would: tags with their attributes, and the text of the page and of its sections."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
+        self.text, self.open = "", []  # type: ignore[var-annotated]
+        self.sections: dict[str, str] = {}
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if section := dict(attrs).get("id") if tag == "section" else None:
+            self.sections[section] = ""
+        elif ("class", "tiles") in attrs:
+            self.sections["tiles"] = ""
         if tag not in ("meta", "br"):
             self.open.append(tag)
 
@@ -44,160 +46,169 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.sections:
+            self.sections[list(self.sections)[-1]] += data
 
 
-def written(settings: PipelineConfig, records: list[StageRecord]) -> Page:
-    summary = finish_run(settings, "relevance-pipeline", records, [float(i + 1) for i in range(len(records))])
-    return Page(Path(summary["report"]).read_text(encoding="utf-8"))
+def finish(settings: PipelineConfig) -> dict[str, Any]:
+    records = list(finished_stages(settings.folder).values())
+    return finish_run(settings, "relevance-pipeline", records, [float(i + 1) for i in range(len(records))])
 
 
-def test_a_whole_run(settings: PipelineConfig, fill: Fill, hostile: str) -> None:
-    page = written(settings, fill(settings, ALL))
-    assert json.loads((settings.folder / "summary.json").read_text())["stages"]["teacher"]["seconds"] == 2.0
+def written(settings: PipelineConfig) -> Page:
+    return Page(Path(finish(settings)["report"]).read_text(encoding="utf-8"))
+
+
+def keep_only(run: PipelineConfig, *stages: str) -> None:
+    """Make the other stages such as have not completed: their sections need not be made."""
+    for name in set(STAGES) - set(stages):
+        (run.folder / STAGES[name].folder / "_stage.json").unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def page(finished_run: PipelineConfig) -> Page:
+    """The page of the whole run."""
+    return written(finished_run)
+
+
+@pytest.fixture(scope="module")
+def metrics(finished_run: PipelineConfig) -> dict[str, dict[str, Any]]:
+    return {name: record.figures for name, record in finished_stages(finished_run.folder).items()}
+
+
+def test_every_section_shows_its_stages_metrics(page: Page, metrics: dict[str, dict[str, Any]], hostile: str) -> None:
+    data, teacher, annotated, student, export = metrics.values()
     assert page.open == []
     assert "Left out" not in page.text
+    expected = {
+        "pairs": [f"{data['rows']:,}", "Grades by split", "Leakage between splits"],
+        "teacher": [number(teacher["agpo/completion_tokens"]), number(teacher["test/completion_tokens"])],
+        "annotation": [f"{annotated['failed']} failed", number(annotated["auc"]), "refused #: <"],
+        "student": [f"{student['test_roc_auc']:.3f}", f"{student['bm25_roc_auc']:.3f}", "BM25"],
+        "export": [f"{export['int8_megabytes']:.2f}", f"{export['int8_auc_loss']:.5f}"],
+        "examples": ["Teacher and human differ: 15 examples", "@SUM(1) because <script>"],
+        "second_look": ["20 pairs", "teacher and human differ; samples disagree"],
+        "lineage": ["--set teacher.seed=3", "ads-relevance"],
+        "tiles": [
+            f"Student, ROC-AUC on test{student['test_roc_auc']:.3f}95 % interval {student['test_roc_auc_low']:.3f} to ",
+            f"Teacher, accuracy{teacher['warm_start/accuracy']:.3f} → {teacher['agpo/accuracy']:.3f}",
+            f"on test {teacher['test/accuracy']:.3f}",
+            f"Pairs annotated{annotated['pairs']}{100 * annotated['ok_share']:.1f} % usable",
+            f"Export, int8{export['int8_megabytes']:.2f} MBROC-AUC lost {export['int8_auc_loss']:.5f}",
+        ],
+    }
+    assert set(page.sections) == expected.keys()
+    for section, texts in expected.items():
+        assert [text for text in texts if text not in page.sections[section]] == [], section
+    assert [tag for tag, _ in page.tags].count("figure") >= (3 + 5 + 1) + (3 + 1)  # teacher, student
     assert hostile in page.text  # shown as text
     assert "{{ 7 * 7 }}" in page.text
-    assert "current because" in page.text
-    assert "old because" not in page.text
-    assert [tag for tag, _ in page.tags].count("figure") == 6 + 4  # teacher, student
-    assert page.text.count("teacher: ") == 30 + 19  # examples, and those for a second look (all that differ)
-    assert page.text.count("human: 0 bad<b>") == 15 + 19  # half of the examples differ, and all of the others
-    assert "--set teacher.seed=3" in page.text
-    assert "0.900" in page.text
-    assert "0.850 – 0.950" in page.text
 
 
-def test_nothing_is_executed_or_fetched(settings: PipelineConfig, fill: Fill) -> None:
-    page = written(settings, fill(settings, ALL))
+def test_nothing_is_executed_or_fetched(page: Page, finished_run: PipelineConfig) -> None:
     names = {tag for tag, _ in page.tags}
-    assert names.isdisjoint({"script", "img", "link", "iframe", "object", "embed", "base", "form", "image", "use"})
+    assert names.isdisjoint({"script", "img", "link", "iframe", "object", "embed", "base", "form", "image"})
     attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
-    assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "style", "xlink:href")]
-    assert {value[:1] for name, value in attributes if name == "href"} == {"#"}
-    targets = {value[1:] for name, value in attributes if name == "href"}
-    assert targets <= {value for name, value in attributes if name == "id"}
+    assert not [name for name, _ in attributes if name.startswith("on") or name == "src"]
+    targets = [value for name, value in attributes if name in ("href", "xlink:href")]
+    assert {target[0] for target in targets} == {"#"}
+    assert {target[1:] for target in targets} <= {value for name, value in attributes if name == "id"}
     policy = next(found["content"] for tag, found in page.tags if "http-equiv" in found)
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    assert policy == f"default-src 'none'; style-src '{style_hash(style)}'; base-uri 'none'; form-action 'none'"
-    assert f"<style>{style}</style>" in (settings.folder / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"@import|url\(|http", style)
-
-
-def test_missing_parts_are_said(settings: PipelineConfig, fill: Fill) -> None:
-    records = fill(settings, ("data",))
-    (settings.folder / "pairs" / "card.json").write_text("{")
-    text = written(settings, records).text
-    assert text.count("Left out") == 7
-    assert "metrics.jsonl is not there yet" in text
-    assert "cannot be read" in text
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    styles = [value for name, value in attributes if name in ("style", "clip-path")]
+    styles.append((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    assert not [style for style in styles if re.search(r"@import|url\((?!#)|http", style)]
+    assert (finished_run.folder / "report.html").stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize(
-    ("missing", "said", "left_out"),
+    ("low", "high", "verdict"),
+    [(0.1, 0.3, "student above"), (-0.3, -0.1, "student below"), (0.0, 0.3, "no difference"), (None, None, "not compared")],
+)  # fmt: skip
+def test_a_difference_is_called_one_only_if_its_interval_is_clear_of_zero(
+    low: float | None, high: float | None, verdict: str, run: PipelineConfig
+) -> None:
+    path = run.folder / "student" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for row in evaluation["comparisons"]:
+        row |= {"low": low, "high": high}
+    path.write_text(json.dumps(evaluation))
+    keep_only(run, "student")
+    assert re.search(rf"BM25 0\.\d{{3}}: {verdict}", written(run).sections["tiles"])
+
+
+def test_only_a_stage_that_has_not_completed_is_left_out(run: PipelineConfig) -> None:
+    keep_only(run, "data", "export")
+    page = written(run)
+    out = {name for name, text in page.sections.items() if "Left out: the stage" in text}
+    assert out == {"teacher", "annotation", "student", "examples", "second_look"}
+    assert "Left out: the stage Teacher has not completed in this run." in page.sections["teacher"]
+
+
+def drop(name: str) -> Any:
+    def damaged(text: str) -> str:
+        values = json.loads(text)
+        del values[name]
+        return json.dumps(values)
+
+    return damaged
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "damage", "cause"),
     [
-        ("pairs/card.json", "card.json is not there yet", 1),
-        ("teacher/metrics.jsonl", "metrics.jsonl is not there yet", 1),
-        ("student/evaluation.json", "evaluation.json is not there yet", 1),
-        ("export/export.json", "export.json is not there yet", 1),
-        ("student/curves.json", "", 0),  # the rest of the part does without
-        ("teacher/evaluation.json", "", 0),
-        ("annotations/a.parquet", "the stage has not run", 2),  # then there are no examples
+        ("data", "card.json", lambda text: text[:-2], "is damaged"),
+        ("data", "card.json", drop("rows_pool"), "rows_pool"),
+        ("teacher", "metrics.jsonl", None, "metrics.jsonl is missing"),
+        ("teacher", "metrics.jsonl", lambda text: "{\n" + text, "JSONDecodeError"),
+        ("teacher", "evaluation.json", drop("agpo"), "agpo"),
+        ("annotate", "_stage.json", lambda text: text.replace('"n_new"', '"new"'), "n_new"),
+        ("annotate", "*.parquet", lambda text: "PAR1", "too small|Parquet"),
+        ("student", "evaluation.json", drop("slices"), "slices"),
+        ("student", "evaluation.json", drop("ece_before_calibration"), "ece_before_calibration"),
+        ("student", "curves.json", None, "No such file"),
+        ("export", "export.json", None, "No such file"),
+        ("export", "export.json", drop("batch_tokens"), "batch_tokens"),
     ],
 )
-def test_a_missing_file_leaves_its_part_out(
-    missing: str, said: str, left_out: int, settings: PipelineConfig, fill: Fill
+def test_damage_is_one_sentence_and_the_run_stays_complete(
+    stage: str, file: str, damage: Any, cause: str, run: PipelineConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    records = fill(settings, ALL)
-    (settings.folder / missing).unlink()
-    text = written(settings, records).text
-    assert text.count("Left out") == left_out
-    assert said in text
+    for path in (run.folder / STAGES[stage].folder).glob(file):
+        path.write_text(damage(path.read_text(errors="ignore"))) if damage else path.unlink()
+    keep_only(run, stage, "data")
+    with caplog.at_level(logging.ERROR):
+        summary = finish(run)
+    assert set(summary["stages"]) == {"data", stage}
+    assert "report" not in summary
+    (message,) = caplog.messages
+    assert re.match(r"the report of run 'tiny' is not written: its section '\w+' cannot be made from ", message)
+    assert re.search(cause, message)
+    assert message.endswith("; run the stage again")
+    assert "\n" not in message
+    with pytest.raises(ContractError, match="cannot be made from"):
+        write_report(run.folder)
 
 
-def test_what_could_not_be_tracked_is_a_warning(settings: PipelineConfig, fill: Fill, hostile: str) -> None:
-    assert "Not in the tracking server" not in written(settings, fill(settings, ("data",))).text
-    file = settings.folder / "summary.json"
-    summary = json.loads(file.read_text()) | {"untracked": {"data": f"refused {hostile}"}}
-    file.write_text(json.dumps(summary))
-    assert f"data: refused {hostile}" in Page(write_report(settings.folder).read_text(encoding="utf-8")).text
+def test_what_could_not_be_tracked_is_a_warning(run: PipelineConfig, hostile: str) -> None:
+    keep_only(run, "data")
+    assert "Not in the tracking server" not in written(run).text
+    file = run.folder / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"untracked": {"data": f"refused {hostile}"}}))
+    assert f"data: refused {hostile}" in Page(write_report(run.folder).read_text(encoding="utf-8")).text
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match=r"no summary\.json"):
-        write_report(tmp_path)
-
-
-def test_text_stands_out_in_both_themes() -> None:
-    """WCAG 2: 4.5 to 1 for text on every ground it stands on, 3 to 1 for what is drawn."""
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    light, dark = [dict(re.findall(r"--(\w+): ([^;]+);", block)) for block in re.findall(r":root \{([^}]*)\}", style)]
-    strongest = max(float(share) for share in re.findall(r"rgba\(var\(--shade\), ([.\d]+)\)", style))
-    for theme in (light, light | dark):
-        ground = {name: _rgb(theme[name]) for name in ("bg", "soft", "warn")}
-        shade = [float(part) for part in theme["shade"].split(",")]
-        ground["cell"] = [strongest * s + (1 - strongest) * b for s, b in zip(shade, ground["bg"], strict=True)]
-        assert min(_contrast(_rgb(theme["fg"]), colour) for colour in ground.values()) >= 4.5
-        assert min(_contrast(_rgb(theme[name]), ground[on]) for name in ("dim", "c0") for on in ("bg", "soft")) >= 4.5
-        assert min(_contrast(_rgb(theme[f"c{i}"]), ground["bg"]) for i in range(5)) >= 3
-
-
-def _rgb(colour: str) -> list[float]:
-    digits = colour.lstrip("#")
-    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
-    return [float(int(digits[i : i + 2], 16)) for i in (0, 2, 4)]
-
-
-def _contrast(a: list[float], b: list[float]) -> float:
-    def luminance(colour: list[float]) -> float:
-        linear = [v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in colour]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_a_command_on_several_lines_is_the_same_words() -> None:
-    command = shlex.join(["prefect", "run", "x", "--set", "a='b --c\n", "--set", "d=1 --set e"])
-    script = f'set -- {shell_lines(command)}\nprintf "%s\\0" "$@"'
-    words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
-    assert words == shlex.split(command)
-    assert shell_lines(command).count(" \\\n  --set") == 2
-    assert shell_lines("prefect run x --preset sample") == "prefect run x --preset sample"
-
-
-def test_summary_keeps_stages_of_earlier_flows_apart(settings: PipelineConfig, fill: Fill) -> None:
-    records = fill(settings, ("data", "teacher"))
-    summary = summarise(settings, "data-prepare", records[:1], [2.5])
-    assert list(summary["stages"]) == ["data", "teacher"]
+def test_the_summary_keeps_stages_of_earlier_flows_apart(run: PipelineConfig) -> None:
+    records = finished_stages(run.folder)
+    summary = summarise(run, "data-prepare", [records["data"]], [2.5])
+    assert list(summary["stages"]) == list(records)
     assert not summary["stages"]["teacher"]["in_flow"]
     assert [row[:3] for row in stage_rows(summary)] == [("data", "done", "2.5")]
 
 
-def test_the_command_makes_the_same_settings(settings: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.cli import run_app
-
-    wanted = load_preset(
-        "cpu-real",
-        ["run=mine", "data.max_pool=none", "annotate.engine.kind=openai", 'annotate.engine.urls=["http://a:1/v1"]',
-         "spark.extra.spark.a.b=x y", "teacher.prompt.guideline=It's \"so\"", "tracking.log_weights=true"],
-    )  # fmt: skip
-    seen: list[Any] = []
-    monkeypatch.setattr("flows.cli._run", lambda name, given: seen.append((name, given)))
-    command = reproduce_command(wanted, "student-export")
-    run_app(shlex.split(command)[2:], result_action="return_value")
-    assert seen == [("student-export", wanted)]
-
-
-def test_no_secret_in_summary_or_report(settings: PipelineConfig, fill: Fill) -> None:
-    secret = load_preset(
-        "sample",
-        [f"runs={settings.runs}", "tracking.enabled=false", "spark.extra.spark.hadoop.fs.s3a.secret.key=hunter2"],
-    )
-    finish_run(secret, "data-prepare", fill(secret, ("data",)), [1.0])
+def test_no_secret_in_summary_or_report(run: PipelineConfig) -> None:
+    keep_only(run, "data")
+    extra = {"spark.hadoop.fs.s3a.secret.key": "hunter2"}
+    finish(run.model_copy(update={"spark": run.spark.model_copy(update={"extra": extra})}))
     for name in ("summary.json", "report.html"):
-        assert "hunter2" not in (secret.folder / name).read_text(encoding="utf-8")
-
-
-def test_numbers_are_readable() -> None:
-    assert [number(v) for v in (74067, 0.123456, 1e-6, "x", True)] == ["74,067", "0.1235", "1e-06", "x", "True"]
+        assert "hunter2" not in (run.folder / name).read_text(encoding="utf-8")

@@ -5,23 +5,20 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import pytest
 
-from pipeline.artifacts import StageRecord
-from pipeline.report.page import write_report
-from pipeline.report.summary import finish_run
+from pipeline.report.page import finish_run, write_report
 from pipeline.settings import PipelineConfig
+from pipeline.stages import finished_stages
 
 websockets = pytest.importorskip("websockets.sync.client")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-
-Fill = Callable[[PipelineConfig, tuple[str, ...]], list[StageRecord]]
+pytestmark = [pytest.mark.spark, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--hide-scrollbars", "--remote-debugging-port=0",
@@ -39,22 +36,23 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self._sent += 1
-        self._socket.send(json.dumps({"id": self._sent, "method": method, "params": parameters}))
-        while (message := json.loads(self._socket.recv(timeout=60))).get("id") != self._sent:
+        sent = self._send(method, **parameters)
+        while (message := json.loads(self._socket.recv(timeout=60))).get("id") != sent:
             self._note(message)
         assert "error" not in message, message
         return message["result"]
+
+    def _send(self, method: str, **parameters: Any) -> int:
+        self._sent += 1
+        self._socket.send(json.dumps({"id": self._sent, "method": method, "params": parameters}))
+        return self._sent
 
     def _note(self, message: dict[str, Any]) -> None:
         if "method" not in message:  # the answer to a request of this function
             return
         self.events.append(message)
         if message["method"] == "Page.javascriptDialogOpening":  # an alert would hold the page, and this test
-            self._sent += 1
-            self._socket.send(
-                json.dumps({"id": self._sent, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}})
-            )
+            self._send("Page.handleJavaScriptDialog", accept=True)
 
     def open(self, file: Path) -> None:
         self.events = []
@@ -119,28 +117,36 @@ def test_the_watch_sees_what_a_page_does(browser: Browser, tmp_path: Path, hosti
     assert any("ads.invalid" in url for url in browser.requests())
 
 
-def test_hostile_text_stays_text(browser: Browser, settings: PipelineConfig, fill: Fill, hostile: str) -> None:
-    finish_run(
-        settings, "relevance-pipeline", fill(settings, ("data", "teacher", "annotate", "student", "export")), [1.0] * 5
-    )
-    file = settings.folder / "summary.json"
+@pytest.fixture(scope="module")
+def report(finished_run: PipelineConfig, hostile: str) -> Path:
+    """The report of a whole run, in which MLflow's answer is hostile too."""
+    records = list(finished_stages(finished_run.folder).values())
+    finish_run(finished_run, "relevance-pipeline", records, [1.0] * len(records))
+    file = finished_run.folder / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"untracked": {"teacher": hostile}}))
-    report = write_report(settings.folder)
+    return write_report(finished_run.folder)
+
+
+def test_hostile_text_stays_text(browser: Browser, report: Path, hostile: str) -> None:
     browser.open(report)
     assert browser.requests() == [report.as_uri()]
     assert browser.complaints() == []
     text = browser.run("document.body.innerText")
-    # Query, title, text and reason of the examples and of those for a second look, at least.
-    assert text.count(hostile) >= 4 * (30 + 19)
+    # Query, text and reason of the examples and of those for a second look, at least.
+    assert text.count(hostile) >= 3 * (30 + 20)
     assert browser.run("document.scripts.length + document.images.length") == 0
     assert browser.run("[...document.links].every(link => link.getAttribute('href').startsWith('#'))")
 
 
-def test_the_policy_holds_even_if_a_text_were_not_escaped(
-    browser: Browser, settings: PipelineConfig, fill: Fill, hostile: str
+def test_the_policy_holds_for_text_that_is_not_escaped(
+    browser: Browser, report: Path, tmp_path: Path, hostile: str
 ) -> None:
-    report = Path(finish_run(settings, "data-prepare", fill(settings, ("data",)), [1.0])["report"])
-    report.write_text(report.read_text(encoding="utf-8").replace("<h1>", f"{hostile}<h1>"), encoding="utf-8")
+    bad = (
+        f"<style>@import url(http://ads.invalid/y.css); h1 {{ background: url(http://ads.invalid/z) }}</style>{hostile}"
+    )
+    text = report.read_text(encoding="utf-8").replace("<h1>", f"{bad}<h1>")
+    report = tmp_path / "report.html"
+    report.write_text(text, encoding="utf-8")
     browser.open(report)
     assert not browser.seen("Page.javascriptDialogOpening")
     answered = [event["response"]["url"] for event in browser.seen("Network.responseReceived")]
@@ -152,14 +158,17 @@ def test_the_policy_holds_even_if_a_text_were_not_escaped(
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 390, 1200])
-def test_it_fits_its_screen(browser: Browser, width: int, theme: str, settings: PipelineConfig, fill: Fill) -> None:
-    records = fill(settings, ("data", "teacher", "annotate", "student", "export"))
-    report = Path(finish_run(settings, "relevance-pipeline", records, [1.0] * 5)["report"])
+def test_it_fits_its_screen(browser: Browser, width: int, theme: str, report: Path) -> None:
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=width < 500)
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
     browser.open(report)
     assert browser.run("document.documentElement.scrollWidth") <= width
-    # The style sheet is the one that the policy's hash names: were it refused, the page would be white in both themes.
     dark = browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
     assert dark == (theme == "dark")
+    # The charts follow: the first line of each has the theme's first colour, and its text the page's font.
+    line = "[...document.querySelectorAll('.chart path')].find(path => path.style.stroke == 'var(--c0)')"
+    assert browser.run(f"getComputedStyle({line}).stroke") == ("rgb(99, 179, 255)" if dark else "rgb(11, 92, 173)")
+    font = "getComputedStyle(document.querySelector('{}')).fontFamily"
+    assert browser.run(font.format(".chart text")) == browser.run(font.format("body"))
+    assert browser.run("[...document.querySelectorAll('.chart text')].every(t => t.getBoundingClientRect().height > 9)")
     assert browser.complaints() == []

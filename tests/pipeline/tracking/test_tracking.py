@@ -1,292 +1,278 @@
-"""What MLflow gets, and that nothing it does can stop a stage."""
+"""What MLflow gets of a run's folder, and that nothing it does can stop the work or lose anything."""
 
 import json
 import logging
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 
-from data.contracts import ContractError, Grade, GradeScale
-from pipeline.artifacts import UNTRACKED, StageOutput, read_record
+from data.contracts import ContractError, MetricsLog, write_json
+from pipeline.artifacts import Recipe, StageOutput, run_stage
+from pipeline.executions import Registration, attach, executing, reused
 from pipeline.settings import PipelineConfig, load_preset
-from pipeline.stages import _run
-from pipeline.tracking.flow_tracking import log_summary, track_flow
-from pipeline.tracking.promotion import verdict
-from pipeline.tracking.tracker import Tracker, attach_file, metric_name, track
-from pipeline.tracking.untracked import send_untracked, untracked
-from student.evaluation import write_predictions
-from student.metrics import Comparison
+from pipeline.tracking.replay import metric_name, replay
+from pipeline.tracking.tracker import noted_runs, tracking, untracked
+from tests.pipeline.tracking.helpers import artifacts, client, flow, python, runs_of, stage, steps, wait_for
 
-ROOT = Path(__file__).parents[3]
-SCORE_PY = """
-import numpy as np
-
-class Scorer:
-    threshold = 0.5
-
-    def __init__(self, folder):
-        self.bias = float((folder / "bias.txt").read_text())
-
-    def grade_probs(self, rows):
-        assert all(value is not None for row in rows for value in row.values()), rows
-        p = np.array([self.bias + 0.1 * len(row.get("attributes") or {}) for row in rows])
-        return np.stack([1 - p, p], axis=1)
-
-    def p_relevant(self, probs):
-        return probs[:, 1]
-"""
+Configure = Callable[..., PipelineConfig]
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    return load_preset("sample", [f"runs={tmp_path_factory.mktemp('runs')}", "share=false"])
-
-
-def client(settings: PipelineConfig):  # type: ignore[no-untyped-def]
-    from mlflow import MlflowClient
-
-    return MlflowClient(settings.tracking_uri)
-
-
-def runs_of(settings: PipelineConfig, stage: str) -> list:
-    mlflow = client(settings)
-    experiment = mlflow.get_experiment_by_name(f"ads-relevance/{stage}")
-    return mlflow.search_runs([experiment.experiment_id]) if experiment else []
-
-
-def newest(settings: PipelineConfig, experiment: str):  # type: ignore[no-untyped-def]
-    return runs_of(settings, experiment)[0]
-
-
-def entries(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / UNTRACKED).read_text().splitlines()]
-
-
-def wait_for(ready: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_a_stage_leaves_parameters_curves_figures_lineage_and_artifacts(
-    settings: PipelineConfig, tmp_path: Path
+def test_a_stage_leaves_parameters_curves_metrics_lineage_and_files_once(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "notes.md").write_text("hello")
-    with track(settings, "student", settings.student, {"annotate": "abc123"}, tmp_path) as tracker:
+    settings = configure()
+    with stage(settings, "student", {"annotate": "abc123"}, experiment="student-distill") as execution:
+        log = MetricsLog(settings.folder / "student" / "metrics.jsonl")
         for step in range(3):
-            tracker.log(step, {"student/loss": 1.0 - 0.1 * step, "pass@4": 0.5})
-        tracker.figures({"test_roc_auc": 0.9, "annotation_key": "k1"})
-        tracker.artifact(tmp_path / "notes.md")
-        tracker.artifact(tmp_path / "not-there.md")
+            log.write("student", step, {"loss": 1.0 - 0.1 * step, "pass@4": 0.5})
+        wait_for(lambda: noted_runs(settings.folder))
+        run_id = noted_runs(settings.folder)["student"]
+        wait_for(lambda: len(steps(settings, run_id, "student/loss")) == 3)
+        assert client(settings).get_run(run_id).info.status == "RUNNING"
+        execution.finish({"test_roc_auc": 0.9, "annotation_key": "k1"}, "f1", [log.path])
     (run,) = runs_of(settings, "student-distill")
-    assert run.info.status == "FINISHED"
+    assert (run.info.status, run.info.run_name, run.info.run_id) == ("FINISHED", "sample", run_id)
     assert run.data.params["base"] == "scratch:small"
     assert run.data.params["learning_rate"] == str(settings.student.learning_rate)
-    assert run.data.metrics["final/test_roc_auc"] == 0.9
-    assert run.data.tags["upstream.annotate"] == "abc123"
-    assert run.data.tags["figure.annotation_key"] == "k1"
-    history = client(settings).get_metric_history(run.info.run_id, "student/loss")
-    assert [(point.step, round(point.value, 6)) for point in history] == [(0, 1.0), (1, 0.9), (2, 0.8)]
-    assert run.data.metrics["pass_at_4"] == 0.5
-    assert [item.path for item in client(settings).list_artifacts(run.info.run_id)] == ["notes.md"]
-
-    (tmp_path / "report.html").write_text("<p>")
-    attach_file(settings, "student", tmp_path, tmp_path / "report.html")
-    paths = {item.path for item in client(settings).list_artifacts(run.info.run_id)}
-    assert paths == {"notes.md", "report.html"}
+    assert run.data.metrics == pytest.approx({"student/loss": 0.8, "student/pass_at_4": 0.5, "final/test_roc_auc": 0.9})
+    tags = run.data.tags
+    assert (tags["upstream.annotate"], tags["figure.annotation_key"], tags["fingerprint"]) == ("abc123", "k1", "f1")
+    assert (tags["run"], tags["preset"], tags["stage"]) == ("sample", "sample", "student")
     # Artifacts lie beside the runs, not in whatever folder the process was started from.
     assert (settings.runs / "mlartifacts" / "student-distill").is_dir()
 
-
-def test_a_failed_and_an_interrupted_stage_say_so(settings: PipelineConfig, tmp_path: Path) -> None:
-    for error, status in ((ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")):
-        with pytest.raises(error), track(settings, "score", settings.score, {}, tmp_path):
-            raise error
-        assert runs_of(settings, "student-score")[0].info.status == status
-
-
-def test_a_reused_stage_makes_no_second_run(settings: PipelineConfig) -> None:
-    calls = []
-
-    def work(out: Path, tracker: Tracker) -> StageOutput:
-        calls.append(out)
-        tracker.log(1, {"rows": 2.0})
-        return StageOutput(fingerprint="f1", figures={"rows": 2})
-
-    for reused in (False, True):
-        record = _run(settings, "data", work)
-        assert record.reused is reused
-    assert len(calls) == 1
-    assert len(runs_of(settings, "data-prepare")) == 1
+    monkeypatch.setattr("mlflow.MlflowClient.log_batch", None)  # what the store has is not sent again
+    (settings.folder / "report.html").write_text("<p>")
+    attach(settings.folder / "student", settings.folder / "report.html")
+    assert list(untracked(settings.folder)) == ["student"]
+    with tracking(settings):
+        pass
+    assert untracked(settings.folder) == {}
+    assert artifacts(settings, run) == {"metrics.jsonl", "report.html"}
 
 
-def test_a_store_that_cannot_be_reached_is_said_with_the_remedy(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_what_did_not_end_well_shows_as_such(configure: Configure, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), stage(configure(), "score"):
+        raise error("no such file")
+    (run,) = runs_of(configure(), "score")
+    assert (run.info.status, run.data.tags["error"]) == (status, "no such file")
+
+
+def test_what_an_unreachable_store_lacks_is_said_and_sent_to_the_next(
+    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    mended = configure()
     (tmp_path / "a-file").write_text("")
-    settings = load_preset("sample", [f"runs={tmp_path}", f"tracking.uri=sqlite:///{tmp_path}/a-file/no/mlflow.db"])
-
-    def work(out: Path, tracker: Tracker) -> StageOutput:
+    settings = configure(f"tracking.uri=sqlite:///{tmp_path}/a-file/no/mlflow.db")
+    folder = settings.folder / "teacher"
+    with stage(settings, "teacher") as execution:
+        (folder / "notes.md").write_text("")
         for step in range(500):
-            tracker.log(step, {"loss": 0.1, "entropy": 0.2})
-        tracker.artifact(tmp_path / "a-file")
-        tracker.register("teacher", out, "f1")
-        return StageOutput(fingerprint="f1", figures={"rows": 2})
-
-    with caplog.at_level(logging.WARNING, logger="pipeline"):
-        record = _run(settings, "data", work)
-    assert read_record(record.folder) is not None
-    kept = record.folder / UNTRACKED
-    expected = (
-        f"not known to be in MLflow: 1,001 metric values, 1 file, 1 model to register, settings, tags and status; kept in "
-        f"{kept} and sent by the next flow of this run, or by: python -m pipeline.tracking.untracked {settings.folder}"
-    )
-    assert untracked(settings.folder) == {"data": expected}
-    assert expected in [each for each in caplog.records if each.name == "pipeline.tracking.tracker"][-1].getMessage()
-    assert not (record.folder / "_mlflow.json").exists()
-    # The store is mended by naming another one, and the next flow over this run tells it everything.
-    mended = load_preset("sample", [f"runs={tmp_path}"])
-    assert send_untracked(mended) == {}
-    assert not kept.exists()
-    (run,) = runs_of(mended, "data-prepare")
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics["final/rows"] == 2
-    assert len(client(mended).get_metric_history(run.info.run_id, "loss")) == 500
+            MetricsLog(folder / "metrics.jsonl").write("agpo", step, {"loss": 0.1})
+        wait_for(lambda: "the work goes on" in caplog.text)
+        assert untracked(settings.folder) == {}  # what is under way is not missing
+        execution.finish({"rows": 2}, "f1", [folder / "notes.md"], Registration(role="teacher", folder=folder))
+    remedy = f"sent by the next flow of this run, or by: python -m pipeline.tracking {settings.folder}"
+    assert list(untracked(settings.folder)) == ["teacher"]
+    assert untracked(settings.folder)["teacher"].endswith(remedy)
+    assert caplog.records[-1].getMessage().startswith("teacher of run sample: not known to be in MLflow; kept in ")
+    assert caplog.text.count("the work goes on") == 1
+    with tracking(mended):  # the next flow, with another store
+        pass
+    assert untracked(settings.folder) == {}
+    (run,) = runs_of(mended, "teacher")
+    assert (run.info.status, run.data.metrics["final/rows"]) == ("FINISHED", 2)
+    assert steps(mended, run.info.run_id, "agpo/loss") == list(range(500))
     assert client(mended).get_model_version("ads-relevance-teacher", "1").run_id == run.info.run_id
-    assert [item.path for item in client(mended).list_artifacts(run.info.run_id)] == ["a-file", "teacher"]
+    assert artifacts(mended, run) == {"notes.md", "teacher"}
 
 
-def test_a_store_that_never_answers_does_not_hold_the_stage(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_never_answers_does_not_hold_the_work(
+    configure: Configure, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setattr("pipeline.tracking.outbox.CLOSE_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.setattr("pipeline.tracking.tracker.CLOSE_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
-        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        settings = load_preset("sample", [f"runs={tmp_path}", f"tracking.uri={uri}"])
-        with track(settings, "export", settings.export, {}, tmp_path / "export") as tracker:
-            sender = tracker._outbox._sender  # type: ignore[union-attr]
-            tracker.log(1, {"loss": 0.1})
-        assert "1 metric value," in tracker.untracked
-        sender.join(60)  # what was given up on ends by itself, and leaves the file as it is
-    assert not sender.is_alive()
-    assert [entry["op"] for entry in entries(tmp_path / "export")] == ["run", "params", "metrics", "end"]
+        begin = time.monotonic()
+        with stage(configure(f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}"), "export"):
+            pass
+        assert time.monotonic() - begin < 50
+    assert "(the store does not answer)" in caplog.text
 
 
-def test_a_store_that_was_set_back_is_told_everything(settings: PipelineConfig, tmp_path: Path) -> None:
-    with track(settings, "export", settings.export, {}, tmp_path) as tracker:
-        tracker.log(1, {"loss": 0.5})
-        wait_for(lambda: tracker.run_id)
-        lost = tracker.run_id
+def test_a_run_that_was_deleted_is_made_again(configure: Configure) -> None:
+    settings = configure()
+    with stage(settings, "export"):
+        log = MetricsLog(settings.folder / "export" / "metrics.jsonl")
+        log.write("x", 1, {"loss": 0.5})
+        wait_for(lambda: noted_runs(settings.folder))
+        lost = noted_runs(settings.folder)["export"]
         client(settings).delete_run(lost)
         with sqlite3.connect(settings.runs / "mlflow.db") as store:
             for table in ("params", "tags", "metrics", "latest_metrics", "runs"):
                 store.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (lost,))
-        tracker.log(2, {"loss": 0.4})
-    (run,) = [each for each in runs_of(settings, "student-export") if each.data.metrics.get("loss")]
-    assert run.info.run_id != lost
-    assert run.info.status == "FINISHED"
-    assert len(client(settings).get_metric_history(run.info.run_id, "loss")) == 2
+        log.write("x", 2, {"loss": 0.4})
+    (run,) = runs_of(settings, "export")
+    assert (run.info.status, steps(settings, run.info.run_id, "x/loss")) == ("FINISHED", [1, 2])
+    client(settings).delete_run(run.info.run_id)
+    with tracking(settings):  # a flow leaves what was complete deleted
+        pass
+    assert runs_of(settings, "export") == []
+    assert replay(settings.folder, settings.tracking_uri) == ""
+    (again,) = runs_of(settings, "export")
+    assert steps(settings, again.info.run_id, "x/loss") == [1, 2]
 
 
-def test_a_killed_process_leaves_a_run_that_ends_as_killed(settings: PipelineConfig) -> None:
-    folder = settings.folder / "scores"
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from pipeline.settings import load_preset\n"
-        "from pipeline.tracking.tracker import track\n"
-        "settings = load_preset('sample', [f'runs={sys.argv[1]}'])\n"
-        "with track(settings, 'score', settings.score, {}, settings.folder / 'scores') as tracker:\n"
-        "    for step in range(30):\n"
-        "        tracker.log(step, {'rows': step})\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(settings.runs)], cwd=ROOT, check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
-    with (folder / UNTRACKED).open("a") as file:
-        file.write('{"op": "metr')  # as a kill in the middle of writing leaves it
-    with track(settings, "score", settings.score, {}, folder) as tracker:
-        tracker.log(1, {"rows": 7.0})
-    runs = [run for run in runs_of(settings, "student-score") if "rows" in run.data.metrics]
-    assert sorted((run.info.status, run.data.metrics["rows"]) for run in runs) == [("FINISHED", 7), ("KILLED", 29)]
+def test_a_run_is_made_once_though_answers_are_lost(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    settings, create, lost = configure(), MlflowClient.create_run, []
+
+    def create_and_lose_the_answer(*arguments: Any, **named: Any) -> Any:
+        lost.append(create(*arguments, **named))
+        raise ConnectionError("the answer is lost")
+
+    monkeypatch.setattr("mlflow.MlflowClient.create_run", create_and_lose_the_answer)
+    with flow(settings, "data", "export"), stage(settings, "export"):
+        wait_for(lambda: len(lost) == 2)
+    assert [len(runs_of(settings, name)) for name in ("relevance-pipeline", "export")] == [1, 1]
     assert untracked(settings.folder) == {}
 
 
-def test_a_flow_has_a_run_that_links_to_its_stages_and_back(settings: PipelineConfig, tmp_path: Path) -> None:
-    def work(out: Path, tracker: Tracker) -> StageOutput:
-        return StageOutput(fingerprint="f1", figures={"rows": 2, "other": 1})
-
-    settings = settings.model_copy(update={"run": "linked"})
-    parents = []
-    for _ in range(2):
-        with track_flow(settings, "relevance-pipeline", ("data", "teacher")) as flow:
-            record = _run(settings, "data", work)
-            (tmp_path / "report.html").write_text("<p>")
-            stage = {"in_flow": True, "figures": record.figures, "seconds": 1.5}
-            summary = {"seconds": 1.5, "stages": {"data": stage}, "report": str(tmp_path / "report.html")}
-            log_summary(flow, summary)
-            assert untracked(settings.folder) == {}  # a run that is under way lacks nothing
-            wait_for(lambda flow=flow: flow.run_id)
-            parents.append(flow.run_id)
-    store = client(settings)
-    made, reused = (store.get_run(parent).data for parent in parents)
-    child = store.get_run(made.tags["run.data"])
-    assert child.data.tags["mlflow.parentRunId"] == parents[0]
-    assert (made.tags["stage.data"], reused.tags["stage.data"]) == ("executed", "reused")
-    assert reused.tags["run.data"] == child.info.run_id
-    place = f"#/experiments/{child.info.experiment_id}/runs/{child.info.run_id}"
-    assert made.tags["mlflow.note.content"] == f"Stages: [data]({place}) executed, teacher"
-    assert reused.tags["mlflow.note.content"] == f"Stages: [data]({place}) reused, teacher"
-    assert made.metrics == {"seconds": 1.5, "data/rows": 2, "data/seconds": 1.5}
-    assert [item.path for item in store.list_artifacts(parents[0])] == ["report.html"]
-    assert {run.info.status for run in runs_of(settings, "relevance-pipeline")} == {"FINISHED"}
-
-    with pytest.raises(KeyboardInterrupt), track_flow(settings, "student-export", ("data", "export")):
-        raise KeyboardInterrupt
-    # It has an experiment beside the stage's: what is compared in one is alike.
-    assert [run.info.status for run in runs_of(settings, "student-export-flow")] == ["KILLED"]
-    with track_flow(settings, "data-prepare", ("data",)) as flow:
+def test_a_run_is_made_once_though_the_process_is_killed_before_it_is_noted(configure: Configure) -> None:
+    settings = configure()
+    code = """
+create = mlflow.MlflowClient.create_run
+def create_and_die(*arguments, **named):
+    create(*arguments, **named)
+    os.kill(os.getpid(), signal.SIGKILL)
+mlflow.MlflowClient.create_run = create_and_die
+with tracking(settings), stage("score"):
+    time.sleep(100)
+"""
+    assert python(code, settings.runs).returncode == -signal.SIGKILL
+    with tracking(settings):
         pass
-    assert runs_of(settings, "data-prepare-flow") == []
+    (run,) = runs_of(settings, "score")
+    assert run.info.status == "KILLED"
+    assert run.data.params
 
 
-def test_inputs_are_datasets_with_fingerprint_place_columns_and_counts(
-    settings: PipelineConfig, tmp_path: Path
-) -> None:
-    settings = settings.model_copy(update={"run": "inputs"})
-    figures = {"rows": 7, "rows_train": 4, "rows_test": 3, "card": "x"}
-    _run(settings, "data", lambda out, tracker: StageOutput(fingerprint="f" * 16, figures=figures))
-    (source,) = newest(settings, "data-prepare").inputs.dataset_inputs
-    assert (source.dataset.name, json.loads(source.dataset.source)) == ("source", {"uri": "synthetic"})
-    _run(settings, "teacher", lambda out, tracker: StageOutput(fingerprint="t", figures={}))
-    (pairs,) = newest(settings, "teacher-train").inputs.dataset_inputs
-    assert (pairs.dataset.name, pairs.dataset.digest) == ("pairs", "f" * 16)
-    assert json.loads(pairs.dataset.source)["uri"] == str((settings.folder / "pairs").resolve())
-    assert json.loads(pairs.dataset.profile) == {"rows": 7, "rows_train": 4, "rows_test": 3}
-    columns = {each["name"]: each["type"] for each in json.loads(pairs.dataset.schema)["mlflow_colspec"]}
-    assert columns["query"] == "string"
-    assert columns["grade"] == "integer"
-    _run(settings, "annotate", lambda out, tracker: StageOutput(fingerprint="a", figures={}))
-    given = newest(settings, "annotate").inputs.dataset_inputs
-    assert {(each.dataset.name, each.tags[0].value) for each in given} == {("pairs", "data"), ("teacher", "model")}
+def test_a_training_that_resumes_shows_its_whole_curve(configure: Configure) -> None:
+    settings = configure()
+    code = """
+with stage("teacher"):
+    for step in range(30):
+        MetricsLog(settings.folder / "teacher" / "metrics.jsonl").write("agpo", step, {"loss": 1.0})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert python(code, settings.runs).returncode == -signal.SIGKILL
+    log = MetricsLog(settings.folder / "teacher" / "metrics.jsonl")
+    with stage(settings, "teacher"):
+        wait_for(lambda: len(runs_of(settings, "teacher")) == 2)
+        log.rewind("agpo", 19)  # to the last checkpoint
+        for step in range(20, 40):
+            log.write("agpo", step, {"loss": 0.5})
+    killed, finished = runs_of(settings, "teacher")
+    assert (killed.info.status, finished.info.status) == ("KILLED", "FINISHED")
+    assert steps(settings, finished.info.run_id, "agpo/loss") == list(range(40))
+    # As the file was when it was sent.
+    assert steps(settings, killed.info.run_id, "agpo/loss") in (list(range(20)), list(range(30)))
+
+
+def test_files_of_an_output_that_was_put_aside_are_found(configure: Configure) -> None:
+    settings = configure()
+
+    def train(seed: int) -> None:
+        def work(out: Path) -> StageOutput:
+            with executing(settings, "student", out, config=settings.student, inputs={}) as execution:
+                MetricsLog(out / "metrics.jsonl").write("student", seed, {"loss": 1.0})
+                (out / f"notes{seed}.md").write_text("")
+                execution.finish({}, f"f{seed}", [out / f"notes{seed}.md"])
+            return StageOutput(fingerprint=f"f{seed}", figures={})
+
+        config = settings.student.model_copy(update={"seed": seed})
+        run_stage(settings.folder / "student", Recipe("student", config, {}), work)
+
+    for seed in range(3):
+        train(seed)
+    assert replay(settings.folder, settings.tracking_uri) == ""
+    runs = runs_of(settings, "student")  # the first one's output has been deleted since
+    assert [artifacts(settings, run) for run in runs] == [set(), {"notes1.md"}, {"notes2.md"}]
+    assert [steps(settings, run.info.run_id, "student/loss") for run in runs] == [[], [1], [2]]
+
+
+def test_a_flow_has_a_run_that_links_to_its_stages_and_back(configure: Configure) -> None:
+    settings, parents = configure(), []
+    for how in ("executed", "reused"):
+        with flow(settings, "data", "teacher") as execution:
+            if how == "reused":
+                reused("data", settings.folder / "data")
+            else:
+                with stage(settings, "data"):
+                    pass
+            (settings.folder / "report.html").write_text("<p>")
+            execution.finish({"seconds": 1.5, "data/rows": 2}, "", [settings.folder / "report.html"])
+        (child,), parent = runs_of(settings, "data"), runs_of(settings, "relevance-pipeline")[-1]
+        place = f"#/experiments/{child.info.experiment_id}/runs/{child.info.run_id}"
+        assert (parent.data.tags["stage.data"], parent.data.tags["run.data"]) == (how, child.info.run_id)
+        assert parent.data.tags["mlflow.note.content"] == f"Stages: [data]({place}) {how}, teacher"
+        assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"seconds": 1.5, "data/rows": 2})
+        assert artifacts(settings, parent) == {"report.html"}
+        parents.append(parent.info.run_id)
+    assert child.data.tags["mlflow.parentRunId"] == parents[0]
+    assert noted_runs(settings.folder) == {"flow": parents[1], "data": child.info.run_id}
+    with flow(settings, "data"):  # a flow of one stage has no run beside the stage's
+        pass
+    assert len(runs_of(settings, "relevance-pipeline")) == 2
+
+
+def test_a_run_of_an_older_version_is_read_and_linked(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    settings = configure()
+    teacher, store = settings.folder / "teacher", client(settings)
+    old = store.create_run(store.create_experiment("ads-relevance/teacher-train")).info
+    teacher.mkdir(parents=True)
+    for folder in (settings.folder, teacher):
+        write_json(folder / "_mlflow.json", {"run_id": old.run_id, "experiment_id": old.experiment_id, "uri": "x"})
+    (teacher / "_untracked.jsonl").write_text('{"op": "run"}\n')
+    assert noted_runs(settings.folder) == {}
+    with flow(settings, "teacher", "student"):
+        reused("teacher", teacher)
+    (run,) = runs_of(settings, "relevance-pipeline")
+    assert run.data.tags["run.teacher"] == old.run_id
+    assert caplog.text.count("was kept for MLflow by an older version of this product and cannot be sent") == 1
+
+
+def test_inputs_are_datasets_with_fingerprint_place_columns_and_counts(configure: Configure) -> None:
+    settings = configure()
+    figures, pairs = {"rows": 7, "rows_train": 4, "rows_test": 3, "card": "x"}, settings.folder / "pairs"
+    run_stage(pairs, Recipe("data", settings.data, {}), lambda _: StageOutput(fingerprint="f" * 16, figures=figures))
+    sources = {"data": pairs, "teacher": settings.folder / "teacher", "source": "synthetic"}
+    with stage(settings, "annotate", {"data": "f" * 40, "teacher": "t1", "source": ""}, sources=sources):
+        pass
+    (run,) = runs_of(settings, "annotate")
+    contexts = {each.dataset.name: each.tags[0].value for each in run.inputs.dataset_inputs}
+    assert contexts == {"pairs": "data", "teacher": "model", "source": "data"}
+    given = {each.dataset.name: each.dataset for each in run.inputs.dataset_inputs}
+    assert (given["pairs"].digest, json.loads(given["pairs"].source)["uri"]) == ("f" * 36, str(pairs.resolve()))
+    assert json.loads(given["pairs"].profile) == {"rows": 7, "rows_train": 4, "rows_test": 3}
+    columns = {each["name"]: each["type"] for each in json.loads(given["pairs"].schema)["mlflow_colspec"]}
+    assert (columns["query"], columns["grade"]) == ("string", "integer")
+    assert (given["source"].digest, json.loads(given["source"].source)) == ("unchanging", {"uri": "synthetic"})
 
 
 def test_tracking_can_be_switched_off(tmp_path: Path) -> None:
     settings = load_preset("sample", [f"runs={tmp_path}", "tracking.enabled=false"])
-    with track(settings, "data", settings.data, {}, tmp_path) as tracker:
-        tracker.figures({"a": 1.0})
+    with stage(settings, "data"):
+        pass
+    assert untracked(settings.folder) == {}
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -300,138 +286,39 @@ def test_tracking_can_be_switched_off(tmp_path: Path) -> None:
 def test_an_address_with_a_password_is_refused_without_showing_it(uri: str) -> None:
     with pytest.raises(ContractError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or") as refused:
         load_preset("sample", [f"tracking.uri={uri}"])
-    assert "hunter2" not in str(refused.value)
     assert "ter2" not in str(refused.value)
     assert load_preset("sample", ["tracking.uri=postgresql://mlflow@db/mlflow"]).tracking.uri
 
 
-def test_secrets_are_in_no_file_of_the_store_and_in_no_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_secrets_are_in_no_file_and_in_no_log(
+    configure: Configure, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "hunter2-env")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2-tracking")
-    settings = load_preset(
-        "sample",
-        [
-            f"runs={tmp_path}/runs", "run=secret",
-            "spark.extra.spark.hadoop.fs.s3a.secret.key=hunter2-spark",
-            'annotate.engine.kind="openai"', 'annotate.engine.urls=["http://me:hunter2-url@host:8000/v1"]',
-            "teacher.agpo.rollout_server=http://me:hunter2-rollout@host", "annotate.engine.served_model=http://a/?sig=hunter2-sig",
-        ],
+    settings = configure(
+        "spark.extra.spark.hadoop.fs.s3a.secret.key=hunter2-spark",
+        'annotate.engine.kind="openai"', 'annotate.engine.urls=["http://me:hunter2-url@host:8000/v1"]',
+        "teacher.agpo.rollout_server=http://me:hunter2-rollout@host", "annotate.engine.served_model=http://a/?sig=hunter2-sig",
     )  # fmt: skip
 
-    def work(out: Path, tracker: Tracker) -> StageOutput:
-        tracker.tags({"api_key": "hunter2-tag", "at": "https://u:hunter2-tag2@host"})
-        (out / "notes.md").write_text("notes")
-        tracker.artifact(out / "notes.md")
-        return StageOutput(
-            fingerprint="f", figures={"password": "hunter2-figure", "rows": 1, "n": {"token": "hunter2"}}
-        )
-
-    def broken(*_: object, **__: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ConnectionError("https://me:hunter2-error@host refused")
 
-    with caplog.at_level(logging.DEBUG), track_flow(settings, "annotate", ("data", "teacher", "annotate")) as flow:
-        for stage in ("data", "teacher", "annotate"):
-            _run(settings, stage, work)
-        log_summary(flow, {"seconds": 1.0, "stages": {}, "command": "x --set spark.a.password=hunter2-command"})
-        with monkeypatch.context() as patched:
-            patched.setattr("mlflow.MlflowClient.set_terminated", broken)
-            with track(settings, "score", settings.spark, {"source": "f"}, settings.folder / "scores",
-                       {"source": "s3://key:hunter2-source@bucket"}):  # fmt: skip
-                pass
-    assert "hunter2" not in caplog.text
+    tags = {"api_key": "hunter2-tag", "at": "https://u:hunter2-tag2@host", "command": "x --set a=http://u:hunter2-c@h"}
+    more: dict[str, Any] = {"sources": {"source": "s3://k:hunter2-source@b"}, "tags": tags}
+    with caplog.at_level(logging.DEBUG), flow(settings, "teacher", "annotate"):
+        for name in ("teacher", "annotate"):
+            with stage(settings, name, {"source": "f"}, **more) as execution:
+                execution.finish({"password": "hunter2-figure", "rows": 1, "n": {"token": "hunter2"}}, "f")
+        wait_for(lambda: runs_of(settings, "annotate"))
+        monkeypatch.setattr("mlflow.MlflowClient.set_terminated", refuse)
     assert "refused" in caplog.text
+    assert "hunter2" not in caplog.text
     (run,) = runs_of(settings, "annotate")
     assert run.data.params["engine.urls"] == '["http://***@host:8000/v1"]'
     assert run.data.tags["api_key"] == "***"
-    # `_stage.json` is the run's own record, which is read again; everything else here was made for tracking.
-    files = [each for each in (tmp_path / "runs").rglob("*") if each.is_file() and each.name != "_stage.json"]
-    assert settings.folder / "scores" / UNTRACKED in files
-    assert settings.runs / "mlflow.db" in files
-    for file in files:
+    for file in (each for each in settings.runs.rglob("*") if each.is_file()):
         assert b"hunter2" not in file.read_bytes(), file
-
-
-def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
-    settings: PipelineConfig, tmp_path: Path
-) -> None:
-    import mlflow
-
-    teacher = tmp_path / "model"
-    teacher.mkdir()
-    (teacher / "model.safetensors").write_bytes(b"weights")
-    (teacher / "model_card.md").write_text("# Teacher")
-    with track(settings, "teacher", settings.teacher, {"data": "d1"}, tmp_path) as tracker:
-        tracker.register("teacher", teacher, "t1")
-        tracker.register("teacher", teacher, "t2")
-    assert not tracker.untracked
-    versions = client(settings)
-    assert versions.get_model_version_by_alias("ads-relevance-teacher", "champion").tags["fingerprint"] == "t1"
-    assert versions.get_model_version_by_alias("ads-relevance-teacher", "candidate").tags["fingerprint"] == "t2"
-    run = newest(settings, "teacher-train")
-    files = {item.path for item in versions.list_artifacts(run.info.run_id, "teacher")}
-    assert files == {"teacher/model_card.md"}  # no weights unless asked for
-
-    export = tmp_path / "export"
-    export.mkdir()
-    GradeScale(grades=(Grade(name="bad", definition="b"), Grade(name="good", definition="g")), relevant_from=1).save(
-        export
-    )
-    (export / "score.py").write_text(SCORE_PY)
-    (export / "bias.txt").write_text("0.6")
-    with track(settings, "export", settings.export, {"student": "s1"}, tmp_path) as tracker:
-        tracker.register("student", export, "e1", _predictions(tmp_path / "s1", noise=0.5))
-        tracker.register("student", export, "e2", _predictions(tmp_path / "s2", noise=2.0))
-    assert not tracker.untracked
-    worse = versions.get_model_version_by_alias("ads-relevance-student", "candidate")
-    assert worse.tags["promotion"].startswith("not champion: roc_auc -0.")
-    assert versions.get_model_version_by_alias("ads-relevance-student", "champion").version == 1
-    assert versions.get_model_version("ads-relevance-student", 1).tags["promotion"] == "champion: the first version"
-    with track(settings, "export", settings.export, {"student": "s3"}, tmp_path) as tracker:
-        tracker.register("student", export, "e3", _predictions(tmp_path / "s3", noise=0.2))
-    assert not tracker.untracked
-    better = versions.get_model_version_by_alias("ads-relevance-student", "champion")
-    assert better.version == 3
-    assert better.tags["promotion"].startswith("champion: roc_auc +0.")
-    assert better.tags["promotion"].endswith("against version 1")
-    mlflow.set_tracking_uri(settings.tracking_uri)
-    uri = "models:/ads-relevance-student@candidate"
-    model = mlflow.pyfunc.load_model(uri)
-    pairs = pd.DataFrame(
-        {
-            "query": ["a", "b"],
-            "ad_title": ["t", "u"],
-            "ad_text": ["x", None],
-            "attributes": [{"colour": "red", "size": "9"}, None],
-        }
-    )
-    scored = model.predict(pairs)
-    assert scored["p_relevant"].round(6).tolist() == [0.8, 0.6]
-    assert model.predict(pairs[["query", "ad_title"]])["relevant"].tolist() == [True, True]
-    assert model.metadata.signature is not None
-    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "loaded")))
-    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
-    assert "onnxruntime==" in (folder / "requirements.txt").read_text()
-
-
-def _predictions(folder: Path, noise: float) -> Path:
-    """What the distill stage keeps of a student that is right but for some noise."""
-    rng = np.random.default_rng(0)
-    grade = rng.integers(2, size=400)
-    test = SimpleNamespace(pair_ids=[f"p{i}" for i in range(400)], query_id=np.arange(400) // 4, grade=grade)
-    folder.mkdir()
-    write_predictions(folder, test, 1 / (1 + np.exp(-(2 * grade - 1 + noise * rng.normal(size=400)))))
-    return folder
-
-
-def test_a_student_that_cannot_be_compared_is_no_champion() -> None:
-    def found(difference: float | None, low: float | None, high: float | None) -> Comparison:
-        return Comparison(a="new", b="old", metric="roc_auc", n=7, difference=difference, low=low, high=high)
-
-    assert verdict(found(None, None, None), 0.1)[0] is False
-    assert verdict(found(0.0, -0.004, 0.004), 0.005)[0] is True
-    assert verdict(found(0.01, -0.006, 0.02), 0.005)[0] is False
 
 
 @pytest.mark.parametrize(
@@ -441,26 +328,52 @@ def test_metric_names(name: str, safe: str) -> None:
     assert metric_name(name) == safe
 
 
-def test_a_disk_that_is_full_ends_the_tracking_and_nothing_else(tmp_path: Path) -> None:
-    code = """
-import logging, resource, signal, sys
-from pathlib import Path
-from pipeline.settings import load_preset
-from pipeline.tracking.tracker import track
-from pipeline.stages import stage_config
-logging.basicConfig(level=logging.WARNING)
-settings = load_preset("sample", [f"runs={sys.argv[1]}", "tracking.uri=http://127.0.0.1:9"])
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as on a full disk, writing then fails with an error
-folder = settings.folder / "teacher"
-with track(settings, "teacher", stage_config(settings, "teacher"), {}, folder) as tracker:
-    size = (folder / "_untracked.jsonl").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500, resource.RLIM_INFINITY))
-    for step in range(1000):
-        tracker.log(step, {"loss": 1.0})
-print("the stage went on")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+def test_what_the_store_will_never_take_is_a_warning_and_does_not_hold_up_the_rest(
+    configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = configure()
+    folder = settings.folder / "teacher"
+    with stage(settings, "teacher") as execution:
+        (folder / "notes.md").write_text("")
+        model = Registration(role="teacher", folder=folder / "model")  # which is not there
+        execution.finish({"x" * 300: 1.0}, "f1", [folder / "notes.md"], model)
+    with stage(settings, "export") as execution:
+        execution.finish({"rows": 1})
+    assert untracked(settings.folder) == {}
+    (run,) = runs_of(settings, "teacher")
+    assert (run.info.status, artifacts(settings, run)) == ("FINISHED", {"notes.md"})
+    for what in ("metrics", "model"):
+        assert caplog.text.count(f"MLflow has no {what} of teacher of run sample: ") == 1
+    assert runs_of(settings, "export")[0].data.metrics == {"final/rows": 1}
+
+
+def test_a_deleted_experiment_is_said_and_holds_up_only_its_own_runs(
+    configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = configure()
+    with stage(settings, "score"):
+        pass
+    number = runs_of(settings, "score")[0].info.experiment_id
+    client(settings).delete_experiment(number)
+    with flow(settings, "score", "export"), stage(settings, "score"), stage(settings, "export"):
+        pass
+    assert f"restore it with `mlflow experiments restore --experiment-id {number}`" in caplog.text
+    assert list(untracked(settings.folder)) == ["score"]
+    assert [each.info.status for each in runs_of(settings, "export")] == ["FINISHED"]
+    client(settings).restore_experiment(number)
+    assert replay(settings.folder, settings.tracking_uri) == ""
+    runs, (parent,) = runs_of(settings, "score"), runs_of(settings, "relevance-pipeline")
+    assert [run.data.tags.get("mlflow.parentRunId") for run in runs] == [None, parent.info.run_id]
+    assert parent.data.tags["run.score"] == runs[1].info.run_id
+
+
+def test_a_store_of_another_version_is_said_in_one_sentence(configure: Configure) -> None:
+    settings = configure()
+    with sqlite3.connect(settings.runs / "mlflow.db") as store:
+        store.execute("UPDATE alembic_version SET version_num = 'from_the_future'")
+    with stage(settings, "export"):
+        pass
+    assert list(untracked(settings.folder)) == ["export"]
+    assert replay(settings.folder, settings.tracking_uri).endswith(
+        "the store is of another version of MLflow: use that version, or back it up and run `mlflow db upgrade` on it"
     )
-    assert done.stdout == "the stage went on\n", done.stderr[-2000:]
-    assert done.stderr.count("the rest of stage teacher of run sample is not tracked") == 1

@@ -1,47 +1,23 @@
-"""Tracking through a real MLflow server on loopback: by its address alone, and when it is killed within a stage."""
+"""Tracking through a real MLflow server on loopback: by its address alone, and when it is killed in the middle."""
 
-import json
-import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.request import urlopen
 
-import numpy as np
 import pytest
-from mlflow import MlflowClient
 
-from data.contracts import Grade, GradeScale
-from pipeline.artifacts import UNTRACKED, StageOutput
-from pipeline.settings import load_preset
-from pipeline.stages import _run
-from pipeline.tracking.flow_tracking import track_flow
-from pipeline.tracking.tracker import Tracker, track
-from pipeline.tracking.untracked import send_untracked, untracked
-from student.evaluation import write_predictions
-
-ROOT = Path(__file__).parents[3]
-SCORE_PY = """
-import numpy as np
-
-class Scorer:
-    threshold = 0.5
-
-    def __init__(self, folder):
-        pass
-
-    def grade_probs(self, rows):
-        return np.array([[0.3, 0.7] for _ in rows])
-
-    def p_relevant(self, probs):
-        return probs[:, 1]
-"""
+from data.contracts import MetricsLog
+from pipeline.executions import Registration
+from pipeline.settings import PipelineConfig, load_preset
+from pipeline.tracking.tracker import noted_runs, untracked
+from tests.pipeline.tracking.helpers import ROOT, client, flow, stage, steps, wait_for, write_export
 
 
 class Server:
@@ -64,15 +40,16 @@ class Server:
                 command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
                 env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )  # fmt: skip
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
-            try:
-                with urlopen(f"{self.uri}/health", timeout=5):
-                    return
-            except OSError:
-                time.sleep(0.2)
-        raise TimeoutError
+        wait_for(self.is_healthy, 300)
+
+    def is_healthy(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
+        try:
+            with urlopen(f"{self.uri}/health", timeout=5):
+                return True
+        except OSError:
+            return False
 
     def kill(self) -> None:
         if self.process is not None:
@@ -89,148 +66,138 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started.kill()
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("SEND_SECONDS", 0.1), ("FIRST_BACKOFF", 0.1), ("LAST_BACKOFF", 0.5)):
-        monkeypatch.setattr(f"pipeline.tracking.outbox.{name}", seconds)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+@pytest.fixture
+def settings(server: Server, tmp_path: Path) -> PipelineConfig:
+    return load_preset("sample", [f"runs={tmp_path}", f"tracking.uri={server.uri}"])
 
 
-def wait_for(ready, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def write(log: MetricsLog, first: int, last: int) -> None:
+    for step in range(first, last):
+        log.write("student", step, {"loss": 1.0, "lr": 0.1})
 
 
-def settings_of(server, folder):
-    return load_preset("sample", [f"runs={folder}", f"tracking.uri={server.uri}", f"run={folder.name}"])
-
-
-def history(server, run_id, name):
-    return [point.step for point in MlflowClient(server.uri).get_metric_history(run_id, name)]
-
-
-def test_a_remote_store_needs_nothing_but_its_address(server, tmp_path, monkeypatch):
+def test_a_remote_store_needs_nothing_but_its_address(
+    server: Server, settings: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
-    settings = settings_of(server, tmp_path)
-
-    def prepared(out: Path, tracker: Tracker) -> StageOutput:
-        return StageOutput(fingerprint="d", figures={"rows": 3})
-
-    def exported(out: Path, tracker: Tracker) -> StageOutput:
-        grades = (Grade(name="bad", definition="b"), Grade(name="good", definition="g"))
-        GradeScale(grades=grades, relevant_from=1).save(out)
-        (out / "score.py").write_text(SCORE_PY)
+    out, student, store = settings.folder / "export", settings.folder / "student", client(settings)
+    with flow(settings, "student", "export"), stage(settings, "export", {"data": "d"}) as execution:
+        write_export(out)
         (out / "export.json").write_text("{}")
-        tracker.log(1, {"loss": 0.5})
-        tracker.artifact(out / "export.json")
-        return StageOutput(fingerprint="e", figures={"rows": 3})
-
-    def register(out: Path, tracker: Tracker, result: StageOutput) -> None:
-        grade = np.arange(40) % 2
-        test = SimpleNamespace(pair_ids=[f"p{i}" for i in range(40)], query_id=np.arange(40) // 4, grade=grade)
-        write_predictions(settings.folder / "student", test, 0.2 + 0.5 * grade)
-        tracker.register("student", out, result.fingerprint, student=settings.folder / "student")
-
-    with track_flow(settings, "relevance-pipeline", ("data", "student", "export")) as flow:
-        _run(settings, "data", prepared)
-        for stage in ("teacher", "annotate", "student"):
-            _run(settings, stage, prepared)
-        _run(settings, "export", exported, register)
-    assert not flow.untracked
-    store = MlflowClient(server.uri)
-    parent = store.get_run(flow.run_id)
-    export = store.get_run(parent.data.tags["run.export"])
-    assert (parent.info.status, export.info.status) == ("FINISHED", "FINISHED")
-    assert export.data.tags["mlflow.parentRunId"] == flow.run_id
-    assert export.data.metrics["final/rows"] == 3
-    assert {each.dataset.name for each in export.inputs.dataset_inputs} == {"pairs", "student"}
-    assert {item.path for item in store.list_artifacts(export.info.run_id)} == {"export.json", "predictions"}
+        student.mkdir()
+        (student / "test_predictions.parquet").write_text("")
+        MetricsLog(out / "metrics.jsonl").write("export", 1, {"loss": 0.5})
+        model = Registration(role="student", folder=out, student=student)
+        execution.finish({"rows": 3}, "e", [out / "export.json"], model)
+    assert untracked(settings.folder) == {}
+    runs = noted_runs(settings.folder)
+    parent, export = store.get_run(runs["flow"]), store.get_run(runs["export"])
+    assert (parent.info.status, parent.data.tags["run.export"]) == ("FINISHED", runs["export"])
+    assert (export.info.status, export.data.tags["mlflow.parentRunId"]) == ("FINISHED", runs["flow"])
+    assert export.data.metrics == {"export/loss": 0.5, "final/rows": 3}
+    assert {each.dataset.name for each in export.inputs.dataset_inputs} == {"pairs"}
+    assert {item.path for item in store.list_artifacts(runs["export"])} == {"export.json", "predictions"}
     # Artifacts went through the server to its own place; this side has no store at all.
     assert list((server.folder / "artifacts").rglob("export.json"))
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "mlartifacts").exists()
 
     mlflow.set_tracking_uri(server.uri)
-    model = mlflow.pyfunc.load_model("models:/ads-relevance-student@champion")
-    assert [column.name for column in model.metadata.signature.inputs] == [
-        "query", "ad_title", "ad_text", "attributes",
-    ]  # fmt: skip
-    example = model.input_example
-    assert list(example["query"]) == ["red running shoes"]
-    assert model.predict(example)["p_relevant"].round(6).tolist() == [0.7]
+    loaded = mlflow.pyfunc.load_model("models:/ads-relevance-student@champion")
+    assert [column.name for column in loaded.metadata.signature.inputs] == [
+        "query",
+        "ad_title",
+        "ad_text",
+        "attributes",
+    ]
+    assert list(loaded.input_example["query"]) == ["red running shoes"]
+    assert loaded.predict(loaded.input_example)["p_relevant"].round(6).tolist() == [0.6]
     # With credentials in the environment, they go with every request and into nothing that is kept.
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hunter2")
-    with track(settings, "score", settings.score, {}, tmp_path / "scores"):
+    with stage(settings, "score"):
         pass
     for file in (each for folder in (tmp_path, server.folder) for each in folder.rglob("*") if each.is_file()):
         assert b"hunter2" not in file.read_bytes(), file
 
 
-def test_a_server_killed_and_restarted_within_a_stage_gets_everything(server, tmp_path, caplog):
-    settings = settings_of(server, tmp_path)
-    with (
-        caplog.at_level(logging.INFO, logger="pipeline"),
-        track(settings, "student", settings.student, {}, tmp_path / "student") as tracker,
-    ):
-        for step in range(50):
-            tracker.log(step, {"loss": 1.0, "lr": 0.1})
-        wait_for(lambda: tracker.run_id and len(history(server, tracker.run_id, "loss")) == 50)
+def test_a_server_killed_and_restarted_within_a_stage_gets_everything(
+    server: Server, settings: PipelineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="pipeline")
+    with stage(settings, "student"):
+        log = MetricsLog(settings.folder / "student" / "metrics.jsonl")
+        write(log, 0, 50)
+        wait_for(lambda: noted_runs(settings.folder))
+        run_id = noted_runs(settings.folder)["student"]
+        wait_for(lambda: len(steps(settings, run_id, "student/loss")) == 50)
         server.kill()
-        for step in range(50, 2000):
-            tracker.log(step, {"loss": 1.0, "lr": 0.1})
+        write(log, 50, 2000)
         wait_for(lambda: "the work goes on" in caplog.text)
         server.start()
-        for step in range(2000, 2050):
-            tracker.log(step, {"loss": 1.0, "lr": 0.1})
+        write(log, 2000, 2050)
         wait_for(lambda: "answers again" in caplog.text)
-    assert history(server, tracker.run_id, "loss") == list(range(2050))
-    assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == "FINISHED"
-    assert not (tmp_path / "student" / UNTRACKED).exists()
+    assert noted_runs(settings.folder) == {"student": run_id}
+    assert steps(settings, run_id, "student/loss") == list(range(2050))
+    assert client(settings).get_run(run_id).info.status == "FINISHED"
+    assert untracked(settings.folder) == {}
     assert caplog.text.count("the work goes on") == 1
 
 
-def test_a_server_that_stays_down_is_told_by_the_next_flow(server, tmp_path, caplog):
-    settings, folder = settings_of(server, tmp_path), tmp_path / tmp_path.name / "student"
-    with track_flow(settings, "student-distill", ("data", "student")) as flow:
-        with track(settings, "student", settings.student, {"data": "d"}, folder) as tracker:
-            for step in range(20):
-                tracker.log(step, {"loss": 1.0})
-            wait_for(lambda: tracker.run_id and len(history(server, tracker.run_id, "loss")) == 20)
+def test_a_server_that_stays_down_gets_everything_by_hand(
+    server: Server, settings: PipelineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = settings.folder / "student"
+    with flow(settings, "student", "export"):
+        with stage(settings, "student") as execution:
+            log = MetricsLog(folder / "metrics.jsonl")
+            write(log, 0, 20)
+            wait_for(lambda: "student" in noted_runs(settings.folder))
             server.kill()
-            for step in range(20, 40):
-                tracker.log(step, {"loss": 1.0})
+            write(log, 20, 40)
             (folder / "notes.md").write_text("notes")
-            tracker.artifact(folder / "notes.md")
+            execution.finish({}, "f", [folder / "notes.md"])
         # A stage that begins while the server is down has no run at all yet.
-        with pytest.raises(RuntimeError), track(settings, "export", settings.export, {}, folder.parent / "export"):
+        with pytest.raises(RuntimeError), stage(settings, "export"):
             raise RuntimeError
-    kept = [json.loads(line) for line in (folder / UNTRACKED).read_text().splitlines()]
-    assert [entry["op"] for entry in kept] == ["run", *["metrics"] * 20, "artifact", "end"]
-    assert [(entry["step"], entry["values"]) for entry in kept[1:21]] == [(i, {"loss": 1.0}) for i in range(20, 40)]
-    assert all(entry["time"] > 1e12 for entry in kept[1:21])
-    assert kept[21]["path"] == "notes.md"
-    assert kept[22]["status"] == "FINISHED"
+        wait_for(lambda: untracked(settings.folder))
     assert set(untracked(settings.folder)) == {"student", "export", "flow"}
-    assert f"20 metric values, 1 file and status; kept in {folder / UNTRACKED}" in caplog.text
-    for sentence in untracked(settings.folder).values():
-        assert sentence.endswith(f"python -m pipeline.tracking.untracked {settings.folder}")
-    assert "(the last error was: Connection refused)" in caplog.text
-    assert set(send_untracked(settings)) == {"student", "export", "flow"}  # still down: nothing is lost by trying
-    assert [json.loads(line) for line in (folder / UNTRACKED).read_text().splitlines()] == kept
+    assert "(Connection refused)" in caplog.text
+    run_id, command = (
+        noted_runs(settings.folder)["student"],
+        [sys.executable, "-m", "pipeline.tracking", settings.folder],
+    )
+    down = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert down.stdout == f"MLflow ({server.uri}) does not have all of {settings.folder}: Connection refused\n"
+    assert down.returncode == 1
 
     server.start()
-    command = [sys.executable, "-m", "pipeline.tracking.untracked", str(settings.folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "flow: sent\nexport: sent\nstudent: sent\n"), done.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"MLflow ({server.uri}) has all of {settings.folder}\n"), done.stderr
     assert untracked(settings.folder) == {}
-    store = MlflowClient(server.uri)
-    assert history(server, tracker.run_id, "loss") == list(range(40))
-    student, parent = store.get_run(tracker.run_id), store.get_run(flow.run_id)
-    assert (student.info.status, parent.info.status) == ("FINISHED", "FINISHED")
-    assert [item.path for item in store.list_artifacts(tracker.run_id)] == ["notes.md"]
-    export = store.get_run(parent.data.tags["run.export"])
-    assert (export.info.status, export.data.tags["mlflow.parentRunId"]) == ("FAILED", flow.run_id)
-    assert parent.data.tags["run.student"] == tracker.run_id
+    store, runs = client(settings), noted_runs(settings.folder)
+    student, export, parent = (store.get_run(runs[name]) for name in ("student", "export", "flow"))
+    assert [run.info.status for run in (student, export, parent)] == ["FINISHED", "FAILED", "FINISHED"]
+    assert (runs["student"], steps(settings, run_id, "student/loss")) == (run_id, list(range(40)))
+    assert [item.path for item in store.list_artifacts(run_id)] == ["notes.md"]
+    assert export.data.tags["mlflow.parentRunId"] == runs["flow"]
+    assert (parent.data.tags["run.export"], parent.data.tags["run.student"]) == (runs["export"], run_id)
+
+
+def test_a_server_that_wants_a_login_is_said_with_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Locked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+            self.wfile.write(b"You are not authenticated.")
+
+        do_POST = do_GET
+
+    with HTTPServer(("127.0.0.1", 0), Locked) as locked:
+        threading.Thread(target=locked.serve_forever, daemon=True).start()
+        settings = load_preset("sample", [f"runs={tmp_path}", f"tracking.uri=http://127.0.0.1:{locked.server_port}"])
+        with stage(settings, "score"):
+            pass
+        locked.shutdown()
+    assert "(it wants another login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or" in caplog.text
+    assert list(untracked(settings.folder)) == ["score"]

@@ -1,0 +1,165 @@
+"""What a stage is, what it reads, and how it runs: reused where its recipe has been made, else tracked while it works."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from data.contracts import Config, ContractError
+from pipeline.artifacts import Output, Recipe, StageRecord, read_record, run_stage
+from pipeline.executions import Registration, executing, reused
+from pipeline.locks import own_gpus
+from pipeline.settings import PipelineConfig
+from pipeline.tracking.tracker import tracking
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that a stage reads: its fingerprint, and where it lies (or what it is called, where no file is)."""
+
+    fingerprint: str
+    place: Path | str
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The model that a stage registers: its role, its folder within the stage's, and the stage it was trained by."""
+
+    role: Literal["teacher", "student"]
+    folder: str = "."
+    trained_by: str = ""
+
+
+Work = Callable[[PipelineConfig, Mapping[str, Path], Path], Output]
+"""From the settings and the folders of the stages it needs, by name, into the stage's own folder."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All that is known of one stage. Adding one is such an object in `pipeline.stages`, and its part of the settings."""
+
+    name: str
+    """Also the name of its part of the settings."""
+    folder: str
+    experiment: str
+    work: Work
+    version: int = 1
+    """Raised by hand when the same config and inputs would give an output of another meaning."""
+    needs: tuple[Stage, ...] = ()
+    reads_only_labelled: bool = False
+    """New pairs in the pool leave it as it is."""
+    reads_besides: Callable[[Any], dict[str, Input]] = lambda config: {}
+    """What it reads from outside the run, by its config."""
+    uses_gpus: Callable[[PipelineConfig], bool] = lambda settings: False
+    """Whether it uses the GPUs of the machine that runs it, where there are any."""
+    incremental: bool = False
+    """Its output is keyed row by row, so that it stays and grows when the recipe changes."""
+    headline: tuple[str, ...] = ()
+    """The figures that summaries show, in this order, as far as they are there."""
+    artifacts: tuple[str, ...] = ()
+    """Files of its folder that tracking uploads."""
+    registers: Registered | None = None
+
+    @property
+    def title(self) -> str:
+        """What people read."""
+        return self.folder.capitalize()
+
+    def path(self, settings: PipelineConfig) -> Path:
+        """The folder of this stage in a run."""
+        return settings.folder / self.folder
+
+    def config(self, settings: PipelineConfig) -> Config:
+        """The part of the settings that this stage depends on."""
+        return getattr(settings, self.name)
+
+    def inputs(self, settings: PipelineConfig, records: Mapping[str, StageRecord] | None = None) -> dict[str, Input]:
+        """All that the stage reads; raises `ContractError` when a stage that it needs has not completed.
+
+        `records` are the stages it needs, where they are not (or not yet) those of this run's folder.
+        """
+        inputs: dict[str, Input] = {}
+        for needed in self.needs:
+            folder = needed.path(settings)
+            record = (records or {}).get(needed.name) or read_record(folder)
+            if record is None:
+                raise ContractError(
+                    f"run '{settings.run}' has no {needed.folder} yet; {self.name} needs them, so run {needed.name} first"
+                )
+            labelled = record.figures.get("fingerprint_labelled") if self.reads_only_labelled else None
+            inputs[needed.name] = Input(str(labelled or record.fingerprint), folder)
+        return inputs | self.reads_besides(self.config(settings))
+
+    def recipe(self, settings: PipelineConfig, inputs: Mapping[str, Input]) -> Recipe:
+        """What the output depends on."""
+        fingerprints = {name: each.fingerprint for name, each in inputs.items()}
+        return Recipe(self.name, self.config(settings), fingerprints, self.version)
+
+    def held(self, settings: PipelineConfig) -> StageRecord | None:
+        """The record of a stage that `settings.hold` keeps as it is; None where it has never completed or is not held.
+
+        Raises `ContractError` when only its previous output is finished.
+        """
+        if self.name not in settings.hold:
+            return None
+        folder = self.path(settings)
+        record = read_record(folder)
+        if record is None and read_record(previous := folder.with_name(f"{folder.name}.previous")) is not None:
+            raise ContractError(
+                f"{self.name} is to be held, and {folder} is not finished: finish it without `hold`, or delete it and give "
+                f"its name to {previous}"
+            )
+        return record and record.model_copy(update={"reused": True, "folder": folder})
+
+    def run(self, settings: PipelineConfig) -> StageRecord:
+        """The record of this stage's output, reused or made; raises what the work raises."""
+        if (held := self.held(settings)) is not None:
+            reused(self.name, held.folder)
+            logger.info("%s: kept as it is (hold)", self.name)
+            return held
+        inputs = self.inputs(settings)
+        record = run_stage(
+            self.path(settings),
+            self.recipe(settings, inputs),
+            partial(self._work_tracked, settings, inputs),
+            incremental=self.incremental,
+            share=settings.share,
+        )
+        if record.reused:
+            reused(self.name, record.folder)
+            origin = f"made by run '{record.made_by}'" if record.made_by else "nothing changed"
+            logger.info("%s: reused, %s", self.name, origin)
+        else:
+            logger.info("%s: done in %.0f s", self.name, record.seconds)
+        return record
+
+    def _work_tracked(self, settings: PipelineConfig, inputs: dict[str, Input], out: Path) -> Output:
+        """Work within an execution that is recorded; its metrics by step are read from the stage's folder."""
+        folders = {needed.name: needed.path(settings) for needed in self.needs}
+        execution = executing(
+            settings,
+            self.name,
+            out,
+            config=self.config(settings),
+            inputs={name: each.fingerprint for name, each in inputs.items()},
+            sources={name: each.place for name, each in inputs.items()},
+            experiment=self.experiment,
+        )
+        gpus = own_gpus(60 * settings.wait_minutes) if self.uses_gpus(settings) else nullcontext()
+        with gpus, tracking(settings), execution as running:
+            output = self.work(settings, folders, out)
+            artifacts = [out / name for name in self.artifacts]
+            running.finish(output.figures, output.fingerprint, artifacts, self._registration(folders, out))
+        return output
+
+    def _registration(self, folders: Mapping[str, Path], out: Path) -> Registration | None:
+        if (model := self.registers) is None:
+            return None
+        return Registration(role=model.role, folder=out / model.folder, student=folders.get(model.trained_by))

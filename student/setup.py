@@ -1,0 +1,56 @@
+"""What all trainings of one student share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from data.contracts import GradeScale
+from student.baselines import Encoder
+from student.config import StudentConfig
+from student.dataset import Examples, Tokens, tokenize
+from student.model import load_classifier, pad_token_id
+from student.reader import Reader, predict_logits
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Settings, encoder (`base` is its folder), tokenizer, scale and device, and what follows from them."""
+
+    config: StudentConfig
+    base: Path
+    tokenizer: Tokenizer
+    scale: GradeScale
+    device: str
+
+    def encoder(self) -> Encoder:
+        """The encoder that the student starts from, by itself."""
+        return Encoder(self.base, self.tokenizer, self.config.eval_batch_size, self.device)
+
+    def reader(self) -> Reader:
+        """The untrained student, on the device."""
+        config = self.config
+        model = load_classifier(self.base, self.scale, max_length=config.max_length, seed=config.seed)
+        return Reader(model.to(self.device), self.device)
+
+    def tokens(self, model: PreTrainedModel, rows: Examples) -> Tokens:
+        """What `model` reads of these pairs."""
+        return tokenize(self.tokenizer, rows.queries, rows.ads, pad_token_id(model.config))
+
+    def logits(self, reader: Reader, rows: Examples) -> Array:
+        """Logits float64 (N, K) of these pairs."""
+        return predict_logits(reader, self.tokens(reader.model, rows), self.config.eval_batch_size)
+
+    def relevant(self, rows: Examples) -> Array:
+        """Whether each pair's human grade counts as relevant, bool (N,)."""
+        return rows.grade >= self.scale.relevant_from
+
+    def p_relevant(self, probs: Array) -> Array:
+        """Probability (N,) of a grade that counts as relevant, from those of all grades (N, K)."""
+        return probs[:, self.scale.relevant_from :].sum(axis=1)

@@ -1,0 +1,32 @@
+"""A teacher ready to annotate: the engine that runs it, and what turns pairs into prompts and completions into grades."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teacher.engines import open_engine
+from teacher.engines.base import Engine
+from teacher.engines.config import EngineConfig
+from teacher.prompt import PromptWriter, load_prompt
+from teacher.reading import AnswerReader
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """`prompts` gives the token ids of each of some pairs, or the reason why a pair has none (see `PromptWriter`)."""
+
+    engine: Engine
+    prompts: Callable[[Sequence[dict[str, Any]]], list[list[int] | str]]
+    reader: AnswerReader
+
+
+def open_annotator(folder: Path, config: EngineConfig) -> Annotator:
+    """The teacher in `folder` over the engine that `config` names; raises `ContractError` when it cannot be started."""
+    from transformers import AutoTokenizer
+
+    prompt, tokenizer = load_prompt(folder), AutoTokenizer.from_pretrained(folder)
+    reader = AnswerReader(tokenizer, prompt.scale.size)
+    return Annotator(open_engine(config, folder), PromptWriter(prompt, tokenizer), reader)

@@ -1,0 +1,69 @@
+"""What warm start and AGPO share: settings of the Hugging Face trainers, resuming, and the log of every step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from data.contracts import MetricsLog, log_progress
+from teacher.config import TeacherConfig
+from teacher.distributed import wait_for_all
+
+logger = logging.getLogger(__name__)
+
+
+def shared_arguments(config: TeacherConfig, out: Path) -> dict[str, Any]:
+    """Arguments that both trainers take; checkpoints go to `out`, of which the last one is kept."""
+    cuda = torch.cuda.is_available()
+    return {
+        "output_dir": str(out),
+        "save_strategy": "steps",
+        "save_total_limit": 1,
+        "seed": config.seed,
+        "use_cpu": not cuda,
+        "bf16": config.dtype == "bfloat16",
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "dataloader_pin_memory": cuda,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def train(trainer: Trainer, log: MetricsLog, phase: str) -> None:
+    """Train to the end, from the last checkpoint of an interrupted call where there is one."""
+    trainer.remove_callback(PrinterCallback)  # our own progress lines say it
+    out = trainer.args.output_dir
+    checkpoint = get_last_checkpoint(out) if Path(out).exists() else None
+    begin = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    log.rewind(phase, begin)
+    wait_for_all()  # every process must read the same history
+    logger.info("%s: %d examples, steps %d to %d", phase, len(trainer.train_dataset), begin, trainer.args.max_steps)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+class StepLog(TrainerCallback):
+    """Writes what the trainer logs into the metrics log, and says how far the training is."""
+
+    shown: tuple[str, ...] = ("loss",)
+
+    def __init__(self, log: MetricsLog, phase: str) -> None:
+        self.log, self.phase = log, phase
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+        """Called by the trainer every `logging_steps`, and once at the end with a summary, which is left out."""
+        if not logs or "loss" not in logs:
+            return
+        values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        self.on_values(state, control, values)
+
+    def on_values(self, state: Any, control: Any, values: dict[str, float]) -> None:
+        """Record the metrics of the step that `state` is at."""
+        self.log.write(self.phase, state.global_step, values)
+        shown = ", ".join(f"{name} {values[name]:.3f}" for name in self.shown if name in values)
+        step, total = state.global_step, state.max_steps
+        log_progress(logger, step, total, "%s: step %d of %d, %s", self.phase, step, total, shown)

@@ -1,0 +1,98 @@
+"""The teacher's model folder: loading, adapters, saving, and the fingerprint of its weights.
+
+Weights that are trained are in float32 whatever the computation is in: at usual learning rates bfloat16 would round most of
+their updates away.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from data.contracts import ContractError, digest_files
+from teacher.chat_template import plain_chat_template
+from teacher.config import TeacherConfig
+from teacher.distributed import is_main, local_rank
+from teacher.reading import end_tokens
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
+    """The causal language model and tokenizer in `folder`; no remote code, safetensors only.
+
+    The model ends a completion at every token of `end_tokens`. Raises `ContractError` when the folder holds no such model.
+    """
+    # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
+    dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+    tokenizer.padding_side = "left"
+    if tokenizer.eos_token_id is None:
+        raise ContractError(f"the tokenizer in {folder} has no end-of-sequence token; choose another model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = plain_chat_template(tokenizer)
+    # The model's own sampling settings are not ours, and some of them cannot even be saved again.
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(end_tokens(folder, tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    if torch.cuda.is_available():
+        model = model.to(f"cuda:{local_rank()}")
+    return model, tokenizer
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format of the weights in a model folder, as its config.json says; float32 where it does not."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+
+
+def add_adapters(model: Any, config: TeacherConfig) -> Any:
+    """`model` with LoRA adapters on all linear layers, or as it is when the config asks for none."""
+    if not config.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)
+
+
+def merge_adapters(model: Any) -> Any:
+    """The plain model, with what its adapters learnt added to its weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model folder under a temporary name, then rename: its existence means that it is whole.
+
+    With `dtype` the model is converted to it first, in place. In a training of several processes only the main one writes.
+    """
+    if not is_main():
+        return
+    if dtype is not None:
+        model.to(dtype)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 (16 hex digits) over names and bytes of a model folder's weights and tokenizer files."""
+    return digest_files(f for f in sorted(folder.iterdir()) if f.suffix == ".safetensors" or f.name in _TOKENIZER_FILES)

@@ -1,0 +1,71 @@
+"""What a reader gets whatever the run: readable text and numbers, and the command that makes the run again."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_rgb
+
+from data.contracts import ContractError
+from pipeline.report.page import TEMPLATES, shell_lines, write_report
+from pipeline.report.summary import reproduce_command
+from pipeline.report.text import number
+from pipeline.settings import load_preset
+
+
+def test_text_stands_out_in_both_themes() -> None:
+    """WCAG 2: 4.5 to 1 for text on every ground it stands on, 3 to 1 for what is drawn."""
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    light, dark = [dict(re.findall(r"--(\w+): ([^;]+);", block)) for block in re.findall(r":root \{([^}]*)\}", style)]
+    strongest = 0.42  # of the shade in a confusion matrix
+    for theme in (light, light | dark):
+        ground = {name: to_rgb(theme[name]) for name in ("bg", "soft", "warn")}
+        shade = [float(part) / 255 for part in theme["shade"].split(",")]
+        ground["cell"] = [strongest * s + (1 - strongest) * b for s, b in zip(shade, ground["bg"], strict=True)]
+        assert min(_contrast(to_rgb(theme["fg"]), colour) for colour in ground.values()) >= 4.5
+        assert min(_contrast(to_rgb(theme[name]), ground[on]) for name in ("dim", "c0") for on in ("bg", "soft")) >= 4.5
+        assert min(_contrast(to_rgb(theme[f"c{i}"]), ground["bg"]) for i in range(5)) >= 3
+
+
+def _contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    def luminance(colour: tuple[float, ...]) -> float:
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"no summary\.json"):
+        write_report(tmp_path)
+
+
+def test_a_command_on_several_lines_is_the_same_words() -> None:
+    command = shlex.join(["prefect", "run", "x", "--set", "a='b --c\n", "--set", "d=1 --set e"])
+    script = f'set -- {shell_lines(command)}\nprintf "%s\\0" "$@"'
+    words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    assert words == shlex.split(command)
+    assert shell_lines(command).count(" \\\n  --set") == 2
+
+
+def test_the_command_makes_the_same_settings() -> None:
+    from flows.cli import Options, chosen
+
+    settings = load_preset(
+        "cpu-real",
+        ["run=mine", "data.max_pool=none", "annotate.engine.kind=openai", 'annotate.engine.urls=["http://a:1/v1"]',
+         "spark.extra.spark.a.b=x y", "teacher.prompt.guideline=It's \"so\"", "tracking.log_weights=true"],
+    )  # fmt: skip
+    prefect, verb, flow, *words = shlex.split(reproduce_command(settings, "student-export"))
+    assert (prefect, verb, flow) == ("prefect", "run", "student-export")
+    given = dict(zip(words[0::2], words[1::2], strict=True))
+    overrides = tuple(value for option, value in zip(words[0::2], words[1::2], strict=True) if option == "--set")
+    options = Options(preset=given["--preset"], name=given["--name"], set_=overrides)
+    assert chosen(flow, options) == ("student-export", settings)
+
+
+def test_numbers_are_readable() -> None:
+    assert [number(v) for v in (74067, 0.123456, 1e-6, "x", True)] == ["74,067", "0.1235", "1e-06", "x", "True"]

@@ -1,0 +1,110 @@
+"""What users bring: number formats, end tokens, generation configs and prompts longer than the model."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from data.contracts import ContractError, MetricsLog
+from teacher.config import AGPOConfig, WarmStartConfig
+from teacher.engines.base import Sampling
+from teacher.engines.transformers_engine import TransformersEngine
+from teacher.examples import Example, Problem, drop_too_long
+from teacher.model import add_adapters, load_model
+from teacher.policy import train_policy
+from teacher.train import train_teacher
+from teacher.warm_start import warm_start
+
+from .test_trainer import TINY
+
+
+def changed(folder, out, **generation):
+    """A copy of a model folder with another generation_config.json."""
+    shutil.copytree(folder, out)
+    (out / "generation_config.json").write_text(json.dumps(generation))
+    return out
+
+
+def moved(before, after):
+    """Share of the weights that differ between two model folders."""
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    return sum(int((old[name] != new[name]).sum()) for name in old) / sum(tensor.numel() for tensor in old.values())
+
+
+@pytest.mark.parametrize(
+    "steps", [{"agpo": AGPOConfig(steps=0)}, {"warm_start": WarmStartConfig(examples=0)}], ids=["warm start", "agpo"]
+)
+def test_in_bfloat16_small_updates_reach_nearly_all_weights(decoder, pairs, tmp_path, steps):
+    warm = TINY.warm_start.model_copy(update={"learning_rate": 1e-5})
+    agpo = TINY.agpo.model_copy(update={"steps": 4, "learning_rate": 1e-6})
+    config = TINY.model_copy(update={"dtype": "bfloat16", "warm_start": warm, "agpo": agpo, **steps})
+    train_teacher(config, decoder, pairs, tmp_path)
+    assert moved(decoder, tmp_path / "model") > 0.95
+
+
+def test_lora_trains_in_float32_over_a_bfloat16_base_and_saves_as_the_base_was(decoder, pairs, tmp_path):
+    # A generation config like this one can be read, but transformers refuses to save it: training would end at a checkpoint.
+    base = changed(decoder, tmp_path / "base", do_sample=False, temperature=0.5, eos_token_id=1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.config.save_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.generation_config.temperature = None
+    model.save_pretrained(tmp_path / "half")
+    shutil.copy(tmp_path / "half" / "model.safetensors", base)
+    agpo = TINY.agpo.model_copy(update={"steps": 2, "learning_rate": 1e-2})
+    config = TINY.model_copy(update={"dtype": "bfloat16", "lora_rank": 4, "agpo": agpo})
+    adapted = add_adapters(load_model(base, config)[0], config)
+    assert {(p.requires_grad, p.dtype) for p in adapted.parameters()} == {
+        (True, torch.float32),
+        (False, torch.bfloat16),
+    }
+    (tmp_path / "out").mkdir()
+    train_teacher(config, base, pairs, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert moved(base, tmp_path / "out" / "model") > 0.01
+
+
+def test_every_end_token_of_the_generation_config_finishes_a_completion(decoder, tmp_path):
+    ends = list(range(1, 400))
+    base = changed(decoder, tmp_path / "base", eos_token_id=ends)
+    model, tokenizer = load_model(base, TINY)
+    config = TINY.model_copy(update={"agpo": TINY.agpo.model_copy(update={"steps": 1, "mask_truncated": True})})
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    problems = [Problem("<|user|>a<|end|><|assistant|>", None)] * 2
+    train_policy(config, model, tokenizer, problems, lambda *_: True, tmp_path / "out", log, lambda *_: 0.0, 0.0)
+    (step,) = log.read("agpo")
+    assert step["accuracy"] == 1 - step["truncated"] == 1 - step["completions/clipped_ratio"] > 0.8
+    # The checkpoint and the teacher say it too, so that evaluation and annotation stop there.
+    assert set(model.generation_config.eos_token_id) == set(ends)
+
+
+def test_padding_with_the_end_token_still_teaches_where_to_end(decoder, tmp_path):
+    model, tokenizer = load_model(decoder, TINY)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = ["<|user|>a<|end|><|assistant|>", "<|user|>one two three four<|end|><|assistant|>"]
+    examples = [Example(prompts[0], 0, "no"), Example(prompts[1], 1, "yes, it is what the query says")] * 4
+    warm = WarmStartConfig(examples=8, min_steps=60, batch_size=8, learning_rate=5e-3)
+    config = TINY.model_copy(update={"warm_start": warm})
+    warm_start(config, model, tokenizer, examples, tmp_path, MetricsLog(tmp_path / "metrics.jsonl"))
+    engine = TransformersEngine(model, tokenizer)
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    completions = engine.generate(ids, Sampling(n=1, temperature=0.0, top_p=1.0, max_tokens=30, seed=0, logprobs=0))
+    assert [completion.finish_reason for (completion,) in completions] == ["stop", "stop"]
+
+
+def test_examples_longer_than_the_model_are_counted_and_left_out(decoder, caplog):
+    _, tokenizer = load_model(decoder, TINY)
+    short, long = Example("a", 0, "b"), Example("word " * 200, 0, "b")
+    with caplog.at_level(logging.WARNING):
+        assert drop_too_long([short, long, short], tokenizer, 100, 12) == [short, short]
+        assert drop_too_long([short, long], tokenizer, None, 12) == [short, long]
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        "1 of 3 examples are left out as too long"
+    ]
+    with pytest.raises(ContractError, match=r"every prompt is too long.*max_text_chars"):
+        drop_too_long([long], tokenizer, 100, 12)

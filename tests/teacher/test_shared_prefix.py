@@ -1,0 +1,271 @@
+"""Sharing a prompt among its completions changes nothing but the cost."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from trl.trainer.utils import add_fused_lm_head
+
+from data.contracts import MetricsLog
+from teacher.config import WarmStartConfig
+from teacher.examples import Example
+from teacher.model import load_model
+from teacher.rollouts import sample_completions
+from teacher.shared_prefix import (
+    Group,
+    can_share,
+    common_prefix,
+    group_by_prefix,
+    micro_batches,
+    token_log_probs,
+)
+from teacher.train import train_teacher
+from teacher.trainer import AGPOTrainer
+from teacher.warm_start import warm_start
+
+from .test_trainer import TINY, trl_arguments
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+GPT2 = {
+    "vocab_size": 300,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+
+
+def model_of(family, **changed):
+    sizes = GPT2 if family == "GPT2" else SIZES
+    config = getattr(transformers, f"{family}Config")(**sizes | changed)
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)  # so that attention matters
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model.eval()
+
+
+def rollouts():
+    """Two groups, a prompt ten times as long as the other; completions of many lengths, one of them empty."""
+    generator = torch.Generator().manual_seed(0)
+    sequences, starts = [], []
+    for length in (10, 100):
+        prompt = torch.randint(2, 300, (length,), generator=generator).tolist()
+        for tokens in (40, 3, 0, 20):
+            sequences.append(prompt + torch.randint(2, 300, (tokens,), generator=generator).tolist())
+            starts.append(length)
+    return sequences, starts
+
+
+def outcome(model, groups):
+    """Log probabilities, entropies, and the gradient of a weighted sum of both."""
+    sequences, starts = rollouts()
+    model.zero_grad()
+    log_probs, entropies = token_log_probs(model, sequences, starts, groups, 0)
+    (log_probs * torch.linspace(-1, 1, len(log_probs)) + entropies).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return log_probs.detach(), entropies.detach(), gradient
+
+
+def lora(model):
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return adapted.eval()
+
+
+def checkpointing(model):
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        *((family, lambda model: model) for family in ("Qwen2", "Qwen3", "Llama", "Gemma", "Gemma2", "GPT2")),
+        ("Qwen2", lora),
+        ("Llama", checkpointing),
+    ],
+)
+def test_log_probabilities_entropies_and_gradients_are_the_same(family, change):
+    model = change(model_of(family))
+    sequences, starts = rollouts()
+    alone = outcome(model, [Group((row,), 0) for row in range(len(sequences))])
+    groups = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
+    assert [len(group.rows) for group in groups] == [4, 4]
+    shared = outcome(model, groups)
+    assert (alone[0] - shared[0]).abs().max() <= 1e-5
+    assert (alone[1] - shared[1]).abs().max() <= 1e-5
+    assert (alone[2] - shared[2]).norm() / alone[2].norm() <= 1e-5
+
+
+def test_the_reference_is_right_itself():
+    """Against a plain forward pass of each sequence by itself."""
+    model = model_of("Qwen2")
+    sequences, starts = rollouts()
+    with torch.no_grad():
+        log_probs, _ = token_log_probs(model, sequences, starts, group_by_prefix([ids[:10] for ids in sequences]), 0)
+        expected = []
+        for ids, start in zip(sequences, starts, strict=True):
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+            expected.append(logits.gather(1, torch.tensor(ids[start:], dtype=torch.long)[:, None])[:, 0])
+    assert (torch.cat(expected) - log_probs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "word"),
+    [
+        ("Mistral", {"sliding_window": 32}, "log probabilities differ"),
+        ("Mamba", {}, "four-dimensional attention mask"),
+        ("Mistral", {"sliding_window": None}, None),
+        ("Qwen2", {"attn_implementation": "eager"}, None),
+    ],
+)
+def test_models_that_cannot_share_are_recognised(family, changed, word, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert can_share(model_of(family, **changed), [[5, 6], list(range(2, 60))], 20, 0) == (word is None)
+    assert word is None or word in caplog.text
+
+
+def test_micro_batches_keep_to_the_budget_and_hold_every_sequence_once():
+    lengths = [100 + 10 * row for row in range(8)] + [60] * 8 + [900]
+    groups = [Group(tuple(range(8)), 50), Group(tuple(range(8, 16)), 50), Group((16,), 50)]
+    for budget in (200, 400, 1000, 10_000):
+        batches = micro_batches(groups, lengths, budget, hidden_size=512)
+        assert sorted(row for batch in batches for group in batch for row in group.rows) == list(range(17))
+        for batch in batches:
+            width = max(group.tokens(lengths) for group in batch)
+            assert len(batch) * width <= budget or (len(batch) == 1 and len(batch[0].rows) == 1)
+    # nothing is gained by one long row where its own attention costs more than the prompt
+    assert len(micro_batches([Group(tuple(range(16)), 50)], [2050] * 16, 10**9, hidden_size=64)[0]) > 1
+    assert len(micro_batches(groups, lengths, 10_000, hidden_size=512, at_least=17)) == 17
+
+
+def test_common_prefix_of_a_batch():
+    assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+    assert common_prefix([[1], [2]]) == 0
+    assert common_prefix([[1, 2]]) == 2
+
+
+def trained(decoder, out, steps=20, **options):
+    """The weights after a few steps at a high learning rate, and the trainer."""
+    model, tokenizer = load_model(decoder, TINY)
+    model = options.pop("model", model)
+    model.generation_config.eos_token_id = list(range(1, 60))  # so that an untrained model ends some completions
+    # Where a gradient is nothing but rounding, Adam must not make a step of it.
+    options = {"learning_rate": 1e-3 if steps < 10 else 1e-4, "adam_epsilon": 1e-5, **options}
+    settings = {name: options.pop(name) for name in ("shared_prefix", "micro_batch_tokens") if name in options}
+    prompts = ["<|user|>a<|end|><|assistant|>", f"<|user|>{'b ' * 60}<|end|><|assistant|>"]
+    trainer = AGPOTrainer(
+        model=model,
+        args=trl_arguments(out, per_device_train_batch_size=8, max_completion_length=12, max_steps=steps, **options),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts] * 4),
+        reward_funcs=lambda completions, **_: [1.0 if len(text) % 2 else -1.0 for text in completions],
+        advantages=lambda rewards: rewards - rewards.mean(dim=1, keepdim=True),
+        **settings,
+    )
+    trainer.train()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": "dr_grpo", "beta": 0.1, "steps_per_generation": 2},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "mask_truncated_completions": True},
+        {"loss_type": "cispo", "epsilon_high": 1.3, "entropy_coef": 0.01},
+    ],
+    ids=["dapo", "dr_grpo with kl", "gspo without truncated", "cispo with entropy"],
+)
+def test_a_training_is_the_same_shared_or_repeated_in_one_pass_or_many(decoder, tmp_path, options):
+    steps = 4 if options else 20
+    repeated, _ = trained(decoder, tmp_path, steps, shared_prefix=False, micro_batch_tokens=10**6, **options)
+    shared, trainer = trained(decoder, tmp_path, steps, shared_prefix=True, micro_batch_tokens=10**6, **options)
+    assert trainer.shared_prefix
+    assert (repeated - shared).abs().max() <= 1e-4
+    pieces, _ = trained(decoder, tmp_path, steps, micro_batch_tokens=100, **options)
+    assert (shared - pieces).abs().max() <= 1e-4
+    start = torch.cat([p.flatten() for p in load_model(decoder, TINY)[0].parameters()])
+    assert (shared - start).abs().max() >= 5e-4  # more than rounding
+
+
+def test_training_falls_back_to_the_repeated_form_and_says_why(decoder, tmp_path, caplog):
+    """For a model whose layers attend to the last few tokens only."""
+    _, tokenizer = load_model(decoder, TINY)
+    model = model_of("Mistral", sliding_window=8, vocab_size=len(tokenizer))
+    with caplog.at_level(logging.WARNING):
+        _, trainer = trained(decoder, tmp_path, steps=2, model=model)
+    assert not trainer.shared_prefix
+    assert "its own prompt, as this model cannot share it" in caplog.text
+
+
+def test_two_processes_with_unequal_micro_batches_finish(decoder, pairs, tmp_path):
+    """Each forward pass gathers metrics from all processes, so that all need as many."""
+    agpo = TINY.agpo.model_copy(update={"steps": 2, "micro_batch_tokens": 100})
+    config = TINY.model_copy(update={"processes": 2, "agpo": agpo})
+    train_teacher(config, decoder, pairs, tmp_path)
+    assert load_file(tmp_path / "model" / "model.safetensors")
+
+
+def test_completions_are_those_of_generate(decoder):
+    """For the same random state: what is read once and what leaves the batch changes no completion."""
+    model, tokenizer = load_model(decoder, TINY)
+    model.generation_config.eos_token_id = ends = list(range(1, 60))
+    texts = ["<|user|>a<|end|><|assistant|>", f"<|user|>{'b ' * 40}<|end|><|assistant|>"]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts for _ in range(4)]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    torch.manual_seed(0)
+    rows = model.generate(
+        ids, attention_mask=mask, max_new_tokens=16, do_sample=True, temperature=0.7, top_k=0, top_p=1.0
+    )[:, width:]
+    expected = []
+    for row in rows.tolist():
+        end = next((t for t, token in enumerate(row) if token in ends), len(row) - 1)
+        expected.append(row[: end + 1])
+    torch.manual_seed(0)
+    found = sample_completions(model, prompts, max_tokens=16, ends=ends, temperature=0.7, pad=tokenizer.pad_token_id)
+    assert found == expected
+    assert len({len(completion) for completion in found}) > 1
+
+
+def test_a_warm_start_is_the_same_with_a_shared_guideline(decoder, tmp_path):
+    weights = []
+    for shared in (True, False):
+        model, tokenizer = load_model(decoder, TINY)
+        guideline = "<|system|>" + "grade this ad by the words of its query " * 10
+        examples = [
+            Example(f"{guideline}{word}<|assistant|>", 0, f"it is {word}") for word in ("red", "blue", "green", "big")
+        ]
+        warm = WarmStartConfig(examples=4, epochs=4, batch_size=4, learning_rate=1e-3)
+        agpo = TINY.agpo.model_copy(update={"shared_prefix": shared})
+        config = TINY.model_copy(update={"warm_start": warm, "agpo": agpo})
+        log = MetricsLog(tmp_path / f"{shared}.jsonl")
+        warm_start(config, model, tokenizer, examples, tmp_path / str(shared), log)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() <= 1e-4
+    start = torch.cat([parameter.flatten() for parameter in load_model(decoder, TINY)[0].parameters()])
+    assert (weights[0] - start).abs().max() >= 1e-3
