@@ -41,20 +41,23 @@ def main() -> None:
     report.add_argument("folder", type=Path, help="what `run` wrote to --out")
     report.add_argument("--pairs", type=Path, required=True)
     options = parser.parse_args()
-    if options.verb == "pack":
-        from benchmarks.gpu.pack import pack as write_parcels
-
-        write_parcels(options.out, options.pairs, options.model, options.parcel_mib << 20, not options.no_wheels)
-    elif options.verb == "run":
+    if options.verb == "run":
         from benchmarks.gpu.run import run as work
 
         arguments = [] if options.config is None else ["--config", str(options.config.resolve())]
         arguments += [word for value in options.set for word in ("--set", value)]
         raise SystemExit(work(options.place, options.out, began + options.seconds, options.every, arguments))
-    else:
-        from benchmarks.gpu.report import report as measure
+    from benchmarks.gpu.pack import pack as write_parcels
+    from benchmarks.gpu.report import report as measure
+    from data.contracts import ContractError
 
-        measure(options.folder, options.pairs)
+    try:
+        if options.verb == "pack":
+            write_parcels(options.out, options.pairs, options.model, options.parcel_mib << 20, not options.no_wheels)
+        else:
+            measure(options.folder, options.pairs)
+    except ContractError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

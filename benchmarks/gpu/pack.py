@@ -17,6 +17,7 @@ from pipeline.wheels import catalogue_entry, join_wheels
 # are those of constraints-cpu.txt.
 MISSING = (
     "annotated-types", "datasets", "dill", "gguf", "multiprocess", "pydantic", "pydantic_core", "trl", "typing-inspection",
+    "typing_extensions",
 )  # fmt: skip
 # Some machines lack these too. They are a parcel by themselves, which is carried only then.
 EXTRA = ("pandas", "pyarrow", "xxhash")

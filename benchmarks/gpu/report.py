@@ -37,7 +37,8 @@ def report(folder: Path, pairs: Path) -> None:
     place = {pair_id: i for i, pair_id in enumerate(test["pair_id"].to_pylist())}
     test = test.take([place[pair_id] for pair_id in common])
     labels = Labels(test["grade"].to_numpy(), test["query_id"].to_numpy(zero_copy_only=False), scale.relevant_from)
-    probs, result = {}, {}
+    probs: dict[str, np.ndarray] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, rows in answers.items():
         probs[name] = np.array([rows[pair_id]["grade_probs"] or [1 / scale.size] * scale.size for pair_id in common])
         measured = evaluate(labels, probs[name]).metrics
