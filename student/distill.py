@@ -124,7 +124,7 @@ def distill(
     if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
         gold_only = train(rows.training.gold_only(), "gold_only")
         systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
-    systems += smaller_students(setup, student, rows, pairs, out, metrics)
+    systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
     systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
     evaluation = evaluate(setup, systems, student, rows.test) | bound
     key = key_metrics(evaluation, card, student.valid_roc_auc)
@@ -141,11 +141,12 @@ def distill(
 
 
 def smaller_students(
-    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog
+    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog, free: list[System]
 ) -> list[System]:
     """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
 
-    They learn from the training rows and the pairs that a warm-up reads, which the trained student annotates.
+    They learn from the training rows and the pairs that a warm-up reads, which the trained student annotates. Each one's
+    folder also has what its promotion depends on: its test predictions, and its floor, made by the systems `free`.
     """
     config, reader, systems = setup.config, student.fitted.reader, []
     sizes = sorted(n for n in config.layers if n < layers_of(reader.model))
@@ -165,6 +166,11 @@ def smaller_students(
         smaller = calibrate(setup, fitted, rows.valid)
         save_student(setup, folder, smaller, rows)
         systems.append(measured(setup, phase, smaller, rows.valid, rows.test))
+        write_predictions(folder, rows.test, systems[-1].score)
+        bound = {"floor": floor([systems[-1], *free])}
+        write_json(folder / "evaluation.json", bound)
+        if fault := floor_fault(bound):
+            logger.warning("of %d layers: %s", layers, fault)
     return systems
 
 

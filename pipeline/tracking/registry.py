@@ -122,7 +122,9 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
     client.set_registered_model_alias(name, "candidate", number)
     if student is not None:
         from student.evaluation import PREDICTIONS
+        from student.ladder import evaluated
 
+        student = evaluated(student, export)
         client.log_artifact(version.run_id, str(student / PREDICTIONS), f"predictions/{number}")
     champion = client.get_registered_model(name).aliases.get("champion")
     promoted, reason = champion is None, "champion: the first version"

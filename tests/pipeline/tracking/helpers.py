@@ -94,6 +94,7 @@ def write_export(folder: Path) -> None:
     grades = (Grade(name="bad", definition="b"), Grade(name="good", definition="g"))
     GradeScale(grades=grades, relevant_from=1).save(folder)
     (folder / "score.py").write_text(SCORE_PY)
+    (folder / "student.json").write_text("{}")
 
 
 def wait_for(ready: Callable[[], object], seconds: float = 120) -> None:
