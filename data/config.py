@@ -135,6 +135,9 @@ class DataConfig(Config):
     treated so in any case."""
     locale: Literal["us", "es", "jp"] | None = "us"
     """For `esci`: the shop whose queries and products are taken; empty takes all."""
+    texts: UserPath | None = None
+    """A text file (UTF-8, gzipped too) with a text on each line about what the ads sell, such as product descriptions. A
+    teacher can read them before it knows a label (`teacher.warm_start.texts`). The made-up shop has its own catalogue."""
     log: LogConfig | None = None
     """Unlabelled pairs that join the pool, beside any source."""
     columns: dict[Column, str] = Field(default_factory=dict)

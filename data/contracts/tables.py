@@ -35,6 +35,9 @@ RATIONALES = pa.schema(
     ]
 )
 
+# Optional companion of `pairs`: what there is to read about the ads' world; no pair, no label.
+TEXTS = pa.schema([pa.field("text", pa.string(), nullable=False)])
+
 # Optional companion of `pairs`: what is left of several labels of one pair, or of a source that publishes their variance.
 DISAGREEMENT = pa.schema(
     [

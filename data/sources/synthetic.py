@@ -35,6 +35,7 @@ SCALE = GradeScale(
 # How often each grade is drawn, from 0 to 3.
 GRADE_SHARES = (0.26, 0.24, 0.24, 0.26)
 MISSPELT_SHARE = 0.06
+CATALOGUE = 12_000
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,43 @@ def generate(rows: int, seed: int) -> Iterator[dict[str, Any]]:
         for _ in range(min(rng.randint(3, 6), rows - made)):
             yield _pair(rng, wish, query)
             made += 1
+
+
+def catalogue(seed: int) -> Iterator[str]:
+    """Yield CATALOGUE facts about the shop's products, the same for the same seed; no query is paired with an ad.
+
+    They are what a shop knows before anyone has judged an ad: the kind of product that a search means, the kind that a
+    listing offers, and what is an accessory or a substitute of what.
+    """
+    rng = random.Random(f"catalogue:{seed}")
+    kinds = {kind.name: kind for kind in shop().types}
+    owners = {accessory: kind for kind in shop().types for accessory in kind.accessories}
+    offers = sorted({*kinds, *owners})
+    for _ in range(CATALOGUE):
+        about = rng.choice(("search", "listing", "relation"))
+        if about == "search":
+            wish = _wish(rng)
+            yield f"Query: {_query(rng, wish)}\nAsked: {wish.kind.name}."
+        elif about == "listing":
+            name = rng.choice(offers)
+            kind = kinds.get(name) or owners[name]
+            words = (name, *kind.synonyms) if name in kinds else (name, f"{name} for {kind.name}")
+            options = {key: values for key, values in shop().options(kind).items() if values}
+            offered = {key: rng.choice(values) for key, values in options.items()}
+            yield f"Ad: {_title(rng, offered, rng.choice(words))}\nOffered: {name}."
+        else:
+            kind = rng.choice(shop().types)
+            related = [kind.name, *kind.accessories, *kind.substitutes]
+            offer = rng.choice(related if rng.random() < 0.6 else offers)
+            yield f"Asked: {kind.name}. Offered: {offer}. Relation: {_relation(kind, offer)}."
+
+
+def _relation(kind: ProductType, offer: str) -> str:
+    if offer == kind.name:
+        return "same product"
+    if offer in kind.accessories:
+        return "accessory"
+    return "substitute" if offer in kind.substitutes else "something else"
 
 
 def _wish(rng: random.Random) -> Wish:
