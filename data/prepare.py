@@ -52,8 +52,8 @@ class DataResult(BaseModel):
 
 
 def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
-    """Write `pairs/`, its companions (`rationales/`, `disagreement/`, `texts/`, with a log `frequencies/`), `rejected/`, `scale.json`,
-    `card.json` and `card.md` into `out`; the tables are Parquet folders.
+    """Write `pairs/`, its companions (`rationales/`, `disagreement/`, `texts/`, with a log `frequencies/`), `rejected/`,
+    `scale.json`, `card.json` and `card.md` into `out`; the tables are Parquet folders.
 
     Every row of train, valid and test has a grade. Its query alone decides about a pair's split, so an unlabelled row is
     used where its query falls to the pool, and is left out (and counted) elsewhere.
@@ -90,7 +90,7 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     if described["leakage"]["queries"]["in_several_splits"]:
         raise RuntimeError(f"queries are in more than one split of {out}: {described['leakage']['queries']}")
     scale.save(out)
-    fingerprints = tables_fingerprints(spark, out, scale)
+    fingerprints = tables_fingerprints(spark, out, scale, config.texts is not None)
     metrics = {"rows_in": rows_in, **account, **companion_rows(out), **metrics}
     metrics |= {"rejected_share": account["rejected"] / rows_in, "fingerprint_labelled": fingerprints["labelled"]}
     described["warnings"] = split_warnings(counts, described["balance"], config, scale)

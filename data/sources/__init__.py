@@ -85,8 +85,8 @@ def source_label(config: DataConfig) -> str:
     return label if config.log is None else f"{label}, log {config.log.path}"
 
 
-def read_texts(config: DataConfig) -> Iterator[str]:
-    """The texts beside the pairs, without blank lines: of the configured file, or the made-up shop's catalogue.
+def read_texts(config: DataConfig) -> Iterator[dict[str, str]]:
+    """The rows of `TEXTS`: the configured file's lines, without blank ones, or the made-up shop's catalogue.
 
     Raises `ContractError` when the file is not there or is not UTF-8.
     """
@@ -95,7 +95,7 @@ def read_texts(config: DataConfig) -> Iterator[str]:
         return
     try:
         with open_bytes(config.texts) as file:
-            yield from filter(None, map(str.strip, io.TextIOWrapper(file, "utf-8-sig")))
+            yield from ({"text": text} for line in io.TextIOWrapper(file, "utf-8-sig") if (text := line.strip()))
     except (OSError, UnicodeDecodeError) as error:
         raise ContractError(f"`data.texts`: {config.texts} cannot be read as UTF-8 text ({error})") from None
 
