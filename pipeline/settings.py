@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from data.config import DataConfig, without_source
+from data.config import DataConfig, data_of_preset
 from data.contracts import Config, ContractError, UserPath
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.keys import explain, fields, merge, nearest, parse_overrides
@@ -77,7 +77,7 @@ class PipelineConfig(Config):
         if isinstance(preset, str) and preset:
             filled = read_preset(preset)
             if isinstance(given_data := values.get("data"), dict):
-                filled["data"] = without_source(filled.get("data", {}), given_data)
+                filled["data"] = data_of_preset(filled.get("data", {}), given_data)
             values = merge(filled, values) | {"preset": preset}
             values.setdefault("run", preset)
         return values

@@ -53,6 +53,11 @@ class WarmStartConfig(Config):
     """Examples in an optimiser step."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate (linear warm-up over 5 % of the steps, then cosine)."""
+    texts: int = Field(default=0, ge=0)
+    """At most so many texts beside the pairs (`data.texts`) to read in the same passes: what a model that is new to the
+    ads' world needs before labels mean something to it (domain-adaptive pretraining, arXiv 2004.10964)."""
+    repeats: int = Field(default=1, ge=1)
+    """How often a pass has each labelled pair, so that few labels are not lost among many texts."""
     loss_on_prompt: bool = False
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
     reasons: Literal["lexical", "none"] = "lexical"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, RATIONALES, ContractError, read_table
+from data.contracts import PAIRS, RATIONALES, TEXTS, ContractError, read_table
 from teacher.prompt import Prompt
 from teacher.rationale import lexical_rationale
 from teacher.verifier import ANSWER
@@ -59,6 +59,15 @@ def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit
             target = f"{reason} {target}"
         examples.append(Example(rendered, row["grade"], target))
     return examples
+
+
+def load_texts(pairs: Path, prompt: Prompt, tokenizer: Any, limit: int) -> list[Example]:
+    """The first `limit` texts beside the pairs, as examples that have no label; none where there are no texts."""
+    if not limit or not (pairs / "texts").exists():
+        return []
+    rows = read_table(pairs / "texts", TEXTS).slice(0, limit).to_pylist()
+    prompts = ("" if row["query"] is None else prompt.text(tokenizer, row["query"], row["ad_title"]) for row in rows)
+    return [Example(text, None, row["text"]) for text, row in zip(prompts, rows, strict=True)]
 
 
 def drop_too_long(

@@ -22,7 +22,7 @@ from teacher.distributed import is_main, launch, wait_for_all, world_size
 from teacher.engines.base import position_limit
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import evaluate
-from teacher.examples import Example, drop_too_long, load_examples
+from teacher.examples import Example, drop_too_long, load_examples, load_texts
 from teacher.model import (
     add_adapters,
     load_model,
@@ -105,7 +105,7 @@ class _Training:
                 self._evaluate_phase("base", 0)
             if settings.examples:
                 self.model = add_adapters(self.model, self.config)
-                examples = self.train[: settings.examples]
+                examples = self.train[: settings.examples] * settings.repeats + self._texts()
                 warm_start(self.config, self.model, self.tokenizer, examples, out, self.log)
                 self.model = merge_adapters(self.model)
             save_model(self.model, self.tokenizer, self.warm)
@@ -194,8 +194,13 @@ class _Training:
                 seed=self.config.seed,
             )
 
+    def _texts(self) -> list[Example]:
+        return self._fitting(load_texts(self.pairs, self.prompt, self.tokenizer, self.config.warm_start.texts))
+
     def _examples(self, split: str, limit: int) -> list[Example]:
-        examples = load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed)
+        return self._fitting(load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed))
+
+    def _fitting(self, examples: list[Example]) -> list[Example]:
         max_positions = position_limit(self.model.config)
         return drop_too_long(examples, self.tokenizer, max_positions, self.config.max_completion_tokens)
 

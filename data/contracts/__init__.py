@@ -19,6 +19,7 @@ from data.contracts.tables import (
     SCORES,
     SPLITS,
     STRATA,
+    TEXTS,
     check_schema,
     read_table,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "SCORES",
     "SPLITS",
     "STRATA",
+    "TEXTS",
     "Config",
     "ContractError",
     "Grade",

@@ -35,6 +35,16 @@ RATIONALES = pa.schema(
     ]
 )
 
+# Optional companion of `pairs`: what there is to read about the ads' world, none of it a label. A text with a query and a
+# title is what can be said of them.
+TEXTS = pa.schema(
+    [
+        pa.field("query", pa.string()),
+        pa.field("ad_title", pa.string()),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+
 # Optional companion of `pairs`: what is left of several labels of one pair, or of a source that publishes their variance.
 DISAGREEMENT = pa.schema(
     [
