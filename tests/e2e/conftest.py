@@ -1,5 +1,6 @@
 """A Prefect server of its own, as `prefect server start` starts it, and the `prefect` command that talks to it."""
 
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
+from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -23,11 +25,18 @@ class Server:
 
     environment: dict[str, str]
 
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server's API answers."""
+        url = self.environment["PREFECT_API_URL"] + path
+        request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
     def call(self, *arguments: str) -> str:
         """What a `prefect` command prints; fails when it does."""
         done = subprocess.run(
             [PREFECT, *arguments],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=300, check=False,
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -58,7 +67,7 @@ def server(environment: dict[str, str]) -> Iterator[Server]:
     server = Server(environment | {"PREFECT_API_URL": url, "COLUMNS": "240"})
     process = server.start("server", "start", "--port", str(port))
     try:
-        wait_until(lambda: _is_healthy(url), 180)
+        wait_until(lambda: _is_healthy(url), 600)
         server.call("work-pool", "create", "ads-relevance", "--type", "process")
         yield server
     finally:
