@@ -363,6 +363,9 @@ def test_two_trainings_do_not_share_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
+STEPS = ("flows.deploy.fill", "flows.deploy.end_silent_runs")
+
+
 def test_deployments_are_valid() -> None:
     content = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
     deployments = {each["name"]: each for each in content["deployments"]}
@@ -377,8 +380,8 @@ def test_deployments_are_valid() -> None:
         flow = load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"]))
         assert flow.name in FLOWS
         # As `prefect deploy` does: the step's output is the parameters, so that the form shows the values that will run.
-        ((step, chosen),) = deployment["build"][0].items()
-        assert step == "flows.deploy.fill"
+        chosen, silence = (deployment["build"][i][step] for i, step in enumerate(STEPS))
+        assert silence == {"minutes": 5}
         assert deployment["parameters"] == {"settings": "{{ settings }}"}
         filled = fill(**chosen)
         assert filled["settings"]["data"]["rows"] == load_preset("sample").data.rows
