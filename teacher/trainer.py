@@ -13,11 +13,12 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from teacher.rollouts import sample_completions
+from teacher.decoding import sample_completions
 from teacher.shared_prefix import (
     Group,
     can_share,
     group_by_prefix,
+    masked_hidden_size,
     micro_batches,
     token_log_probs,
 )
@@ -116,7 +117,7 @@ class AGPOTrainer(GRPOTrainer):
             groups = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
         else:
             groups = [Group((row,), 0) for row in range(len(sequences))]
-        hidden_size = self.model.config.get_text_config().hidden_size
+        hidden_size = masked_hidden_size(self.model)
         return micro_batches(groups, [len(ids) for ids in sequences], self.micro_batch_tokens, hidden_size, at_least)
 
     def _get_per_token_logps_and_entropies(

@@ -12,9 +12,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import MetricsLog
 from teacher.config import WarmStartConfig
+from teacher.decoding import sample_completions
 from teacher.examples import Example
 from teacher.model import load_model
-from teacher.rollouts import sample_completions
 from teacher.shared_prefix import (
     Group,
     can_share,
