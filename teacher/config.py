@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,10 @@ logger = logging.getLogger(__name__)
 class PromptConfig(Config):
     guideline: str = Field(default="You grade how well an ad answers a search query.", min_length=1, max_length=8000)
     """The grading guideline; the definitions of the grades follow it when `definitions` is on."""
+    rules: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Rules of grading, which follow the guideline as a numbered list."""
+    name_rule: bool = False
+    """Ask a reason to name the rule that decides, by its number."""
     chat_template_kwargs: dict[str, Any] = Field(default={"enable_thinking": False})
     """Variables of the model's chat template. Templates that do not know one ignore it; Qwen3 and SmolLM3 would think at
     length without this one."""
@@ -26,8 +30,16 @@ class PromptConfig(Config):
     """Longer ad texts are cut in the prompt; 0 leaves the ad text out."""
     attributes: bool = True
     """Show the ad's attributes, when the table has any."""
+    reason: bool = True
+    """Ask for a reason before the grade. Off, the grade alone is asked for, at a fraction of the tokens."""
     missing_words: bool = False
     """Add a line with the query's words that title, text and attributes lack; for models too small to compare words."""
+
+    @model_validator(mode="after")
+    def _has_a_rule_to_name(self) -> PromptConfig:
+        if self.name_rule and not (self.rules and self.reason):
+            raise ValueError("name_rule needs `rules`, and `reason` on: it is the reason that names a rule")
+        return self
 
 
 class WarmStartConfig(Config):
@@ -43,6 +55,9 @@ class WarmStartConfig(Config):
     """Peak learning rate (linear warm-up over 5 % of the steps, then cosine)."""
     loss_on_prompt: bool = False
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
+    reasons: Literal["lexical", "none"] = "lexical"
+    """The reasons to learn from: `lexical` (the source's own, else the query's words that the ad covers), `none` (the grade
+    alone; `prompt.reason` is off)."""
 
 
 class CollapseConfig(Config):
@@ -189,6 +204,12 @@ class TeacherConfig(Config):
     """Processes that train together, one for each GPU of this machine (through accelerate)."""
     seed: int = Field(default=0, ge=0)
     """Fixes the choice of examples, their order and, as far as the libraries allow, the sampling."""
+
+    @model_validator(mode="after")
+    def _asks_for_what_it_teaches(self) -> TeacherConfig:
+        if self.prompt.reason and self.warm_start.reasons == "none":
+            raise ValueError("warm_start.reasons = 'none' teaches the grade alone: set prompt.reason = false too")
+        return self
 
     @model_validator(mode="after")
     def _divides_among_processes(self) -> TeacherConfig:

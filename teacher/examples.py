@@ -31,7 +31,7 @@ class Example(Problem):
     """A labelled pair; `gold` is the human grade."""
 
     target: str
-    """A completion that is right: a reason, then the answer tag."""
+    """A completion that is right: a reason (unless the prompt asks for none), then the answer tag."""
 
 
 def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit: int, seed: int) -> list[Example]:
@@ -52,9 +52,11 @@ def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit
     examples = []
     for row in rows:
         query, title, text = row["query"], row["ad_title"], row["ad_text"]
-        reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
         rendered = prompt.text(tokenizer, query, title, text, dict(row["attributes"] or ()))
-        target = f"{reason} {ANSWER.format(grade=row['grade'])}"
+        target = ANSWER.format(grade=row["grade"])
+        if prompt.config.reason:
+            reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
+            target = f"{reason} {target}"
         examples.append(Example(rendered, row["grade"], target))
     return examples
 
