@@ -35,6 +35,10 @@ class Layout(NamedTuple):
     """(branches, longest branch): the places of a branch's tokens in the batch, as row · width + column."""
     valid: Tensor
     """(branches, longest branch) bool: False where a branch is shorter."""
+    rows: Tensor
+    """The rows of all valid places."""
+    columns: Tensor
+    """The columns of all valid places."""
 
 
 def lay_out(rows: Sequence[tuple[int, Sequence[int]]], width: int) -> Layout:
@@ -52,7 +56,8 @@ def lay_out(rows: Sequence[tuple[int, Sequence[int]]], width: int) -> Layout:
     step = torch.arange(max(counts, default=0))
     valid = step < torch.tensor(counts, dtype=torch.long)[:, None]
     places = torch.where(valid, torch.tensor(starts, dtype=torch.long)[:, None] + step, 0)
-    return Layout(torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None], places, valid)
+    prefix_mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
+    return Layout(prefix_mask, places, valid, places[valid] // width, places[valid] % width)
 
 
 def attach(mask: Tensor, layout: Layout) -> None:
@@ -133,10 +138,8 @@ def _gather(states: Tensor, layout: Layout) -> Tensor:
 
 def _scatter(states: Tensor, branches: Tensor, layout: Layout, add: bool = False) -> None:
     """Put the branches' values into `states`, in place, or add them; the reverse of `_gather`."""
-    rows, columns = layout.places[layout.valid] // states.size(2), layout.places[layout.valid] % states.size(2)
-    target = states.transpose(1, 2)
     values = branches.transpose(1, 2)[layout.valid]
-    target.index_put_((rows, columns), values, accumulate=add)
+    states.transpose(1, 2).index_put_((layout.rows, layout.columns), values, accumulate=add)
 
 
 def _forward_tile(tile: Tensor, *arguments: Any, **more: Any) -> None:
