@@ -115,6 +115,9 @@ class AGPOConfig(Config):
     none is given, it is that of the estimator: dr_grpo for dr_grpo, dapo for the others."""
     entropy_bonus: float = Field(default=0.0, ge=0)
     """Weight of the policy's mean entropy, which is added to what is maximised (arXiv 1602.01783)."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of an anchor: the loss of supervised fine-tuning on the rationales of the step's own prompts, a mean over their
+    tokens, is added to the policy's (arXiv 2508.11408)."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (DAPO); they count as wrong in their group either way."""
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -133,8 +136,8 @@ class AGPOConfig(Config):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     rollouts: Literal["transformers", "vllm", "vllm-server"] = "transformers"
-    """Who samples completions while training: the trained module itself, vLLM in the same process, or `trl vllm-serve`
-    at `rollout_server` (CUDA on both sides: its weights travel over NCCL)."""
+    """Who samples completions while training: the trained module itself, vLLM in the same process (which evaluates too), or
+    `trl vllm-serve` at `rollout_server` (CUDA on both sides: its weights travel over NCCL)."""
     rollout_server: str = "http://127.0.0.1:8000"
     """Where `trl vllm-serve` listens, for rollouts = "vllm-server"."""
     checkpoint_every: int = Field(default=20, ge=1)

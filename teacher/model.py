@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def add_adapters(model: Any, config: TeacherConfig) -> Any:
 def merge_adapters(model: Any) -> Any:
     """The plain model, with what its adapters learnt added to its weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a model's weights as its folder has them, with what adapters have learnt so far."""
+    adapted = hasattr(model, "merge_adapter")
+    base = model.get_base_model() if adapted else model
+    if adapted:
+        model.merge_adapter()
+    for name, parameter in base.named_parameters():
+        if not (adapted and model.prefix in name):
+            yield name.replace(".base_layer", ""), parameter.data
+    if adapted:
+        model.unmerge_adapter()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

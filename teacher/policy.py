@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,10 +22,14 @@ from teacher.advantages import ESTIMATORS, agpo
 from teacher.collapse_detector import collapse, idle_steps
 from teacher.config import AGPOConfig, TeacherConfig
 from teacher.distributed import is_main, wait_for_all, world_size
+from teacher.engines.config import VLLMConfig
 from teacher.examples import Problem
 from teacher.loop import StepLog, shared_arguments, train
 from teacher.trainer import Advantages, AGPOTrainer
 from teacher.verifier import Judge, reward
+
+if TYPE_CHECKING:
+    from teacher.engines.vllm_engine import VLLMEngine
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,24 @@ def require_rollouts(settings: AGPOConfig) -> None:
             "teacher.agpo.rollouts = 'vllm-server' needs a CUDA GPU here and at the server, since the weights travel over "
             "NCCL; use 'vllm' (in this process) or 'transformers'"
         )
+
+
+def open_rollout_engine(config: TeacherConfig, folder: Path) -> VLLMEngine | None:
+    """vLLM in this process for rollouts and evaluations, if the config asks for it; begins with the model in `folder`."""
+    if config.agpo.rollouts != "vllm":
+        return None
+    from teacher.engines.vllm_engine import VLLMEngine
+
+    state = PartialState(cpu=not torch.cuda.is_available())  # first, so that the trainers' process group is theirs
+    options: dict[str, Any] = {
+        "logprobs_mode": "processed_logprobs",  # TRL's correction of the importance ratio compares with them
+        "seed": state.process_index,
+    }
+    if world_size() > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # each process has an engine of its own
+    # The folder's own number format may be float32, for the sake of training.
+    settings = VLLMConfig(dtype=config.dtype, gpu_memory_utilization=0.3)
+    return VLLMEngine(settings, folder, updatable=True, **options)
 
 
 def estimator(config: AGPOConfig) -> Advantages:
@@ -60,11 +82,12 @@ def train_policy(
     log: MetricsLog,
     evaluate: Evaluate,
     initial_metric: float,
+    engine: VLLMEngine | None = None,
 ) -> str | None:
     """Train `model` in place with AGPO on problems whose answers `judge` can verify.
 
     `evaluate` is called every `evaluation.every` steps; `initial_metric` is its value for the weights given. Checkpoints
-    go to `out`; an interrupted run continues from the last one.
+    go to `out`; an interrupted run continues from the last one. `engine` is that of `open_rollout_engine`.
 
     Returns:
         None, or why the collapse detector stopped the training: `model` then holds the best evaluated weights.
@@ -73,14 +96,15 @@ def train_policy(
     watch = _Watch(config, log, evaluate, best, initial_metric)
     trainer = AGPOTrainer(
         model=model,
-        args=_arguments(config, out),
+        args=_arguments(config, out, engine),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": p.prompt, "gold": p.gold} for p in problems]),
+        train_dataset=Dataset.from_list([vars(problem) for problem in problems]),
         reward_funcs=_verifier(frozenset(model.generation_config.eos_token_id), judge),
         advantages=estimator(config.agpo),
         dynamic_sampling=config.agpo.dynamic_sampling,
         shared_prefix=config.agpo.shared_prefix,
         micro_batch_tokens=config.agpo.micro_batch_tokens,
+        sft_weight=config.agpo.sft_weight,
         callbacks=[watch],
     )
     train(trainer, log, "agpo")
@@ -90,11 +114,11 @@ def train_policy(
     return watch.collapsed
 
 
-def _arguments(config: TeacherConfig, out: Path) -> GRPOConfig:
+def _arguments(config: TeacherConfig, out: Path, engine: VLLMEngine | None) -> GRPOConfig:
     settings = config.agpo
     return GRPOConfig(
         **shared_arguments(config, out),
-        **_rollout_arguments(config),
+        **_rollout_arguments(config, engine),
         **_loss_arguments(settings),
         per_device_train_batch_size=settings.prompts_per_step * settings.group_size // world_size(),
         steps_per_generation=settings.generation_batches,
@@ -128,28 +152,18 @@ def _loss_arguments(settings: AGPOConfig) -> dict[str, Any]:
     }
 
 
-def _rollout_arguments(config: TeacherConfig) -> dict[str, Any]:
-    """GRPOConfig's settings for who samples; vLLM in this process also works with the CPU build."""
+def _rollout_arguments(config: TeacherConfig, engine: VLLMEngine | None) -> dict[str, Any]:
+    """GRPOConfig's settings for who samples."""
     settings = config.agpo
     if settings.rollouts == "transformers":
         return {}
     if settings.rollouts == "vllm-server":
         return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": settings.rollout_server}
-    # The folder's own number format may be float32, for the sake of training.
-    options: dict[str, Any] = {"dtype": config.dtype}
-    if not torch.cuda.is_available():
-        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        import vllm._custom_ops as ops
-
-        # oneDNN packs the weights when the engine starts, so later updates would silently not arrive.
-        ops._supports_onednn = False
-        options["enforce_eager"] = True
+    # TRL's own engine would be a second one.
     import trl.generation.vllm_generation as generation
-    from vllm import LLM
 
-    generation.LLM = partial(LLM, **options)
-    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
+    generation.LLM = lambda **unused: engine.llm if engine else None
+    return {"use_vllm": True, "vllm_mode": "colocate"}
 
 
 def _verifier(ends: frozenset[int], judge: Judge) -> Callable[..., list[float]]:

@@ -19,7 +19,7 @@ from teacher.card import write_card
 from teacher.checks import check_decoder, check_tokenizer
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, launch, wait_for_all, world_size
-from teacher.engines.base import position_limit
+from teacher.engines.base import Engine, position_limit
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import evaluate
 from teacher.examples import Example, drop_too_long, load_examples, load_texts
@@ -27,11 +27,12 @@ from teacher.model import (
     add_adapters,
     load_model,
     merge_adapters,
+    plain_weights,
     save_model,
     stored_dtype,
     weights_fingerprint,
 )
-from teacher.policy import require_rollouts, train_policy
+from teacher.policy import open_rollout_engine, require_rollouts, train_policy
 from teacher.prompt import Prompt, save_prompt
 from teacher.verifier import grade_judge
 from teacher.warm_start import warm_start
@@ -71,9 +72,11 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path) -> 
     training.warm_start()
     stopped = training.agpo()
     wait_for_all()
+    fingerprint = training.save() if is_main() else ""
+    if training.engine:
+        training.engine.close()
     if not is_main():
         return TeacherResult("", {})
-    fingerprint = training.save()
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     metrics = training.metrics()
     return TeacherResult(fingerprint, metrics | ({"stopped": stopped} if stopped else {}))
@@ -94,6 +97,7 @@ class _Training:
         # Examples longer than the model's positions are left out by now; the longest completion must still have its place.
         check_decoder(self.model, self.tokenizer, longest=1 + config.max_completion_tokens)
         check_tokenizer(self.tokenizer, [example.target for example in self.train[:_CHECKED]])
+        self.engine = open_rollout_engine(config, self.warm if self.warm.exists() else base)
         self.evaluations = out / "evaluation.json"
         self.by_phase: dict[str, dict[str, float]] = read_json(self.evaluations) if self.evaluations.exists() else {}
 
@@ -135,6 +139,7 @@ class _Training:
                 self.log,
                 lambda live, step: self._validate(live, "agpo", step)["pass@1"],
                 warm.get("pass@1", 0.0),
+                self.engine,
             )
             self.model = merge_adapters(self.model)
         self._evaluate_phase("agpo", steps)
@@ -182,9 +187,16 @@ class _Training:
         return metrics
 
     def _measure(self, model: Any, examples: list[Example]) -> dict[str, float]:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        engine: Engine
+        if self.engine:
+            self.engine.load_weights(plain_weights(model))
+            engine, autocast = self.engine, False
+        else:
+            engine = TransformersEngine(model, self.tokenizer, batch_size=self.config.evaluation.batch)
+            autocast = self.config.dtype == "bfloat16"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             return evaluate(
-                TransformersEngine(model, self.tokenizer, batch_size=self.config.evaluation.batch),
+                engine,
                 self.tokenizer,
                 examples,
                 num_grades=self.scale.size,

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from data.contracts import ContractError
-from teacher.advantages import ESTIMATORS
+from teacher.advantages import ESTIMATORS, group_statistics
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
 from teacher.model import load_model
 from teacher.policy import estimator
 from teacher.train import train_teacher
-from teacher.trainer import AGPOTrainer, group_statistics
+from teacher.trainer import AGPOTrainer
 
 TINY = TeacherConfig(
     model="scratch:tiny",
