@@ -19,8 +19,14 @@ class Planned(BaseModel):
 
 def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
     """The fate of every stage in `names` (in running order). Reads manifests only, starts nothing."""
+    from data.sources import source_label
+
     done: dict[str, StageRecord] = {}  # stages that have an output, here or in another run, and so a fingerprint
-    return [_planned(settings, name, done) for name in names]
+    rows = [_planned(settings, name, done) for name in names]
+    for row in rows:
+        if row.stage == "data":
+            row.reason += f"; source: {source_label(settings.data)}"
+    return rows
 
 
 def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord]) -> Planned:
@@ -29,7 +35,7 @@ def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord]) 
     if (held := stage.held(settings)) is not None:
         done[name] = held
         return Planned(stage=name, action="reuse", reason=f"held as it is since {held.finished_at:%F %T} UTC")
-    if waiting := [needed.name for needed in stage.needs if needed.name not in done]:
+    if waiting := [needed.name for needed in stage.needed(settings) if needed.name not in done]:
         return Planned(stage=name, action="run", reason=f"{' and '.join(waiting)} would run before it")
     folder, recipe = stage.path(settings), stage.recipe(settings, stage.inputs(settings, done))
     record = reusable(folder, recipe, incremental=stage.incremental, share=settings.share)
