@@ -40,18 +40,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--max-in-flight", type=int, default=1024)
     parser.add_argument("--speed", type=float, default=1000.0, help="pairs per second of an engine")
+    parser.add_argument("--confidence", type=float, default=0.0, help="2 to 8 samples a pair, else 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         step, folder, out = options.side
-        run(step, Path(folder), Path(out), options.pairs, options.max_in_flight)
+        run(step, Path(folder), Path(out), options.pairs, options.max_in_flight, options.confidence)
         return
     with tempfile.TemporaryDirectory() as folder:
         found = prove(
             options.teacher, options.recording, Path(folder),
             kills=options.kills, pairs=options.pairs, max_in_flight=options.max_in_flight, speed=options.speed,
-            seed=options.seed,
+            seed=options.seed, confidence=options.confidence,
         )  # fmt: skip
     print(json.dumps({"benchmark": "annotate_kills", **found}))
     if not found["holds"]:
@@ -59,7 +60,16 @@ def main() -> None:
 
 
 def prove(
-    teacher: Path, recording: Path, work: Path, *, kills: int, pairs: int, max_in_flight: int, speed: float, seed: int
+    teacher: Path,
+    recording: Path,
+    work: Path,
+    *,
+    kills: int,
+    pairs: int,
+    max_in_flight: int,
+    speed: float,
+    seed: int,
+    confidence: float,
 ) -> dict[str, Any]:
     """Kill and rerun in the folder `work`; the counts, and whether everything `holds`."""
     draw = random.Random(seed)
@@ -67,7 +77,7 @@ def prove(
     log.mkdir()
     make_teacher(teacher, recording, work / "slow", pairs_per_s=speed, log=str(log))
     make_teacher(teacher, recording, work / "fast")
-    sides = {"pairs": pairs, "max_in_flight": max_in_flight}
+    sides = {"pairs": pairs, "max_in_flight": max_in_flight, "confidence": confidence}
     _finish(_start("make", work, work / "calm", **sides))
     _finish(_start("fast", work, work / "calm", **sides))
     killed: Counter[str] = Counter()
@@ -102,6 +112,7 @@ def prove(
         "pairs": pairs,
         "max_in_flight": max_in_flight,
         "engines": _ENGINES,
+        "confidence": confidence,
         **wrong,
         "recomputed": _completed(log) - pairs,
         "most_recomputed_by_a_kill": most,
@@ -111,7 +122,7 @@ def prove(
     return found | {"holds": not any(wrong.values()) and killed.total() == kills and most <= max_in_flight * _ENGINES}
 
 
-def run(step: str, work: Path, out: Path, pairs: int, max_in_flight: int) -> None:
+def run(step: str, work: Path, out: Path, pairs: int, max_in_flight: int, confidence: float) -> None:
     """In a process of its own: make the table of pairs, or annotate it with the slow or the fast teacher."""
     from data.contracts import ContractError
     from pipeline.annotation.config import AnnotateConfig
@@ -126,7 +137,9 @@ def run(step: str, work: Path, out: Path, pairs: int, max_in_flight: int) -> Non
         return
     try:
         annotate(
-            AnnotateConfig(n=1, max_in_flight=max_in_flight, engines=_ENGINES),
+            AnnotateConfig(
+                n=2 if confidence else 1, confidence=confidence, max_in_flight=max_in_flight, engines=_ENGINES
+            ),
             work / step,
             work / "pairs",
             out,
@@ -137,9 +150,9 @@ def run(step: str, work: Path, out: Path, pairs: int, max_in_flight: int) -> Non
         raise SystemExit(f"error: {error}") from None
 
 
-def _start(step: str, work: Path, out: Path, *, pairs: int, max_in_flight: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "benchmarks.annotate_kills", "-", "-", "--pairs", str(pairs)]
-    command += ["--max-in-flight", str(max_in_flight), "--side", step, str(work), str(out)]
+def _start(step: str, work: Path, out: Path, **options: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "benchmarks.annotate_kills", "-", "-", "--side", step, str(work), str(out)]
+    command += [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     with (work / "output.log").open("ab") as output:
         # A process group and a mark of its own, by which what outlives it is found.
         environment = dict(os.environ, ANNOTATE_KILLS=str(work))

@@ -1,6 +1,7 @@
 """The annotation job without its engine: pairs per second, driver memory and the cost of a rerun, by the number of pairs.
 
-    python -m benchmarks.annotate_scale TEACHER RECORDING [--sizes 10000 100000 1000000 10000000] [--samples 1] [--prompts]
+    python -m benchmarks.annotate_scale TEACHER RECORDING [--sizes 10000 100000 1000000 10000000] [--samples 1]
+        [--confidence 0] [--prompts]
 
 The engine replays recorded completions (`python -m benchmarks.replay` makes them); the rest is the product's own code:
 anti-join, shuffle, sort, streams, aggregates, Parquet parts, metrics. Every size runs twice, each time in a process and a
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("recording", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
     parser.add_argument("--samples", type=int, default=1, help="completions of a pair")
+    parser.add_argument("--confidence", type=float, default=0.0, help="samples are then 8 at most")
     parser.add_argument("--prompts", action="store_true", help="render and tokenise every pair too")
     parser.add_argument("--max-in-flight", type=int, default=32_768)
     parser.add_argument("--engines", type=int, default=2)
@@ -62,6 +64,7 @@ def main() -> None:
     line: dict[str, Any] = {
         "benchmark": "annotate_scale",
         "samples": options.samples,
+        "confidence": options.confidence,
         "prompts": options.prompts,
         "max_in_flight": options.max_in_flight,
         "engines": options.engines,
@@ -113,8 +116,9 @@ def _step(options: argparse.Namespace, work: Path, step: str, size: str, spark: 
         return {}
     # Few enough files that every size from 10^5 on merges them: memory is compared between jobs that do the same.
     config = AnnotateConfig(
-        n=options.samples, max_in_flight=options.max_in_flight, engines=options.engines, max_files=10, min_ok_share=0
-    )
+        n=options.samples, confidence=options.confidence, max_in_flight=options.max_in_flight, engines=options.engines,
+        max_files=10, min_ok_share=0,
+    )  # fmt: skip
     rates: list[float] = []
     logging.getLogger("pipeline.annotation.job").addFilter(lambda record: _note(record, rates))
     metrics = annotate(config, work / "teacher", pairs, out, spark, load_replay).figures

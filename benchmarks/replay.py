@@ -4,7 +4,8 @@
 
 records completions of a real teacher under vLLM. `make_teacher` puts a recording into a teacher's folder, `make_pairs` makes
 a pool of any size, and `load_replay` is what the job then loads in its workers: everything else is the product's own code. A
-prompt gets the recorded completions that its hash points at, so equal prompts get equal answers in every run.
+prompt gets the recorded completions that its hash points at, so equal prompts get equal answers in every run. A recording
+must hold as many samples of a prompt as the job may ask for.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ _OPTIONS = "replay.json"
 
 
 class ReplayEngine(Engine):
-    """See `Engine`. `pairs_per_s` 0 answers at once; `log` is a folder where every process notes what it completed."""
+    """See `Engine`. `pairs_per_s` 0 answers at once, otherwise it is the speed in requests.
+
+    `log` is a folder where every process notes the prompts of which it completed the first samples.
+    """
 
     max_model_len = 1_000_000
 
@@ -39,14 +43,16 @@ class ReplayEngine(Engine):
         self._recorded = recorded
         self._pairs_per_s = pairs_per_s
         self._log = Path(log) / f"{os.getpid()}-{time.time_ns()}.log" if log else None
-        self._queue: list[tuple[Any, list[int]]] = []
+        self._queue: list[tuple[Any, list[int], Sampling]] = []
 
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         """See `Engine.submit`."""
-        self._queue.append((tag, prompt))
+        self._queue.append((tag, prompt, sampling))
 
     def finished(self) -> list[tuple[Any, Result]]:
         """See `Engine.finished`: all that is queued, or a twentieth of a second's worth of it."""
+        if self._pairs_per_s:
+            self._queue.sort(key=lambda request: request[2].first == 0)
         batch = self._queue
         if self._pairs_per_s:
             batch = batch[: max(1, round(self._pairs_per_s / 20))]
@@ -54,9 +60,12 @@ class ReplayEngine(Engine):
         self._queue = self._queue[len(batch) :]
         if self._log is not None:
             with self._log.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(prompt)}\n" for _, prompt in batch))
+                file.write("".join(f"{json.dumps(prompt)}\n" for _, prompt, sampling in batch if not sampling.first))
         recorded, count = self._recorded, len(self._recorded)
-        return [(tag, recorded[hash(tag) % count]) for tag, _ in batch]
+        return [
+            (tag, recorded[hash(tag) % count][sampling.first : sampling.first + sampling.n])
+            for tag, _, sampling in batch
+        ]
 
     def cancel(self) -> None:
         """See `Engine.cancel`."""
@@ -90,7 +99,7 @@ def load_replay(job: Job) -> Annotator:
     folder = Path(job.teacher)
     options = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
     recorded = [
-        [_completion(sample) for sample in json.loads(line)[: job.sampling.n]]
+        [completion_of(sample) for sample in json.loads(line)]
         for line in (folder / RECORDING).read_text(encoding="utf-8").splitlines()
     ]
     prompt = load_prompt(folder)
@@ -112,7 +121,11 @@ def record(teacher: Path, pairs: Path, out: Path, count: int, sampling: Sampling
     from teacher.prompt import PromptWriter, load_prompt
 
     writer = PromptWriter(load_prompt(teacher), AutoTokenizer.from_pretrained(teacher))
-    prompts = [ids for ids in writer(pool_rows(pairs, count)) if not isinstance(ids, str)]
+    prompts = []
+    for ids in writer(pool_rows(pairs, count)):
+        if isinstance(ids, str):
+            raise SystemExit(f"a pair has no prompt ({ids}): the lines would not be those of the pool")
+        prompts.append(ids)
     engine = open_engine(VLLMConfig(max_model_len=512), teacher)
     made = engine.generate(prompts, sampling)
     engine.close()
@@ -156,7 +169,8 @@ def make_pairs(spark: Any, size: int, out: Path) -> None:
     table.write.parquet(str(out / "pairs"))
 
 
-def _completion(recorded: dict[str, Any]) -> Completion:
+def completion_of(recorded: dict[str, Any]) -> Completion:
+    """A completion as `record` wrote it."""
     top = recorded["top_logprobs"]
     steps = None if top is None else [{int(token): value for token, value in step.items()} for step in top]
     return Completion(recorded["text"], recorded["token_ids"], recorded["finish_reason"], steps)
@@ -168,8 +182,9 @@ def main() -> None:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("recording", type=Path)
     parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=4, help="completions of a prompt")
     options = parser.parse_args()
-    sampling = Sampling(n=4, temperature=1.0, max_tokens=64, logprobs=8)
+    sampling = Sampling(n=options.samples, temperature=1.0, max_tokens=64, logprobs=8)
     record(options.teacher, options.pairs, options.recording, options.prompts, sampling)
 
 

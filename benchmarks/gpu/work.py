@@ -243,7 +243,7 @@ def _annotate(work: Work, teacher: str, split: str, limit: int) -> dict[str, Any
     """Annotate the first `limit` pairs of a split, in the order of their ids, as a worker of the annotation job does."""
     config, folder, out = work.settings.annotate, work.state / teacher / "model", work.state / "annotations" / teacher
     sampling = sampling_of(config, load_prompt(folder))
-    key, run = annotation_key(folder, sampling), take_over(out)
+    key, run = annotation_key(folder, config), take_over(out)
     rows = (
         read_table(work.pairs / "pairs", PAIRS, where=pads.field("split") == split).sort_by("pair_id").slice(0, limit)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.contracts import Config
 from teacher.engines.config import EngineConfig, VLLMConfig
@@ -18,7 +18,12 @@ class AnnotateConfig(Config):
     limit: int = Field(default=0, ge=0)
     """At most so many pairs, the first in the order of their ids; 0 takes all."""
     n: int = Field(default=4, ge=1, le=256)
-    """Completions sampled for a pair; their grades are its votes."""
+    """Completions sampled for a pair; their grades are its votes. With `confidence` the first of them."""
+    n_max: int = Field(default=8, ge=1, le=256)
+    """With `confidence`: the most completions of a pair."""
+    confidence: float = Field(default=0.0, ge=0, lt=1)
+    """A pair gets further samples, up to `n_max`, until its leading grade is the majority with this probability (0.85 is
+    two that agree without doubt, 0.95 four); 0 samples every pair `n` times."""
     temperature: float = Field(default=0.7, ge=0, le=5)
     """Sampling temperature; 0 is greedy (then one sample is enough)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -28,7 +33,7 @@ class AnnotateConfig(Config):
     max_in_flight: int = Field(default=512, ge=1, le=1_000_000)
     """Pairs that an engine has started and not yet committed: what a kill loses at most. They are committed in files of a
     quarter of it. An engine is kept busy by at least twice `max_num_seqs` / n (or, of servers, twice `concurrency` ×
-    servers)."""
+    servers); with `confidence` by twice as many again."""
     engines: int = Field(default=1, ge=1, le=10_000)
     """Engines at work at the same time, one partition and one worker process each; on GPUs one for each."""
     partitions: int = Field(default=0, ge=0, le=1_000_000)
@@ -48,6 +53,17 @@ class AnnotateConfig(Config):
     """First drop the rows with status `failed`, so that they are tried again."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of the sampling; with the same seed a pair gets the same completions again."""
+
+    @model_validator(mode="after")
+    def _room_for_further_samples(self) -> AnnotateConfig:
+        if self.confidence and self.n_max < self.n:
+            raise ValueError(f"n_max ({self.n_max}) is smaller than n ({self.n}): raise n_max, or set confidence to 0")
+        return self
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a pair gets further samples while its grade is undecided. Greedy ones would all be the same."""
+        return self.confidence > 0 and self.temperature > 0 and self.n < self.n_max
 
     @property
     def part_size(self) -> int:

@@ -62,7 +62,7 @@ def annotate(
     begin = time.monotonic()
     prompt = load_prompt(teacher)
     sampling = sampling_of(config, prompt)
-    key = annotation_key(teacher, sampling)
+    key = annotation_key(teacher, config)
     if prompt.scale != GradeScale.load(pairs):
         raise ContractError(f"teacher {teacher} and pairs {pairs} have different scales; train one on these pairs")
     run = take_over(out)
@@ -99,15 +99,21 @@ def sampling_of(config: AnnotateConfig, prompt: Prompt) -> Sampling:
     )
 
 
-def annotation_key(teacher: Path, sampling: Sampling) -> str:
+def annotation_key(teacher: Path, config: AnnotateConfig) -> str:
     """What an annotation depends on: teacher weights, prompt, sampling and scale; not the engine that ran it."""
     from transformers import AutoTokenizer
 
     fingerprint, prompt = read_json(teacher / TEACHER_FILE).get("fingerprint"), load_prompt(teacher)
     if not fingerprint:
         raise ContractError(f"{teacher / TEACHER_FILE} has no fingerprint: give the `model` folder of teacher-train")
-    version = prompt.rendered_version(AutoTokenizer.from_pretrained(teacher))
-    content = {"teacher": str(fingerprint), "prompt": version, "sampling": vars(sampling), "reading": _READING}
+    version, sampling = (
+        prompt.rendered_version(AutoTokenizer.from_pretrained(teacher)),
+        vars(sampling_of(config, prompt)),
+    )
+    sampling = {name: value for name, value in sampling.items() if name != "first"}  # as every pair begins with 0
+    if config.adaptive:
+        sampling |= {"n_max": config.n_max, "confidence": config.confidence}
+    content = {"teacher": str(fingerprint), "prompt": version, "sampling": sampling, "reading": _READING}
     return digest(content | {"scale": prompt.scale.model_dump(mode="json")})
 
 

@@ -69,7 +69,7 @@ def table_metrics(
         **{name: total[name] for name in ("pairs", "ok", "unparsed", "failed")},
         "ok_share": total["ok"] / total["pairs"] if total["pairs"] else 0.0,
         "sample_parse_rate": 1 - total["n_unparsed"] / total["n_samples"] if total["n_samples"] else 0.0,
-        **{name: total[name] or 0 for name in ("agreement", "prompt_tokens", "completion_tokens")},
+        **{name: total[name] or 0 for name in ("n_samples", "agreement", "prompt_tokens", "completion_tokens")},
     }
     reasons: Reasons = {"failed": Counter(), "unparsed": Counter()}
     if total["ok"] < total["pairs"]:

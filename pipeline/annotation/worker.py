@@ -2,7 +2,8 @@
 
 A worker has at most `max_in_flight` pairs started and not yet committed. Parts of a quarter of that go into the engine one
 behind the other, so that it decodes without a pause from the first pair of a partition to the last, and a part becomes a
-file as soon as its last pair is done. A kill loses what is in flight.
+file as soon as its last pair is done. A pair whose grade is undecided goes into the engine again, beside the others, for
+further samples (see `stopping`). A kill loses what is in flight.
 Light to import: the environment that torch reads when it loads is set here first.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,14 @@ import pyarrow as pa
 
 from data.contracts import ANNOTATIONS, ContractError, digest
 from pipeline.annotation.config import AnnotateConfig
+from pipeline.annotation.stopping import further_samples
 from pipeline.annotation.store import commit, part_path
 from pipeline.rows import Row, row_chunks
 from pipeline.spark import use_assigned_gpu
 from teacher.annotator import Annotator, open_annotator
 from teacher.engines.base import Result, Sampling
 from teacher.engines.config import LocalEngine
-from teacher.reading import Aggregate, aggregate
+from teacher.reading import Aggregate, Sample, aggregate
 
 _ENGINE_BROKEN_FROM = 32  # so many failures in a row are the engine's fault, not the prompts'
 _NO_SAMPLES = aggregate([], 0)
@@ -70,6 +72,16 @@ class _Part:
     unanswered: int
 
 
+@dataclass
+class _Waiting:
+    """The places that wait for one prompt's answer, and its samples so far."""
+
+    places: list[tuple[_Part, int]]
+    samples: list[Sample] = field(default_factory=list)
+    tokens: int = 0
+    cut_off: int = 0
+
+
 _loaded: dict[str, Annotator] = {}  # one for a worker's life, whichever partitions it is given
 
 
@@ -102,7 +114,7 @@ class Stream:
         self.annotator = annotator
         self.in_flight = 0
         self._job = job
-        self._waiting: dict[Prompt, list[tuple[_Part, int]]] = {}
+        self._waiting: dict[Prompt, _Waiting] = {}
         # Answers of late, in two generations of about `max_in_flight` each.
         self._recent: dict[Prompt, Answer] = {}
         self._older: dict[Prompt, Answer] = {}
@@ -126,9 +138,9 @@ class Stream:
             if answer is not None:
                 self._settle(part, place, answer)
             elif prompt in self._waiting:
-                self._waiting[prompt].append((part, place))
+                self._waiting[prompt].places.append((part, place))
             else:
-                self._waiting[prompt] = [(part, place)]
+                self._waiting[prompt] = _Waiting([(part, place)])
                 engine.submit(prompt, ids, sampling)
 
     def advance(self) -> None:
@@ -138,8 +150,11 @@ class Stream:
         """
         while not self._done:
             for prompt, result in self.annotator.engine.finished():
-                answer = self._recent[prompt] = self._read(prompt, result)
-                for part, place in self._waiting.pop(prompt):
+                answer = self._read(prompt, result)
+                if answer is None:  # it has further samples to come
+                    continue
+                self._recent[prompt] = answer
+                for part, place in self._waiting.pop(prompt).places:
                     self._settle(part, place, answer)
         if len(self._recent) > self._job.config.max_in_flight:
             self._recent, self._older = {}, self._recent
@@ -154,8 +169,11 @@ class Stream:
         if not part.unanswered:
             self._done.append(part)
 
-    def _read(self, prompt: Prompt, result: Result) -> Answer:
-        """Completions as an aggregate at once: their tokens and log probabilities would fill the memory."""
+    def _read(self, prompt: Prompt, result: Result) -> Answer | None:
+        """The answer of a prompt with its new completions; None when its grade is undecided and it was submitted again.
+
+        Completions are read at once: their tokens and log probabilities would fill the memory.
+        """
         if isinstance(result, Exception):
             self._failures += 1
             error = f"engine: {type(result).__name__}: {result}"
@@ -163,15 +181,20 @@ class Stream:
                 raise ContractError(f"the engine failed on {self._failures} prompts in a row, last with {error[:300]}")
             return Answer("failed", error[:500], len(prompt))
         self._failures = 0
-        reader = self.annotator.reader
-        read = aggregate([reader.read(completion) for completion in result], reader.num_grades)
+        reader, waiting, config = self.annotator.reader, self._waiting[prompt], self._job.config
+        waiting.samples += [reader.read(completion) for completion in result]
+        waiting.tokens += sum([len(completion.token_ids) for completion in result])
+        waiting.cut_off += sum([completion.finish_reason != "stop" for completion in result])
+        read, count = aggregate(waiting.samples, reader.num_grades), len(waiting.samples)
+        if config.adaptive and (more := further_samples(read, count, config.n_max, config.confidence)):
+            self.annotator.engine.submit(prompt, list(prompt), replace(self._job.sampling, n=more, first=count))
+            return None
         status, error = "ok", ""
         if not read.votes:
-            status, error = "unparsed", f"no grade in {len(result)} samples"
-            if cut := sum([completion.finish_reason != "stop" for completion in result]):
-                error += f", of which {cut} were cut off at {self._job.sampling.max_tokens} tokens"
-        tokens = sum([len(completion.token_ids) for completion in result])
-        return Answer(status, error, len(prompt), read, len(result), tokens)
+            status, error = "unparsed", f"no grade in {count} samples"
+            if waiting.cut_off:
+                error += f", of which {waiting.cut_off} were cut off at {self._job.sampling.max_tokens} tokens"
+        return Answer(status, error, len(prompt), read, count, waiting.tokens)
 
 
 def table_of(key: str, pair_ids: Sequence[str], answers: Sequence[Answer]) -> pa.Table:

@@ -18,7 +18,10 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy; `logprobs` is how many of the likeliest tokens to report, 0 = none."""
+    """How to sample. `temperature` 0 is greedy; `logprobs` is how many of the likeliest tokens to report, 0 = none.
+
+    A prompt's samples are numbered, and each has its own seed: these are `n` samples from number `first` on.
+    """
 
     n: int = 1
     temperature: float = 1.0
@@ -26,6 +29,7 @@ class Sampling:
     max_tokens: int = 256
     seed: int = 0
     logprobs: int = 0
+    first: int = 0
 
     @property
     def copies(self) -> int:
@@ -83,7 +87,10 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
-        """Take in a prompt (token ids) under a hashable name of the caller's, and return at once."""
+        """Take in a prompt (token ids) under a hashable name of the caller's, and return at once.
+
+        Further samples of a prompt (`sampling.first` > 0) go before the prompts that wait for their first.
+        """
 
     @abstractmethod
     def finished(self) -> list[tuple[Any, Result]]:

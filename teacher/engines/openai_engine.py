@@ -8,6 +8,7 @@ What was left out: streaming, and server discovery; the list of URLs is the flee
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -73,7 +74,9 @@ class OpenAIEngine(Engine):
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self._ends = {self._tokenizer.decode([token]): token for token in sorted(end_tokens(model, self._tokenizer))}
         self._lock = threading.Lock()  # of the tokenizer and of the servers' failures
-        self._todo: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        # Each with its rank, the lowest first; None, of the highest, ends a thread.
+        self._todo: queue.PriorityQueue[tuple[int, int, _Request | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._done: queue.SimpleQueue[tuple[_Request, Result | None]] = queue.SimpleQueue()
         self._open: set[_Request] = set()
         self._servers = [_Server(url, self._client(url)) for url in config.urls]
@@ -103,7 +106,7 @@ class OpenAIEngine(Engine):
 
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         self._open.add(request := _Request(tag, prompt, sampling))
-        self._todo.put(request)
+        self._enqueue(request)
 
     def finished(self) -> list[tuple[Any, Result]]:
         done: list[tuple[Any, Result]] = []
@@ -128,14 +131,18 @@ class OpenAIEngine(Engine):
         self.cancel()
         for server in self._servers:
             for _ in range(self._config.concurrency):
-                self._todo.put(None)
+                self._enqueue(None)
             server.client.close()
+
+    def _enqueue(self, request: _Request | None) -> None:
+        rank = 2 if request is None else 0 if request.sampling.first else 1
+        self._todo.put((rank, next(self._numbers), request))
 
     def _work(self, server: _Server) -> None:
         """One of a server's threads: one request after the other, until the engine is closed or the server is dead."""
-        while (request := self._todo.get()) is not None:
+        while (request := self._todo.get()[2]) is not None:
             if server.dead:
-                self._todo.put(request)
+                self._enqueue(request)
                 return
             if request not in self._open:
                 continue
@@ -146,7 +153,7 @@ class OpenAIEngine(Engine):
             except _Failure as error:
                 result = self._failed(server, error, request)
                 if result is None:
-                    self._todo.put(request)
+                    self._enqueue(request)
             except Exception as error:
                 result = error
             self._done.put((request, result))
@@ -179,9 +186,9 @@ class OpenAIEngine(Engine):
         always |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
         samples: list[Completion] = []
         while (left := sampling.copies - len(samples)) > 0:  # a server may give fewer than it is asked for
-            count, seed = min(left, optional.get("n", 1)), prompt_seed(sampling.seed, prompt) + len(samples)
+            count, number = min(left, optional.get("n", 1)), sampling.first + len(samples)
             values = {
-                "seed": seed % 2**31,
+                "seed": (prompt_seed(sampling.seed, prompt) + number) % 2**31,
                 "n": count,
                 "logprobs": min(sampling.logprobs, optional.get("logprobs", 0)) or None,
             }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,26 @@ class TransformersEngine(Engine):
         self._queue: list[tuple[Any, list[int], Sampling]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
-        check_lengths(prompts, self.max_model_len)
+        return self._generate([(prompt, sampling) for prompt in prompts])
+
+    def _generate(self, requests: Sequence[tuple[list[int], Sampling]]) -> list[list[Completion]]:
+        """[request][sample], of requests whose samplings are alike (see `_alike`)."""
+        check_lengths([prompt for prompt, _ in requests], self.max_model_len)
         # Like lengths together, the longest first: memory runs out at once or never.
-        places = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-        work = [(place, copy) for place in places for copy in range(sampling.copies)]
-        results: list[list[Completion]] = [[] for _ in prompts]
+        places = sorted(range(len(requests)), key=lambda place: -len(requests[place][0]))
+        work = [(place, number) for place in places for number in range(requests[place][1].copies)]
+        results: list[list[Completion]] = [[] for _ in requests]
         training = self._model.training
         self._model.eval()
         try:
             for start in range(0, len(work), self._batch_size):
                 batch = work[start : start + self._batch_size]
-                completions = self._batch([(prompts[place], copy) for place, copy in batch], sampling)
+                completions = self._batch([(*requests[place], number) for place, number in batch])
                 for (place, _), completion in zip(batch, completions, strict=True):
                     results[place].append(completion)
         finally:
             self._model.train(training)
-        return [row * (sampling.n // sampling.copies) for row in results]
+        return [row * (sampling.n // sampling.copies) for row, (_, sampling) in zip(results, requests, strict=True)]
 
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         self._queue.append((tag, prompt, sampling))
@@ -63,16 +68,18 @@ class TransformersEngine(Engine):
         """See `Engine.finished`: the next full batch, as this engine cannot take in more meanwhile."""
         if not self._queue:
             return []
-        sampling = self._queue[0][2]
-        size = max(1, self._batch_size // sampling.copies)
-        batch = list(itertools.takewhile(lambda request: request[2] == sampling, self._queue[:size]))
+        self._queue.sort(key=lambda request: request[2].first == 0)
+        alike = itertools.takewhile(lambda request: _alike(request[2]) == _alike(self._queue[0][2]), self._queue)
+        sizes = itertools.accumulate(sampling.copies for _, _, sampling in alike)
+        count = sum(1 for _ in itertools.takewhile(lambda size: size <= self._batch_size, sizes))
+        batch = self._queue[: max(1, count)]
         self._queue = self._queue[len(batch) :]
         return self._completed(batch)
 
     def _completed(self, batch: list[tuple[Any, list[int], Sampling]]) -> list[tuple[Any, Result]]:
         """A batch; when it fails each of its prompts alone, so that only the culprit is lost."""
         try:
-            results = self.generate([prompt for _, prompt, _ in batch], batch[0][2])
+            results = self._generate([(prompt, sampling) for _, prompt, sampling in batch])
         except Exception as error:
             if len(batch) == 1:
                 return [(batch[0][0], error)]
@@ -86,9 +93,9 @@ class TransformersEngine(Engine):
         """Let the model go; one that the caller still holds stays loaded."""
         self._model = None
 
-    def _batch(self, batch: list[tuple[list[int], int]], sampling: Sampling) -> list[Completion]:
-        prompts = [prompt for prompt, _ in batch]
-        seeds = [prompt_seed(sampling.seed, prompt) + copy for prompt, copy in batch]
+    def _batch(self, batch: list[tuple[list[int], Sampling, int]]) -> list[Completion]:
+        prompts, sampling = [prompt for prompt, _, _ in batch], batch[0][1]
+        seeds = [prompt_seed(asked.seed, prompt) + asked.first + number for prompt, asked, number in batch]
         sampler = _Sampler(sampling, seeds, self._model.device)
         limits = [min(sampling.max_tokens, self.max_model_len - len(prompt)) for prompt in prompts]
         sampled = decode(self._model, prompts, limits, ends=self._end, pad=self._pad, choose=sampler)
@@ -152,6 +159,11 @@ def load_transformers(config: TransformersConfig, folder: Path) -> TransformersE
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ContractError(f"transformers cannot load {folder}: {error}") from error
     return TransformersEngine(model.to(device), tokenizer, config.batch_size, config.max_model_len)
+
+
+def _alike(sampling: Sampling) -> Sampling:
+    """What requests of one batch have in common: all but which samples they ask for."""
+    return replace(sampling, n=1, first=0)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -60,6 +60,7 @@ class VLLMEngine(Engine):
             "dtype": "float32" if config.dtype == "auto" and on_cpu else config.dtype,
             "max_model_len": config.max_model_len or -1,  # −1: the model's own limit, or what memory allows
             "max_num_seqs": config.max_num_seqs,
+            "scheduling_policy": "priority",
             "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
             "gpu_memory_utilization": config.gpu_memory_utilization,
         } | options
@@ -113,7 +114,7 @@ class VLLMEngine(Engine):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
-            seed=prompt_seed(sampling.seed, prompt),
+            seed=prompt_seed(sampling.seed, prompt) + sampling.first,  # vLLM counts up from it
             logprobs=sampling.logprobs or None,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -121,7 +122,8 @@ class VLLMEngine(Engine):
         name = str(next(self._numbers))
         try:
             check_lengths([prompt], self.max_model_len)
-            self._llm.llm_engine.add_request(name, tokens_input(list(prompt)), parameters)
+            priority = 0 if sampling.first else 1  # the lower, the earlier
+            self._llm.llm_engine.add_request(name, tokens_input(list(prompt)), parameters, priority=priority)
         except (ValueError, TypeError) as error:
             self._refused.append((tag, error))
         else:

@@ -1,5 +1,6 @@
 """The engines on a tiny random model: what they promise alone, and that they agree with each other."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,8 @@ def test_vllm_agrees_with_transformers(engine, tiny_model: Path):
         sampling = Sampling(n=3, temperature=1.0, max_tokens=12, seed=7)
         together = texts(other.generate(PROMPTS, sampling))
         assert together == [texts(other.generate([prompt], sampling))[0] for prompt in PROMPTS]
+        further = texts(other.generate(PROMPTS, replace(sampling, n=2, first=1)))
+        assert further == [row[1:] for row in together]
         with pytest.raises(ValueError, match="200 tokens"):
             other.generate([[5, 6], [5] * 200], Sampling(max_tokens=4))
         assert len(other.generate(PROMPTS, greedy)) == len(PROMPTS)  # and nothing of the refused batch is left
@@ -245,6 +248,21 @@ def test_a_stream_gives_what_a_list_gives_and_a_bad_prompt_harms_no_other(engine
     engine.submit("dropped", PROMPTS[0], sampling)
     engine.cancel()
     assert engine.finished() == []
+
+
+def test_further_samples_are_those_of_a_longer_list_and_come_first(engine):
+    sampling = Sampling(n=4, max_tokens=6, seed=3)
+    expected = texts(engine.generate(PROMPTS, sampling))
+    asked = [(0, 2, 0), (1, 2, 0), (2, 4, 0), (0, 1, 2), (3, 2, 2), (0, 1, 3)]  # prompt, n, first
+    for place, n, first in asked:
+        engine.submit((place, n, first), PROMPTS[place], replace(sampling, n=n, first=first))
+    done = []
+    while batch := engine.finished():
+        done += batch
+    assert {tag[2] > 0 for tag, _ in done[:3]} == {True}
+    assert {tag for tag, _ in done} == set(asked)
+    for (place, n, first), result in done:
+        assert texts([result])[0] == expected[place][first : first + n]
 
 
 @pytest.mark.vllm

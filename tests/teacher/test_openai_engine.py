@@ -284,6 +284,8 @@ def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds(serve, engine
     again = engine_on(server)
     again.generate([[100, 5]], Sampling(n=6, max_tokens=4))
     assert [body["seed"] for body in server.bodies[-len(asked) :]] == [body["seed"] for body in asked]
+    again.generate([[100, 5]], Sampling(n=1, max_tokens=4, first=6))
+    assert server.bodies[-1]["seed"] == asked[0]["seed"] + 6  # below 2³¹ for this prompt
 
 
 # -- servers that take text -------------------------------------------------------------------------------------------

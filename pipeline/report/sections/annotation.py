@@ -30,7 +30,7 @@ def annotation_section(folder: Path, pairs: Path, metrics: dict[str, Any], confi
     groups = examples(sample.to_pylist())
     return {
         "metrics": metrics,
-        "samples": config["n"],
+        "samples": metrics["n_samples"] / metrics["pairs"] if "n_samples" in metrics else config["n"],
         "engines": f"{config['engines']} × {config['engine']['kind']}",
         "cost": cost(metrics, config["engines"]),
         "failures": failures(folder, key) if metrics["failed"] else [],

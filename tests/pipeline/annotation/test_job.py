@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,9 +62,12 @@ class FakeEngine:
         batch, self.queue = self.queue[: self.at_once], self.queue[self.at_once :]
         self.seen += [text for _, text, _ in batch]
         return [
-            (tag, ValueError("refused") if self.refuses(text) else [self.answer(text[-1])] * sampling.n)
+            (tag, ValueError("refused") if self.refuses(text) else self.answers(text, sampling))
             for tag, text, sampling in reversed(batch)
         ]
+
+    def answers(self, text, sampling):
+        return [self.answer(text[-1])] * sampling.n
 
     def answer(self, letter):
         text = f"why <answer>{letter}</answer>"
@@ -73,6 +77,13 @@ class FakeEngine:
         self.queue = []
 
     def close(self): ...
+
+
+class VotingEngine(FakeEngine):
+    """A made-up engine whose sample i of a prompt answers with letter i of the prompt's last word."""
+
+    def answers(self, text, sampling):
+        return [self.answer(letter) for letter in text.split()[-1][sampling.first : sampling.first + sampling.n]]
 
 
 def texts_of(rows):
@@ -244,6 +255,29 @@ def test_equal_prompts_are_generated_once(tmp_path, loaded):
     assert sorted((row["pair_id"], row["grade"]) for row in made) == [(f"p{i:04d}", 3) for i in range(20)]
 
 
+def test_a_pair_gets_further_samples_while_its_grade_is_undecided(tmp_path, monkeypatch):
+    config = AnnotateConfig(n=2, n_max=8, confidence=0.85, max_in_flight=16)
+    votes = {"33333333": 2, "32333333": 5, "32321111": 8, "99333333": 4, "99999999": 8, "39322222": 3}
+    rows = [pair(i, title=f"ad {title}") for i, title in enumerate([*votes] * 5)]
+    teacher = Annotator(
+        VotingEngine(refuses=lambda text: "query 7|" in text), texts_of, AnswerReader(CharTokenizer(), 4)
+    )
+    monkeypatch.setattr(worker, "load_annotator", lambda job: teacher)
+    list(annotate_partition(replace(job_for(tmp_path), config=config), batches(rows)))
+    made = {row["pair_id"]: row for row in read_table(tmp_path, ANNOTATIONS).to_pylist()}
+    assert (made["p0007"]["status"], made["p0007"]["n_samples"]) == ("failed", 0)
+    for row, (title, count) in zip(rows, [*votes.items()] * 5, strict=True):
+        if row["pair_id"] == "p0007":
+            continue
+        found, given = made[row["pair_id"]], title[:count]
+        assert (found["n_samples"], found["n_unparsed"]) == (count, given.count("9"))
+        assert found["votes"] == [int(letter) for letter in given if letter != "9"]
+        assert found["completion_tokens"] == count * len("why <answer>0</answer>")
+        assert found["status"] == ("ok" if found["votes"] else "unparsed")
+    requests = Counter(teacher.engine.seen)
+    assert (requests["query 0|ad 33333333"], requests["query 1|ad 32333333"]) == (1, 2)
+
+
 @pytest.mark.spark
 def test_metrics_and_fingerprint_do_not_depend_on_the_files(tmp_path, spark, loaded):
     rows = [pair(i, title=f"ad {i % 4}", grade=(i % 4 if i < 6 else 0)) for i in range(8)]
@@ -295,16 +329,19 @@ def make_teacher(pairs: Path, folder: Path) -> Path:
 def test_the_key_follows_teacher_prompt_sampling_and_scale(tmp_path):
     pairs = write_pairs(tmp_path / "data", [pair(i) for i in range(5)])
     teacher = make_teacher(pairs, tmp_path / "teacher")
-    keys = {annotation_key(teacher, Sampling(n=n, seed=seed)) for n in (1, 2) for seed in (0, 1)}
-    keys.add(annotation_key(teacher, Sampling()))
+    keys = {annotation_key(teacher, AnnotateConfig(n=n, seed=seed)) for n in (1, 2) for seed in (0, 1)}
+    one = AnnotateConfig(n=1)
+    # Adaptive samples change the key; what has no effect without them does not.
+    keys |= {annotation_key(teacher, AnnotateConfig(n=1, confidence=0.9, n_max=n_max)) for n_max in (1, 4, 8)}
+    keys.add(annotation_key(teacher, AnnotateConfig(n=1, n_max=4)))
     content = json.loads((teacher / "teacher.json").read_text())
     for change in ({"fingerprint": "f2"}, {"prompt": content["prompt"] | {"guideline": "Be kind."}}):
         (teacher / "teacher.json").write_text(json.dumps(content | change))
-        keys.add(annotation_key(teacher, Sampling()))
+        keys.add(annotation_key(teacher, one))
     (teacher / "teacher.json").write_text(json.dumps(content))
     SCALE.model_copy(update={"relevant_from": 1}).save(teacher)
-    keys.add(annotation_key(teacher, Sampling()))
-    assert len(keys) == 7  # Sampling() is Sampling(n=1, seed=0)
+    keys.add(annotation_key(teacher, one))
+    assert len(keys) == 9
 
 
 @pytest.mark.spark
