@@ -102,7 +102,10 @@ def _model_version(export: Path, precision: str) -> str:
         raise ContractError(f"{export} holds no exported student (no student.json); run student-export first")
     fingerprint = read_json(export / "student.json").get("fingerprint")
     if not fingerprint or not (export / MODEL_FILES[precision]).exists():
-        raise ContractError(f"{export} lacks {MODEL_FILES[precision]} or a fingerprint; run student-export again")
+        raise ContractError(
+            f"{export} lacks {MODEL_FILES[precision]} or a fingerprint; run student-export again"
+            + (" with export.fp16=true" if precision == "fp16" else "")
+        )
     return f"{fingerprint}-{precision}"
 
 
