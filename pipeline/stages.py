@@ -56,9 +56,9 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
 
 
 def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
-    from student.export import export_student
+    from student.ladder import export_sizes
 
-    return export_student(settings.export, folders["student"] / "model", folders["data"], out)
+    return export_sizes(settings.export, folders["student"], folders["data"], out)
 
 
 def _score(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -77,7 +77,7 @@ def _base(settings: PipelineConfig, model: str, role: Any, pairs: Path, seed: in
 def _source(config: Any) -> dict[str, Input]:
     from data.sources import input_fingerprint
 
-    return {"source": Input(input_fingerprint(config), config.path or config.source)}
+    return {"source": Input(input_fingerprint(config), config.path or config.source_name)}
 
 
 def _own_models(**names: str) -> dict[str, Input]:
@@ -97,7 +97,7 @@ DATA = Stage(
     folder="pairs",
     experiment="data-prepare",
     work=_prepare,
-    version=2,
+    version=3,
     reads_besides=_source,
     headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
     artifacts=("card.json", "card.md", "scale.json"),

@@ -14,6 +14,8 @@ Array = np.ndarray
 Curves = list[list[list[float]]]
 """For each grade the probabilities before and after, as `student.scorer.probabilities` takes them."""
 FOLDS = 5
+STEP = 0.02
+"""Curves bend at multiples of this only: a cliff would make a visible difference of the last digits of a logit."""
 
 
 def fit_calibration(logits: Array, grade: Array, *, offsets: bool = True) -> tuple[float, Array]:
@@ -50,7 +52,8 @@ def fit_isotonic(probs: Array, grade: Array) -> Curves:
     limit = 1 / (len(grade) + 2)
     curves = []
     for k in range(probs.shape[1]):
-        fitted = IsotonicRegression(y_min=limit, y_max=1 - limit).fit(probs[:, k], grade == k)
+        rounded = np.round(probs[:, k] / STEP) * STEP
+        fitted = IsotonicRegression(y_min=limit, y_max=1 - limit).fit(rounded, grade == k)
         curves.append([fitted.X_thresholds_.tolist(), fitted.y_thresholds_.tolist()])
     return curves
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -45,6 +45,10 @@ class StudentConfig(Config):
 
     warm_up: WarmUpConfig = WarmUpConfig()
     """What the student learns from unlabelled pairs before any label."""
+
+    layers: tuple[Annotated[int, Field(ge=1, le=100)], ...] = Field(default=())
+    """Numbers of layers of smaller students, which are cut from the trained one and learn from it too (on the training rows
+    and the pairs of the warm-up); all are exported, and `export.layers` chooses."""
 
     max_length: int = Field(default=96, ge=16, le=512)
     """Tokens of query and ad together; longer pairs are cut, the longer of the two sides first."""
@@ -160,6 +164,10 @@ class StudentConfig(Config):
 
 class ExportConfig(Config):
     """How the student becomes a folder that scores with onnxruntime and tokenizers alone."""
+
+    layers: int = Field(default=0, ge=0, le=100)
+    """Which size the exported folder holds, of those that `student.layers` made; 0 takes the largest. The others are in
+    folders of their own inside."""
 
     parity_rows: int = Field(default=512, ge=16, le=1_000_000)
     """Pairs of splits test and valid on which the exported models are compared with the trained one."""

@@ -21,6 +21,7 @@ from data.contracts import (
     MetricsLog,
     digest,
     digest_files,
+    read_json,
     read_table,
     write_json,
     write_text,
@@ -29,10 +30,11 @@ from student.baselines import Bm25
 from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
 from student.card import student_card
 from student.config import StudentConfig
-from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training
+from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, sample_texts
 from student.decisions import bad_ad_rates, check_decisions, measure_decisions, operating_curves
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
+from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
@@ -106,8 +108,9 @@ def distill(
     tokenizer = save_tokenizer(base, building, config.max_length)
     setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device), scored_by)
     metrics = MetricsLog(out / "metrics.jsonl")
+    # Refuses an encoder that cannot be trained or cut, before the warm-up reads all pairs with it.
+    check_layers(config.layers, untrained.reader().model)
     if config.warm_up.pairs:
-        untrained.reader()  # refuses an encoder that cannot be trained, before the warm-up reads all pairs with it
         setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
@@ -124,21 +127,58 @@ def distill(
     if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
         gold_only = train(rows.training.gold_only(), "gold_only")
         systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
+    systems += smaller_students(setup, student, rows, pairs, out, metrics)
     systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
     evaluation = evaluate(setup, systems, student, rows.test) | bound
     key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
-    write_text(building / "model_card.md", student_card(card, scale, evaluation))
-    write_predictions(out, rows.test, systems[0].score)
-    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
-    write_json(out / "curves.json", curves(drawn, rows.test, scale.relevant_from))
-    write_json(out / "evaluation.json", evaluation)
+    for folder in (building, *out.glob(FOLDER.format("*"))):
+        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
+    write_evaluation(out, systems, evaluation, rows.test, scale)
     metrics.rewind("test", -1)
     metrics.write("test", student.fitted.steps, {k: v for k, v in key.items() if isinstance(v, float)})
     shutil.rmtree(out / "model", ignore_errors=True)
     building.rename(out / "model")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+
+
+def smaller_students(
+    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog
+) -> list[System]:
+    """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
+
+    They learn from the training rows and the pairs that a warm-up reads, which the trained student annotates.
+    """
+    config, reader, systems = setup.config, student.fitted.reader, []
+    sizes = sorted(n for n in config.layers if n < layers_of(reader.model))
+    if not sizes:
+        return []
+    unlabelled = sample_texts(pairs, config.warm_up.pairs, config.seed, setup.scale.size)
+    is_new = ~np.isin(unlabelled.pair_ids.astype(str), rows.training.pair_ids.astype(str))
+    training = rows.training.joined(unlabelled.take(np.flatnonzero(is_new)))
+    probs = probabilities(setup.logits(reader, training), student.temperature, student.isotonic)
+    training = taught_by(training, probs, config.gold_mix)
+    for layers in sizes:
+        phase, folder = f"student_{layers}_layers", out / FOLDER.format(layers)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_tokenizer(setup.base, folder, config.max_length)
+        start = replace(setup, base=cut(reader.model, layers, out / "checkpoints" / f"{phase}.start"))
+        fitted = fit(start, training, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
+        smaller = calibrate(setup, fitted, rows.valid)
+        save_student(setup, folder, smaller, rows)
+        systems.append(measured(setup, phase, smaller, rows.valid, rows.test))
+    return systems
+
+
+def write_evaluation(
+    out: Path, systems: list[System], evaluation: dict[str, Any], test: Examples, scale: GradeScale
+) -> None:
+    """Write what the report and later comparisons read; the first system is the student."""
+    write_predictions(out, test, systems[0].score)
+    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
+    write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
+    write_json(out / "evaluation.json", evaluation)
 
 
 def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale) -> Rows:
@@ -290,6 +330,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "epochs": student.fitted.epochs,
         "best_epoch": student.fitted.best_epoch,
         "base": config.base,
+        "layers": layers_of(model),
         "warm_up": setup.base.name if config.warm_up.pairs else "",
         "objective": objective_name(config),
         "config": config.model_dump(mode="json"),

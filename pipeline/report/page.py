@@ -20,7 +20,7 @@ from pipeline.artifacts import StageRecord
 from pipeline.executions import attach
 from pipeline.report.sections.annotation import annotation_section
 from pipeline.report.sections.data import pairs_section
-from pipeline.report.sections.student import student_section
+from pipeline.report.sections.student import export_section, student_section
 from pipeline.report.sections.teacher import teacher_section
 from pipeline.report.summary import headline, metrics_of, summarise
 from pipeline.report.text import interval, number
@@ -132,5 +132,5 @@ def _content(place: Path, record: StageRecord) -> dict[str, Any]:
         pairs = place.with_name(STAGES["data"].folder)
         return annotation_section(place, pairs, metrics_of(record), record.config)
     if record.stage == "export":
-        return read_json(place / "export.json")
+        return export_section(place)
     return {"data": pairs_section, "teacher": teacher_section, "student": student_section}[record.stage](place)

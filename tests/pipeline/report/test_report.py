@@ -85,7 +85,7 @@ def test_every_section_shows_its_stages_metrics(page: Page, metrics: dict[str, d
         "teacher": [number(teacher["agpo/completion_tokens"]), number(teacher["test/completion_tokens"])],
         "annotation": [f"{annotated['failed']} failed", number(annotated["auc"]), "refused #: <"],
         "student": [f"{student['test_roc_auc']:.3f}", f"{student['bm25_roc_auc']:.3f}", "BM25", "0:precision=0.95"],
-        "export": [f"{export['int8_megabytes']:.2f}", f"{export['int8_auc_loss']:.5f}"],
+        "export": [f"{export['int8_megabytes']:.2f}", f"{export['int8_auc_loss']:.5f}", "in layers-1"],
         "examples": ["Teacher and human differ: 15 examples", "@SUM(1) because <script>"],
         "second_look": ["20 pairs", "teacher and human differ; samples disagree"],
         "lineage": ["--set teacher.seed=3", "ads-relevance"],
