@@ -24,6 +24,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 MODEL_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
+# What a score's model_version says of the precision; it changes with how the precision computes.
+VERSIONS = {"fp32": "fp32", "int8": "int8-by-token", "fp16": "fp16"}
 MAX_CHARACTERS = 4000  # of one side; far more than fits any max_length, so that a huge text costs no time
 
 
@@ -175,7 +177,7 @@ class Scorer:
             disabled_optimizers=["SkipLayerNormFusion", "BiasGeluFusion"],
         )
         self.threads = threads or os.cpu_count() or 1
-        self.version = f"{self.card['fingerprint']}-{precision}"
+        self.version = f"{self.card['fingerprint']}-{VERSIONS[precision]}"
         self.threshold: float = self.card["threshold"]
 
     def logits(self, texts: Sequence[tuple[str, str]], batch_tokens: int = 384) -> np.ndarray:

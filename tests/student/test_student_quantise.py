@@ -25,15 +25,15 @@ def export(distilled, tiny, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "fp16"])
-def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(export, tiny, precision):
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("int8", 1e-6), ("fp16", 1e-3)])
+def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(export, tiny, precision, tolerance):
     scorer = Scorer(export, precision)
     rows = read_examples(tiny["pairs"], GradeScale.load(tiny["pairs"]), "test")
     texts = [(query, f"{ad} " * (1 + i % 4)) for i, (query, ad) in enumerate(zip(rows.queries, rows.ads, strict=True))]
     alone = np.concatenate([scorer.logits([text]) for text in texts])
     assert alone.std(axis=0).min() > 1e-3
     for batch_tokens in (40, 200, 5000):
-        np.testing.assert_allclose(softmax(scorer.logits(texts, batch_tokens)), softmax(alone), atol=1e-6)
+        np.testing.assert_allclose(softmax(scorer.logits(texts, batch_tokens)), softmax(alone), atol=tolerance)
     for i, encoding in enumerate(scorer.tokenizer.encode_batch(texts)):
         longer = [[*encoding.ids, *[0] * (8 + i % 9)]]
         inputs = {
@@ -41,7 +41,9 @@ def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(export, tiny, pr
             "attention_mask": pad([encoding.attention_mask, longer[0]])[:1],
             "token_type_ids": pad([encoding.type_ids, longer[0]])[:1],
         }
-        np.testing.assert_allclose(softmax(scorer.session.run(None, inputs)[0]), softmax(alone[i : i + 1]), atol=1e-6)
+        np.testing.assert_allclose(
+            softmax(scorer.session.run(None, inputs)[0]), softmax(alone[i : i + 1]), atol=tolerance
+        )
 
 
 def test_int8_and_fp16_are_near_and_smaller(export):
