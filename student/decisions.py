@@ -94,16 +94,16 @@ def measure_decisions(
     measured = iter(zip(intervals(labels, measures), sizes, strict=True))
     for row in rows:
         if row["threshold"] is not None:
-            found, size = next(measured)
-            row |= {name: _widened(value, size.get(name)).model_dump() for name, value in found.items()}
+            shares, size = next(measured)
+            row |= {name: _widened(value, size.get(name)).model_dump() for name, value in shares.items()}
     return rows
 
 
 def bad_ad_rates(labels: Labels, probs: Array) -> list[dict[str, Any]]:
     """The share of bad ads among those kept, for each of `SHARES` of the rows kept, best first.
 
-    Keys: `kept`, `threshold` of p(relevant), and `rates`, for each grade that does not count as relevant the interval of
-    the rate of ads of this grade or worse.
+    Keys: the share `kept` (more than asked where scores are equal), its `threshold` of p(relevant), and `rates`, for each
+    grade that does not count as relevant the interval of the rate of ads of this grade or worse.
     """
     score = event_score(probs, labels.relevant_from, labels.relevant_from)
     ranked = -np.sort(-score)
@@ -116,9 +116,9 @@ def bad_ad_rates(labels: Labels, probs: Array) -> list[dict[str, Any]]:
         columns = sums_by_query([kept, *worse], labels.query)
         measures.append(summed(columns, _rates))
         sizes.append(columns[:, 0])
-        rows.append({"kept": share, "threshold": threshold})
-    for row, found, size in zip(rows, intervals(labels, measures), sizes, strict=True):
-        row["rates"] = [_widened(value, size).model_dump() for value in found.values()]
+        rows.append({"kept": float(kept.mean()), "threshold": threshold})
+    for row, rates, size in zip(rows, intervals(labels, measures), sizes, strict=True):
+        row["rates"] = [_widened(value, size).model_dump() for value in rates.values()]
     return rows
 
 

@@ -100,7 +100,7 @@ def _linear(node: Any, weight: Array, new: dict[str, Array], quantised: set[str]
 def _embedding(node: Any, table: Array, new: dict[str, Array]) -> Iterator[Any]:
     """A Gather of rows from an int8 table."""
     (table_name, index), out = node.input[:2], node.output[0]
-    name = f"int8.{table_name}"
+    name = f"int8.rows.{table_name}"
     new[name], scale = by_channel(table, 127, 1)
     new[f"{name}.scale"] = scale[:, None]
     yield helper.make_node("Gather", [name, index], [f"{out}.int8"])
