@@ -146,6 +146,7 @@ EXPORT = Stage(
     folder="export",
     experiment="student-export",
     work=_export,
+    version=2,
     needs=(DATA, STUDENT),
     reads_only_labelled=True,
     headline=("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),

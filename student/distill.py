@@ -31,6 +31,7 @@ from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_
 from student.card import student_card
 from student.config import StudentConfig
 from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, sample_texts
+from student.decisions import bad_ad_rates, check_decisions, measure_decisions, operating_curves
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
 from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
@@ -56,7 +57,8 @@ class StudentResult(BaseModel):
 class Calibrated:
     """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits.
 
-    `isotonic` has a curve for each grade, or none where temperature and offsets are all.
+    `isotonic` has a curve for each grade, or none where temperature and offsets are all; `decisions` are the
+    `operating_curves`.
     """
 
     fitted: Fitted
@@ -64,6 +66,7 @@ class Calibrated:
     shift: Array
     isotonic: Curves
     threshold: float
+    decisions: list[dict[str, list[float]]]
     valid_roc_auc: float
 
 
@@ -98,7 +101,7 @@ def distill(
     do not fit the scale.
     """
     out.mkdir(parents=True, exist_ok=True)
-    scale = GradeScale.load(pairs)
+    scale = check_decisions(config.decisions, GradeScale.load(pairs))
     rows = read_rows(config, pairs, annotations, scale)
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
@@ -214,8 +217,10 @@ def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
         logger.info("calibration: log loss on valid %.4f, with isotonic curves %.4f", alone, with_curves)
         if with_curves < alone:
             curves = fit_isotonic(softmax(logits + shift, temperature), valid.grade)
-    p, relevant = setup.p_relevant(probabilities(logits + shift, temperature, curves)), setup.relevant(valid)
-    return Calibrated(fitted, temperature, shift, curves, best_f1_threshold(relevant, p), roc_auc(relevant, p))
+    probs, relevant = probabilities(logits + shift, temperature, curves), setup.relevant(valid)
+    p, decisions = setup.p_relevant(probs), operating_curves(valid.grade, probs, setup.scale.relevant_from)
+    threshold, auc = best_f1_threshold(relevant, p), roc_auc(relevant, p)
+    return Calibrated(fitted, temperature, shift, curves, threshold, decisions, auc)
 
 
 def measured(setup: Setup, name: str, student: Calibrated, valid: Examples, test: Examples) -> System:
@@ -279,6 +284,10 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     config = setup.config
     labels = Labels(test.grade, test.query_id, setup.scale.relevant_from, config.bootstrap_samples, config.seed)
     evaluation = evaluate_systems(systems, test, labels)
+    probs = systems[0].probs
+    assert probs is not None
+    evaluation["decisions"] = measure_decisions(config.decisions, setup.scale, student.decisions, labels, probs)
+    evaluation["bad_ad_rates"] = bad_ad_rates(labels, probs)
     probs = softmax(setup.logits(student.fitted.reader, test) - student.shift)
     before = expected_calibration_error(setup.relevant(test), setup.p_relevant(probs))
     fitted = {"threshold": student.threshold, "temperature": student.temperature}
@@ -313,6 +322,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "temperature": student.temperature,
         "head_shift": student.shift.tolist(),
         "threshold": student.threshold,
+        "decisions": student.decisions,
         "inputs": list(input_names(model)),
         "pad_token_id": pad_token_id(model.config),
     } | ({"isotonic": student.isotonic} if student.isotonic else {})

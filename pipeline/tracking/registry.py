@@ -19,7 +19,7 @@ import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Map
 
 from data.contracts import ContractError, GradeScale, read_json
@@ -42,7 +42,10 @@ _INPUTS = [ColSpec("string", "query"), ColSpec("string", "ad_title"), ColSpec("s
 _OUTPUTS = [ColSpec("double", "p_relevant"), ColSpec("boolean", "relevant")]
 SIGNATURE = ModelSignature(
     inputs=Schema([*_INPUTS, ColSpec(Map(DataType.string), "attributes", required=False)]),
-    outputs=Schema([*_OUTPUTS, ColSpec(Array(DataType.double), "grade_probs")]),
+    outputs=Schema(
+        [*_OUTPUTS, ColSpec(Array(DataType.double), "grade_probs"), ColSpec("boolean", "decision", required=False)]
+    ),
+    params=ParamSchema([ParamSpec("at", DataType.string, default="")]),
 )
 EXAMPLE = {"query": ["red running shoes"], "ad_title": ["Velora red running shoes"], "ad_text": ["Free delivery."]}
 

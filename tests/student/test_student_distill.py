@@ -15,6 +15,7 @@ from student import checkpoint
 from student import distill as distill_module
 from student import fit as fit_module
 from student.baselines import Bm25, words
+from student.config import StudentConfig
 from student.dataset import read_examples, tokenize
 from student.distill import distill
 from student.evaluation import compare_students
@@ -33,7 +34,7 @@ def test_the_model_folder_is_complete_and_the_metrics_add_up(distilled, tiny):
     assert not list(distilled.rglob("*.bin")) + list(distilled.rglob("*.pt")) + list(distilled.rglob("*.pkl"))
     loaded = AutoModelForSequenceClassification.from_pretrained(model)
     assert loaded.config.num_labels == 3
-    evaluation = json.loads((distilled / "evaluation.json").read_text())
+    evaluation, card = json.loads((distilled / "evaluation.json").read_text()), (model / "model_card.md").read_text()
     systems = {s["name"]: s for s in evaluation["systems"]}
     assert list(systems) == ["student", "gold_only", "bm25", "bm25_relative", "untrained_cosine"]
     assert "ece" not in systems["bm25"]["metrics"]
@@ -44,6 +45,9 @@ def test_the_model_folder_is_complete_and_the_metrics_add_up(distilled, tiny):
     assert {c["b"] for c in evaluation["comparisons"]} == set(systems) - {"student"}
     assert np.sum(evaluation["confusion"]) == evaluation["n"] == 48
     assert {s["name"] for s in evaluation["slices"]} >= {"source: synthetic", "query words in the ad: none"}
+    assert [row["decision"] for row in evaluation["decisions"]] == list(StudentConfig().decisions)
+    assert all(f"| `{row['decision']}` | grade " in card for row in evaluation["decisions"])
+    assert len(evaluation["bad_ad_rates"]) == 10
     metrics = json.loads((model / "metrics.json").read_text())
     assert metrics["test_roc_auc"] == systems["student"]["metrics"]["roc_auc"]["value"]
     assert metrics["n_gold"] == metrics["n_annotated"] == 48

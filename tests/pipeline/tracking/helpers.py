@@ -42,6 +42,9 @@ class Scorer:
 
     def p_relevant(self, probs):
         return probs[:, 1]
+
+    def decide(self, probs, at):
+        return probs[:, 1] >= float(at.partition("=")[2])
 """
 
 

@@ -75,6 +75,8 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
     )
     assert model.predict(pairs)["p_relevant"].round(6).tolist() == [0.8, 0.6]
     assert model.predict(pairs[["query", "ad_title"]])["relevant"].tolist() == [True, True]
+    decided = model.predict(pairs, params={"at": "precision=0.7"})
+    assert decided["decision"].tolist() == [True, False]
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "loaded")))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
     assert "onnxruntime==" in (folder / "requirements.txt").read_text()
