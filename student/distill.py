@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
 import torch
 from pydantic import BaseModel
 
@@ -21,6 +23,7 @@ from data.contracts import (
     MetricsLog,
     digest,
     digest_files,
+    read_human_labels,
     read_table,
     write_json,
     write_text,
@@ -32,6 +35,7 @@ from student.config import StudentConfig
 from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
+from student.label_errors import feature_scorer, find
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
@@ -73,7 +77,13 @@ class Rows:
 
 
 def distill(
-    config: StudentConfig, base: Path, pairs: Path, annotations: Path | None, out: Path, cache: Path | None = None
+    config: StudentConfig,
+    base: Path,
+    pairs: Path,
+    annotations: Path | None,
+    out: Path,
+    cache: Path | None = None,
+    human_labels: Path | None = None,
 ) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
 
@@ -81,13 +91,14 @@ def distill(
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
     Parameters: `base` the encoder's folder; `pairs` what data-prepare wrote; `annotations` a table of annotations, None
-    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None.
+    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None;
+    `human_labels` a table of labels that people gave later.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
     out.mkdir(parents=True, exist_ok=True)
     scale = GradeScale.load(pairs)
-    rows = read_rows(config, pairs, annotations, scale)
+    rows = read_rows(config, pairs, annotations, scale, human_labels)
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = save_tokenizer(base, building, config.max_length)
@@ -101,26 +112,23 @@ def distill(
         fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
+    everything = rows.training
+    rows = rows if config.suspects == "off" else without_suspects(setup, pairs, rows, out, metrics)
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
+    others = {"with_suspects": everything} if len(everything) > len(rows.training) else {}
     if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
-        gold_only = train(rows.training.gold_only(), "gold_only")
-        systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
-    systems += [*bm25(setup, pairs, rows.valid, rows.test), cosine(untrained, rows.valid, rows.test)]
-    systems += [warmed_up(setup, rows.valid, rows.test)] if config.warm_up.pairs else []
-    systems += teacher_on_test(rows, scale)
+        others["gold_only"] = rows.training.gold_only()
+    systems += [measured(setup, name, train(each, name), rows.valid, rows.test) for name, each in others.items()]
+    systems += untaught(setup, untrained, pairs, rows)
     evaluation = evaluate(setup, systems, student, rows.test)
     if fault := floor_fault(evaluation):
         logger.warning("%s", fault)
-    key = key_metrics(evaluation, card) | {"valid_roc_auc": student.valid_roc_auc}
-    key = {name: value for name, value in key.items() if value is not None and value == value}
+    key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
     write_text(building / "model_card.md", student_card(card, scale, evaluation))
-    write_predictions(out, rows.test, systems[0].score)
-    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
-    write_json(out / "curves.json", curves(drawn, rows.test, scale.relevant_from))
-    write_json(out / "evaluation.json", evaluation)
+    write_evaluation(out, rows.test, systems, evaluation, scale.relevant_from)
     metrics.rewind("test", -1)
     metrics.write("test", student.fitted.steps, {k: v for k, v in key.items() if isinstance(v, float)})
     shutil.rmtree(out / "model", ignore_errors=True)
@@ -129,10 +137,12 @@ def distill(
     return StudentResult(fingerprint=card["fingerprint"], figures=key)
 
 
-def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale) -> Rows:
+def read_rows(
+    config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale, human_labels: Path | None = None
+) -> Rows:
     """All rows of the stage; raises `ContractError` as `distill` does."""
     key, annotated = read_annotated(annotations, config.annotation_key, reasons=config.contrastive_weight > 0)
-    training = read_training(pairs, annotated, scale, config)
+    training = read_training(pairs, annotated, scale, config, read_human_labels(human_labels))
     valid, test = read_examples(pairs, scale, "valid"), read_examples(pairs, scale, "test")
     for split, examples in (("valid", valid), ("test", test)):
         if not len(examples):
@@ -140,6 +150,26 @@ def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scal
     counts = training.n_gold, training.n_annotated
     logger.info("student: %d rows to learn from (%d human grades, %d annotations)", len(training), *counts)
     return Rows(training, valid, test, key, annotated)
+
+
+def without_suspects(setup: Setup, pairs: Path, rows: Rows, out: Path, metrics: MetricsLog) -> Rows:
+    """The rows without a share `drop_suspects` of the human labels, the most suspect ones; writes the table of suspects."""
+    at = np.flatnonzero(rows.training.grade >= 0)
+    human = rows.training.take(at).gold_only()
+    ids = pads.field("pair_id").isin(pa.array(human.pair_ids, pa.string())) & (pads.field("split") == "pool")
+    pool = frozenset(read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=ids)["pair_id"].to_pylist())
+
+    def student(train: Array, held: Array) -> Array:
+        phase = f"without_{digest(held.tolist())}"
+        chosen = human.take(train)
+        fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
+        return softmax(setup.logits(fitted.reader, human.take(held)))
+
+    scorer = student if setup.config.suspects == "student" else feature_scorer(setup, human)
+    suspects = at[find(setup, pool, human, rows.annotations, scorer, out)]
+    dropped = suspects[: round(setup.config.drop_suspects * len(human))]
+    logger.info("student: %d suspect human labels, %d left out", len(suspects), len(dropped))
+    return replace(rows, training=rows.training.take(np.delete(np.arange(len(rows.training)), dropped)))
 
 
 def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
@@ -169,6 +199,13 @@ def ranker(setup: Setup, name: str, score: Callable[[Examples], Array], valid: E
     on_valid, relevant = score(valid), setup.relevant(valid)
     threshold = best_f1_threshold(relevant, on_valid)
     return System(name, score(test), threshold, valid_roc_auc=roc_auc(relevant, on_valid))
+
+
+def untaught(setup: Setup, untrained: Setup, pairs: Path, rows: Rows) -> list[System]:
+    """What costs no training on labels: BM25, cosine, the warm-up where there is one; and the teacher on the test rows."""
+    systems = [*bm25(setup, pairs, rows.valid, rows.test), cosine(untrained, rows.valid, rows.test)]
+    systems += [warmed_up(setup, rows.valid, rows.test)] if setup.config.warm_up.pairs else []
+    return systems + teacher_on_test(rows, setup.scale)
 
 
 def cosine(setup: Setup, valid: Examples, test: Examples) -> System:
@@ -218,7 +255,17 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     return evaluation | fitted | {"ece_before_calibration": before, "floor": floor(systems)}
 
 
-def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
+def write_evaluation(
+    out: Path, test: Examples, systems: list[System], evaluation: dict[str, Any], relevant_from: int
+) -> None:
+    """Write what was measured on the test rows, the first system's predictions and the curves of a few."""
+    write_predictions(out, test, systems[0].score)
+    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
+    write_json(out / "curves.json", curves(drawn, test, relevant_from))
+    write_json(out / "evaluation.json", evaluation)
+
+
+def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc: float) -> dict[str, Any]:
     """The flat metrics that a tracker shows: the student's with their intervals, the ROC-AUC of the others, counts."""
     metrics: dict[str, Any] = {}
     for system in evaluation["systems"]:
@@ -231,7 +278,8 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, A
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    return metrics | counts | fitted | {"n_test": evaluation["n"]} | before
+    metrics |= counts | fitted | {"n_test": evaluation["n"], "valid_roc_auc": valid_roc_auc} | before
+    return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:
