@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.contracts import digest
+from data.contracts import HUMAN_LABELS_FILE, digest, read_human_labels, write_json
+from pipeline import drift
 from pipeline.artifacts import Output, StageRecord, read_record
 from pipeline.settings import PipelineConfig
 from pipeline.spark import spark_session
@@ -24,21 +25,27 @@ def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from data.prepare import prepare
 
     with spark_session(settings.spark) as spark:
-        return prepare(settings.data, out, spark)
+        output = prepare(settings.data, out, spark)
+    checks = drift.check_pairs(settings.drift, settings.folder, out)
+    return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
 def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from teacher.train import train_teacher
 
     config, pairs = settings.teacher, folders["data"]
-    return train_teacher(config, _base(settings, config.model, "decoder", pairs, config.seed), pairs, out)
+    output = train_teacher(config, _base(settings, config.model, "decoder", pairs, config.seed), pairs, out)
+    drift.remember(pairs, out)
+    return output
 
 
 def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from pipeline.annotation.job import annotate
 
     with spark_session(settings.spark) as spark:
-        return annotate(settings.annotate, folders["teacher"] / "model", folders["data"], out, spark)
+        output = annotate(settings.annotate, folders["teacher"] / "model", folders["data"], out, spark)
+    checks = drift.check_annotations(settings.drift, settings.folder, out, output.figures["annotation_key"])
+    return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
 def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -50,7 +57,12 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
         # The table grows over the runs of one name, so the key written last need not be the one that these settings mean.
         config = config.model_copy(update={"annotation_key": str(record.figures.get("annotation_key", ""))})
     base, cache = _base(settings, config.base, "encoder", pairs, config.seed), settings.weights_cache / "warm_up"
-    return distill(config, base, pairs, annotations, out, cache)
+    human_labels = settings.folder / "audit" / HUMAN_LABELS_FILE
+    output = distill(config, base, pairs, annotations, out, cache, human_labels)
+    checks = [check for check in drift.load(annotations) if check.annotation_key == config.annotation_key]
+    level, sentence = drift.verdict(checks, settings.drift)
+    write_json(out / "drift.json", {"level": level, "sentence": sentence})
+    return output
 
 
 def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -72,9 +84,10 @@ def _base(settings: PipelineConfig, model: str, role: Any, pairs: Path, seed: in
     return resolve_model(model, role=role, pairs=pairs, cache=settings.weights_cache, seed=seed)
 
 
-def _source(config: Any) -> dict[str, Input]:
+def _source(settings: PipelineConfig) -> dict[str, Input]:
     from data.sources import input_fingerprint
 
+    config = settings.data
     return {"source": Input(input_fingerprint(config), config.path or config.source)}
 
 
@@ -87,6 +100,13 @@ def _own_model(name: str) -> dict[str, Input]:
     return {"base": Input(digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]), folder)}
 
 
+def _human_labels(settings: PipelineConfig) -> dict[str, Input]:
+    """Labels that people gave since, where there are any."""
+    path = settings.folder / "audit" / HUMAN_LABELS_FILE
+    labels = read_human_labels(path)
+    return {"human_labels": Input(digest(labels), path)} if labels else {}
+
+
 DATA = Stage(
     name="data",
     folder="pairs",
@@ -94,7 +114,7 @@ DATA = Stage(
     work=_prepare,
     version=2,
     reads_besides=_source,
-    headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
+    headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected", "drift"),
     artifacts=("card.json", "card.md", "scale.json"),
 )
 TEACHER = Stage(
@@ -104,7 +124,7 @@ TEACHER = Stage(
     work=_train_teacher,
     needs=(DATA,),
     reads_only_labelled=True,
-    reads_besides=lambda config: _own_model(config.model),
+    reads_besides=lambda settings: _own_model(settings.teacher.model),
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
     artifacts=("metrics.jsonl", "evaluation.json", "model/model_card.md"),
@@ -118,7 +138,7 @@ ANNOTATE = Stage(
     needs=(DATA, TEACHER),
     uses_gpus=lambda settings: settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local"),
     incremental=True,
-    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s"),
+    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s", "drift"),
 )
 STUDENT = Stage(
     name="student",
@@ -127,7 +147,7 @@ STUDENT = Stage(
     work=_distil,
     version=2,
     needs=(DATA, ANNOTATE),
-    reads_besides=lambda config: _own_model(config.base),
+    reads_besides=lambda settings: _own_model(settings.student.base) | _human_labels(settings),
     uses_gpus=lambda settings: True,
     headline=("test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc", "test_f1", "test_ece"),
     artifacts=("metrics.jsonl", "evaluation.json", "curves.json", "test_predictions.parquet", "model/model_card.md"),
