@@ -88,7 +88,7 @@ def _source(settings: PipelineConfig) -> dict[str, Input]:
     from data.sources import input_fingerprint
 
     config = settings.data
-    return {"source": Input(input_fingerprint(config), config.path or config.source)}
+    return {"source": Input(input_fingerprint(config), config.path or config.source_name)}
 
 
 def _own_model(name: str) -> dict[str, Input]:
@@ -112,7 +112,7 @@ DATA = Stage(
     folder="pairs",
     experiment="data-prepare",
     work=_prepare,
-    version=2,
+    version=3,
     reads_besides=_source,
     headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected", "drift"),
     artifacts=("card.json", "card.md", "scale.json"),
