@@ -67,14 +67,14 @@ def main() -> None:
             covered.append(low <= truth <= high)
             values.append(value)
             widths.append(high - low)
-    low, high = wilson(truth, len(rows))
+    simple = wilson(truth, len(rows))
     result = {"audits": options.audits, "pairs": options.pairs, "drawn": len(rows), "truth": truth}
     result |= {
         "covered": float(np.mean(covered)),
         "bias": float(np.mean(values)) - truth,
         "width": float(np.mean(widths)),
     }
-    print(json.dumps(result | {"width_simple_random": high - low}))
+    print(json.dumps(result | {"width_simple_random": simple[1] - simple[0]}))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from student.words import words as words_of
 Level = Literal["fine", "look", "stop"]
 FILE = "drift.json"
 PROFILE = "profile.json"  # in a teacher's folder
-SAMPLE = 100_000  # pairs that are read on each side; ids are hashes, so the first ones are a sample
+SAMPLE = 100_000  # pairs that are read on each side
 COMMON = 200  # words that are compared one by one
 _LONGEST = 8  # words of a query, and more
 
@@ -101,11 +101,10 @@ Texts = Mapping[str, tuple[str, list[str]]]
 """By query_id: the query, and the titles of its ads."""
 
 
-def read_texts(pairs: Path, where: pads.Expression, limit: int = SAMPLE) -> Texts:
-    """The queries and ads of the first `limit` pairs for which `where` holds."""
+def read_texts(pairs: Path, where: pads.Expression) -> Texts:
+    """The queries and ads of a sample of the pairs for which `where` holds."""
     texts: dict[str, tuple[str, list[str]]] = {}
-    rows = pads.dataset(pairs / "pairs", format="parquet")
-    for row in rows.head(limit, columns=["query_id", "query", "ad_title"], filter=where).to_pylist():
+    for row in _sample(pairs / "pairs", ["query_id", "query", "ad_title"], where).to_pylist():
         texts.setdefault(row["query_id"], (row["query"], []))[1].append(row["ad_title"])
     return texts
 
@@ -130,15 +129,9 @@ def compare(known: Profile, new: Texts) -> list[Measure]:
         alone, unseen = sum(n == 1 for n in old.values()), sum(n for word, n in now.items() if word not in old)
         measures.append(_shares(f"unseen words {title}", alone, old.total(), unseen, now.total()))
         common = [word for word, _ in old.most_common(COMMON)]
-        rest = [counts.total() - sum(counts[word] for word in common) for counts in (old, now)]
-        counts = ([counts[word] for word in common] + [left] for counts, left in zip((old, now), rest, strict=True))
-        measures.append(_bins(f"common words {title}", [*common, "all others"], *counts))
-    for title, old, now in (
-        ("query lengths", known.lengths, _lengths(new)),
-        ("scripts of queries", known.scripts, _scripts(new)),
-    ):
-        bins = sorted(old.keys() | now.keys())
-        measures.append(_bins(title, bins, [old.get(each, 0) for each in bins], [now.get(each, 0) for each in bins]))
+        measures.append(_bins(f"common words {title}", *(_with_others(counts, common) for counts in (old, now))))
+    measures.append(_bins("query lengths", known.lengths, _lengths(new)))
+    measures.append(_bins("scripts of queries", known.scripts, _scripts(new)))
     return measures
 
 
@@ -159,13 +152,9 @@ def check_pairs(limits: DriftConfig, run: Path, pairs: Path) -> list[Check]:
 
     Writes `drift.json` into `pairs`. Empty where there is no teacher yet, or too few new queries.
     """
-    annotated = pads.dataset(run / "annotations", format="parquet") if (run / "annotations").exists() else None
-    ids = pads.dataset(pairs / "pairs", format="parquet").head(SAMPLE, columns=["pair_id"], filter=_in("pool"))[
-        "pair_id"
-    ]
-    known = annotated.to_table(columns=["pair_id"], filter=_among(ids)) if annotated and annotated.files else None
-    where = _in("pool") & _among(ids)
-    new = read_texts(pairs, where if known is None else where & ~_among(known["pair_id"]))
+    pool = _sample(pairs / "pairs", ["pair_id"], _in("pool"))["pair_id"]
+    known = _sample(run / "annotations", ["pair_id"], _among(pool))["pair_id"]
+    new = read_texts(pairs, _among(pool) & ~_among(known))
     checks = []
     if (run / "teacher" / PROFILE).exists() and len(new) >= limits.min_queries:
         measures = compare(Profile.model_validate(read_json(run / "teacher" / PROFILE)), new)
@@ -187,7 +176,8 @@ def check_annotations(limits: DriftConfig, run: Path, annotations: Path, key: st
     created = pads.field("created_at")
     since = rows if until is None else rows & (created > pa.scalar(until, pa.timestamp("us", tz="UTC")))
     now = datetime.now(UTC)
-    new = _read(annotations, since)
+    columns = ["pair_id", "grade"]
+    new = _sample(annotations, columns, since)
     texts = read_texts(pairs, _among(new["pair_id"]))
     if len(texts) < limits.min_queries:
         return before
@@ -196,7 +186,7 @@ def check_annotations(limits: DriftConfig, run: Path, annotations: Path, key: st
     teacher = Profile.model_validate(read_json(path)) if path.exists() else profile(train)
     checks = [Check(against="teacher", measures=compare(teacher, texts), **about)]
     if until is not None:
-        old = _read(annotations, rows & (created <= pa.scalar(until, pa.timestamp("us", tz="UTC"))))
+        old = _sample(annotations, columns, rows & (created <= pa.scalar(until, pa.timestamp("us", tz="UTC"))))
         learned = dict(train) | dict(read_texts(pairs, _among(old["pair_id"])))
         measures = [*compare(profile(learned), texts), _grades(old, new), *_shadow(limits.shadow, run, old, new)]
         checks.append(Check(against="student", measures=measures, **about))
@@ -229,11 +219,8 @@ def _save(folder: Path, checks: list[Check]) -> None:
 
 
 def _grades(old: pa.Table, new: pa.Table) -> Measure:
-    grades = [table["grade"].to_pylist() for table in (old, new)]
-    bins = sorted({*grades[0], *grades[1]})
-    return _bins(
-        "the teacher's grades", [str(each) for each in bins], *([g.count(each) for each in bins] for g in grades)
-    )
+    grades = (Counter(map(str, table["grade"].to_pylist())) for table in (old, new))
+    return _bins("the teacher's grades", *grades)
 
 
 def _shadow(count: int, run: Path, old: pa.Table, new: pa.Table) -> list[Measure]:
@@ -245,19 +232,18 @@ def _shadow(count: int, run: Path, old: pa.Table, new: pa.Table) -> list[Measure
     scorer, scores, differing = Scorer(run / "export"), [], []
     names = ["pair_id", "query", "ad_title", "ad_text", "attributes"]
     for table in (old, new):
-        sample = table.slice(0, count)
-        pairs = pads.dataset(run / "pairs" / "pairs", format="parquet").to_table(
-            names, filter=_among(sample["pair_id"])
-        )
+        sample = table.sort_by("pair_id").slice(0, count)  # ids are hashes
+        pairs = _sample(run / "pairs" / "pairs", names, _among(sample["pair_id"]))
         probs = scorer.grade_probs(pairs.to_pylist())
         teacher = dict(zip(sample["pair_id"].to_pylist(), sample["grade"].to_pylist(), strict=True))
         scores.append(scorer.p_relevant(probs))
         grades = np.array([teacher[pair_id] for pair_id in pairs["pair_id"].to_pylist()])
         differing.append((int((probs.argmax(axis=1) != grades).sum()), len(grades)))
     edges = np.unique(np.quantile(scores[0], np.linspace(0, 1, 11)[1:-1]))
-    counts = [np.bincount(np.searchsorted(edges, each), minlength=len(edges) + 1).tolist() for each in scores]
+    names = [f"up to {edge:.3f}" for edge in edges] + ["above"]
+    bins = (Counter(names[i] for i in np.searchsorted(edges, each)) for each in scores)
     disagree = _shares("student and teacher disagree", *differing[0], *differing[1])
-    return [_bins("the student's scores", [f"up to {edge:.2f}" for edge in edges] + ["above"], *counts), disagree]
+    return [_bins("the student's scores", *bins), disagree]
 
 
 def _shares(name: str, old: int, of_old: int, new: int, of_new: int) -> Measure:
@@ -267,13 +253,19 @@ def _shares(name: str, old: int, of_old: int, new: int, of_new: int) -> Measure:
     )
 
 
-def _bins(name: str, bins: list[str], old: list[int], new: list[int]) -> Measure:
-    """Named by the bin that contributes most."""
-    before, after = (np.array(counts) / max(sum(counts), 1) for counts in (old, new))
-    at = int(np.abs(after - before).argmax())
-    return Measure(
-        name=name, expected=f"{bins[at]}: {before[at]:.1%}", found=f"{bins[at]}: {after[at]:.1%}", psi=psi(old, new)
-    )
+def _bins(name: str, old: Mapping[str, int], new: Mapping[str, int]) -> Measure:
+    """In words by the bin whose share changed most."""
+    bins = sorted(old.keys() | new.keys())
+    before, after = ([counts.get(each, 0) for each in bins] for counts in (old, new))
+    shares = [np.array(counts) / max(sum(counts), 1) for counts in (before, after)]
+    at = int(np.abs(shares[1] - shares[0]).argmax())
+    expected, found = (f"{bins[at]}: {share[at]:.1%}" for share in shares)
+    return Measure(name=name, expected=expected, found=found, psi=psi(before, after))
+
+
+def _with_others(counts: Counter[str], common: list[str]) -> dict[str, int]:
+    chosen = {word: counts[word] for word in common}
+    return chosen | {"all others": counts.total() - sum(chosen.values())}
 
 
 def _counts(texts: Texts, kind: str) -> Counter[str]:
@@ -297,12 +289,16 @@ def _script(text: str) -> str:
     return max(letters, key=lambda name: (letters[name], name), default="none").lower()
 
 
-def _read(annotations: Path, where: pads.Expression) -> pa.Table:
-    """Pair and grade of the first `SAMPLE` rows."""
-    dataset = pads.dataset(annotations, format="parquet")
+def _sample(folder: Path, columns: list[str], where: pads.Expression) -> pa.Table:
+    """About `SAMPLE` of the rows for which `where` holds, those whose pair_id, a hash, is low; all where there are fewer."""
+    dataset = pads.dataset(
+        folder if folder.exists() else [], None if folder.exists() else ANNOTATIONS, format="parquet"
+    )
     if not dataset.files:
-        return ANNOTATIONS.empty_table().select(["pair_id", "grade"])
-    return dataset.head(SAMPLE, columns=["pair_id", "grade"], filter=where)
+        return ANNOTATIONS.empty_table().select(columns)
+    if (rows := dataset.count_rows(filter=where)) > SAMPLE:
+        where &= pads.field("pair_id") < f"{SAMPLE * 16**8 // rows:08x}"
+    return dataset.to_table(columns, filter=where)
 
 
 def _in(split: str) -> pads.Expression:

@@ -58,10 +58,10 @@ def feature_scorer(setup: Setup, rows: Examples) -> Scorer:
     cosine = (query * ad).sum(axis=1)
     bm25 = Bm25(rows.ads.tolist()).scores(rows.queries, rows.ads, relative=True)
     lengths = [np.log1p([len(text.split()) for text in side]) for side in (rows.queries, rows.ads)]
-    features = np.column_stack([query * ad, query, cosine, cosine**2, overlap(rows.queries, rows.ads), bm25, *lengths])
+    features = np.column_stack([query * ad, cosine, cosine**2, overlap(rows.queries, rows.ads), bm25, *lengths])
 
     def score(train: Array, held: Array) -> Array:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=100))
         model.fit(features[train], rows.grade[train])
         probs = np.zeros((len(held), setup.scale.size))
         probs[:, model.classes_] = model.predict_proba(features[held])
