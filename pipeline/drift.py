@@ -29,7 +29,7 @@ from data.contracts import ANNOTATIONS, Config, read_json, write_json
 from student.words import words as words_of
 
 Level = Literal["fine", "look", "stop"]
-FILE = "drift.json"
+FILE = "_drift.json"  # so that a folder of Parquet files is read without it
 PROFILE = "profile.json"  # in a teacher's folder
 SAMPLE = 100_000  # pairs that are read on each side
 COMMON = 200  # words that are compared one by one
@@ -84,7 +84,7 @@ class Check(BaseModel):
     def sentence(self) -> str:
         """The worst measure in words."""
         worst = self.worst
-        return f"{worst.name} {worst.found}, to the {self.against} known {worst.expected} (PSI {worst.psi:.2f})"
+        return f"{worst.name} {worst.found}, by the {self.against}'s pairs {worst.expected} (PSI {worst.psi:.2f})"
 
 
 class Profile(BaseModel):
@@ -150,7 +150,7 @@ def psi(old: Sequence[float], new: Sequence[float]) -> float:
 def check_pairs(limits: DriftConfig, run: Path, pairs: Path) -> list[Check]:
     """For data-prepare: the pool pairs without an annotation against what a teacher, if there is one, learned from.
 
-    Writes `drift.json` into `pairs`. Empty where there is no teacher yet, or too few new queries.
+    Writes `_drift.json` into `pairs`. Empty where there is no teacher yet, or too few new queries.
     """
     pool = _sample(pairs / "pairs", ["pair_id"], _in("pool"))["pair_id"]
     known = _sample(run / "annotations", ["pair_id"], _among(pool))["pair_id"]
@@ -167,7 +167,7 @@ def check_pairs(limits: DriftConfig, run: Path, pairs: Path) -> list[Check]:
 def check_annotations(limits: DriftConfig, run: Path, annotations: Path, key: str) -> list[Check]:
     """For annotate: the pairs annotated under `key` since the last check, against what teacher and student learned from.
 
-    Adds to `drift.json` in `annotations`, and returns all checks under this key. A student that learns from the table learns
+    Adds to `_drift.json` in `annotations`, and returns all checks under this key. A student that learns from the table learns
     from each of these batches, so the worst of them is its verdict.
     """
     pairs, before = run / "pairs", [check for check in load(annotations) if check.annotation_key == key]

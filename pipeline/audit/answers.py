@@ -169,10 +169,10 @@ def _sound(
             sound.append(same[-1])
             imported.unchanged += len(same) - 1
             continue
-        lines = " and ".join(f"{answer.file}, line {answer.line}" for answer, *_ in same)
-        imported.refused += [f"{lines}: {same[0][0].rater} gave {same[0][0].id} different grades; leave one"] * len(
-            same
-        )
+        grades = ", ".join(f"{grade} in line {answer.line}" for answer, *_, grade in same)
+        for answer, *_ in same:
+            where = f"{answer.file}, line {answer.line}"
+            imported.refused.append(f"{where}: {answer.rater} gave different grades ({grades}); leave one")
     return sound
 
 
