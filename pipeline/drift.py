@@ -167,8 +167,8 @@ def check_pairs(limits: DriftConfig, run: Path, pairs: Path) -> list[Check]:
 def check_annotations(limits: DriftConfig, run: Path, annotations: Path, key: str) -> list[Check]:
     """For annotate: the pairs annotated under `key` since the last check, against what teacher and student learned from.
 
-    Adds to `_drift.json` in `annotations`, and returns all checks under this key. A student that learns from the table learns
-    from each of these batches, so the worst of them is its verdict.
+    Adds to `_drift.json` in `annotations`, and returns all checks under this key. A student that learns from the table
+    learns from each of these batches, so the worst of them is its verdict.
     """
     pairs, before = run / "pairs", [check for check in load(annotations) if check.annotation_key == key]
     until = max((check.at for check in before), default=None)

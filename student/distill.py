@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as pads
 import torch
 from pydantic import BaseModel
 
@@ -24,22 +22,24 @@ from data.contracts import (
     digest,
     digest_files,
     read_human_labels,
+    read_json,
     read_table,
     write_json,
     write_text,
 )
 from student.baselines import Bm25
-from student.calibration import best_f1_threshold, fit_calibration
+from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
 from student.card import student_card
 from student.config import StudentConfig
-from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training
+from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, sample_texts
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
-from student.label_errors import feature_scorer, find
+from student.label_errors import without_suspects
+from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
-from student.scorer import ad_text, softmax
+from student.scorer import ad_text, probabilities, softmax
 from student.setup import Setup
 from student.warm_up import warm_up
 
@@ -56,11 +56,15 @@ class StudentResult(BaseModel):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits."""
+    """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits.
+
+    `isotonic` has a curve for each grade, or none where temperature and offsets are all.
+    """
 
     fitted: Fitted
     temperature: float
     shift: Array
+    isotonic: Curves
     threshold: float
     valid_roc_auc: float
 
@@ -83,6 +87,7 @@ def distill(
     annotations: Path | None,
     out: Path,
     cache: Path | None = None,
+    scored_by: Path | None = None,
     human_labels: Path | None = None,
 ) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
@@ -90,9 +95,8 @@ def distill(
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
-    Parameters: `base` the encoder's folder; `pairs` what data-prepare wrote; `annotations` a table of annotations, None
-    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None;
-    `human_labels` a table of labels that people gave later.
+    Parameters: `base` the encoder's folder, `scored_by` that of `warm_up.encoder`, if any; `pairs` what data-prepare wrote;
+    `annotations` and `human_labels`, given later, None or empty for none; `cache` of warm-ups, `out/warm_up` if None.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
@@ -102,10 +106,11 @@ def distill(
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = save_tokenizer(base, building, config.max_length)
-    setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device))
+    setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device), scored_by)
     metrics = MetricsLog(out / "metrics.jsonl")
+    # Refuses an encoder that cannot be trained or cut, before the warm-up reads all pairs with it.
+    check_layers(config.layers, untrained.reader().model)
     if config.warm_up.pairs:
-        untrained.reader()  # refuses an encoder that cannot be trained, before the warm-up reads all pairs with it
         setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
@@ -113,28 +118,78 @@ def distill(
         return calibrate(setup, fitted, rows.valid)
 
     everything = rows.training
-    rows = rows if config.suspects == "off" else without_suspects(setup, pairs, rows, out, metrics)
+    rows = replace(
+        rows, training=without_suspects(setup, pairs, everything, rows.valid, rows.annotations, out, metrics)
+    )
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
-    others = {"with_suspects": everything} if len(everything) > len(rows.training) else {}
-    if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
-        others["gold_only"] = rows.training.gold_only()
-    systems += [measured(setup, name, train(each, name), rows.valid, rows.test) for name, each in others.items()]
-    systems += untaught(setup, untrained, pairs, rows)
-    evaluation = evaluate(setup, systems, student, rows.test)
-    if fault := floor_fault(evaluation):
+    free = without_labels(untrained, setup, rows)
+    bound = {"floor": floor([*systems, *free])}
+    if fault := floor_fault(bound):
         logger.warning("%s", fault)
+    for name, other in taught_otherwise(config, rows.training, everything).items():
+        systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
+    systems += smaller_students(setup, student, rows, pairs, out, metrics)
+    systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
+    evaluation = evaluate(setup, systems, student, rows.test) | bound
     key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
-    write_text(building / "model_card.md", student_card(card, scale, evaluation))
-    write_evaluation(out, rows.test, systems, evaluation, scale.relevant_from)
+    write_evaluation(out, systems, evaluation, rows.test, scale)
     metrics.rewind("test", -1)
     metrics.write("test", student.fitted.steps, {k: v for k, v in key.items() if isinstance(v, float)})
     shutil.rmtree(out / "model", ignore_errors=True)
     building.rename(out / "model")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return StudentResult(fingerprint=card["fingerprint"], figures=key)
+    return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+
+
+def taught_otherwise(config: StudentConfig, training: Examples, everything: Examples) -> dict[str, Examples]:
+    """What the students learn from that the student is compared with, by name; `everything` has the suspect labels too."""
+    others = {"with_suspects": everything} if len(everything) > len(training) else {}
+    if config.gold_only_baseline and training.n_annotated and training.n_gold:
+        others["gold_only"] = training.gold_only()
+    return others
+
+
+def smaller_students(
+    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog
+) -> list[System]:
+    """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
+
+    They learn from the training rows and the pairs that a warm-up reads, which the trained student annotates.
+    """
+    config, reader, systems = setup.config, student.fitted.reader, []
+    sizes = sorted(n for n in config.layers if n < layers_of(reader.model))
+    if not sizes:
+        return []
+    unlabelled = sample_texts(pairs, config.warm_up.pairs, config.seed, setup.scale.size)
+    is_new = ~np.isin(unlabelled.pair_ids.astype(str), rows.training.pair_ids.astype(str))
+    training = rows.training.joined(unlabelled.take(np.flatnonzero(is_new)))
+    probs = probabilities(setup.logits(reader, training), student.temperature, student.isotonic)
+    training = taught_by(training, probs, config.gold_mix)
+    for layers in sizes:
+        phase, folder = f"student_{layers}_layers", out / FOLDER.format(layers)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_tokenizer(setup.base, folder, config.max_length)
+        start = replace(setup, base=cut(reader.model, layers, out / "checkpoints" / f"{phase}.start"))
+        fitted = fit(start, training, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
+        smaller = calibrate(setup, fitted, rows.valid)
+        save_student(setup, folder, smaller, rows)
+        systems.append(measured(setup, phase, smaller, rows.valid, rows.test))
+    return systems
+
+
+def write_evaluation(
+    out: Path, systems: list[System], evaluation: dict[str, Any], test: Examples, scale: GradeScale
+) -> None:
+    """Write what the report and later comparisons read; the first system is the student."""
+    write_predictions(out, test, systems[0].score)
+    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
+    for folder in (out / ".model", *out.glob(FOLDER.format("*"))):
+        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
+    write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
+    write_json(out / "evaluation.json", evaluation)
 
 
 def read_rows(
@@ -152,28 +207,8 @@ def read_rows(
     return Rows(training, valid, test, key, annotated)
 
 
-def without_suspects(setup: Setup, pairs: Path, rows: Rows, out: Path, metrics: MetricsLog) -> Rows:
-    """The rows without a share `drop_suspects` of the human labels, the most suspect ones; writes the table of suspects."""
-    at = np.flatnonzero(rows.training.grade >= 0)
-    human = rows.training.take(at).gold_only()
-    ids = pads.field("pair_id").isin(pa.array(human.pair_ids, pa.string())) & (pads.field("split") == "pool")
-    pool = frozenset(read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=ids)["pair_id"].to_pylist())
-
-    def student(train: Array, held: Array) -> Array:
-        phase = f"without_{digest(held.tolist())}"
-        chosen = human.take(train)
-        fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
-        return softmax(setup.logits(fitted.reader, human.take(held)))
-
-    scorer = student if setup.config.suspects == "student" else feature_scorer(setup, human)
-    suspects = at[find(setup, pool, human, rows.annotations, scorer, out)]
-    dropped = suspects[: round(setup.config.drop_suspects * len(human))]
-    logger.info("student: %d suspect human labels, %d left out", len(suspects), len(dropped))
-    return replace(rows, training=rows.training.take(np.delete(np.arange(len(rows.training)), dropped)))
-
-
 def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
-    """Fit temperature and offsets, then the threshold on the calibrated probability, all on `valid`.
+    """Fit temperature, offsets and, where they help, isotonic curves, then the decision threshold, all on `valid`.
 
     The offsets go into the bias of the model's head, so that whoever serves it divides by the temperature and no more.
     """
@@ -183,13 +218,19 @@ def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
     shift = temperature * offsets
     if bias is not None:
         bias.data += torch.from_numpy(shift).to(bias)
-    p, relevant = setup.p_relevant(softmax(logits + shift, temperature)), setup.relevant(valid)
-    return Calibrated(fitted, temperature, shift, best_f1_threshold(relevant, p), roc_auc(relevant, p))
+    curves: Curves = []
+    if setup.config.calibration == "best":
+        alone, with_curves = isotonic_losses(logits, valid.grade, valid.query_id, offsets=bias is not None)
+        logger.info("calibration: log loss on valid %.4f, with isotonic curves %.4f", alone, with_curves)
+        if with_curves < alone:
+            curves = fit_isotonic(softmax(logits + shift, temperature), valid.grade)
+    p, relevant = setup.p_relevant(probabilities(logits + shift, temperature, curves)), setup.relevant(valid)
+    return Calibrated(fitted, temperature, shift, curves, best_f1_threshold(relevant, p), roc_auc(relevant, p))
 
 
 def measured(setup: Setup, name: str, student: Calibrated, valid: Examples, test: Examples) -> System:
     """A trained and calibrated model's output on the test rows."""
-    probs = softmax(setup.logits(student.fitted.reader, test), student.temperature)
+    probs = probabilities(setup.logits(student.fitted.reader, test), student.temperature, student.isotonic)
     auc = student.valid_roc_auc
     return System(name, setup.p_relevant(probs), student.threshold, probs, valid_roc_auc=auc)
 
@@ -199,13 +240,6 @@ def ranker(setup: Setup, name: str, score: Callable[[Examples], Array], valid: E
     on_valid, relevant = score(valid), setup.relevant(valid)
     threshold = best_f1_threshold(relevant, on_valid)
     return System(name, score(test), threshold, valid_roc_auc=roc_auc(relevant, on_valid))
-
-
-def untaught(setup: Setup, untrained: Setup, pairs: Path, rows: Rows) -> list[System]:
-    """What costs no training on labels: BM25, cosine, the warm-up where there is one; and the teacher on the test rows."""
-    systems = [*bm25(setup, pairs, rows.valid, rows.test), cosine(untrained, rows.valid, rows.test)]
-    systems += [warmed_up(setup, rows.valid, rows.test)] if setup.config.warm_up.pairs else []
-    return systems + teacher_on_test(rows, setup.scale)
 
 
 def cosine(setup: Setup, valid: Examples, test: Examples) -> System:
@@ -219,6 +253,12 @@ def warmed_up(setup: Setup, valid: Examples, test: Examples) -> System:
     reader = setup.reader()
     reader.model.eval()
     return ranker(setup, "warm_up", lambda rows: setup.p_relevant(softmax(setup.logits(reader, rows))), valid, test)
+
+
+def without_labels(untrained: Setup, setup: Setup, rows: Rows) -> list[System]:
+    """What the student must be above: the encoder's cosine and, where there was one, the warm-up."""
+    free = [cosine(untrained, rows.valid, rows.test)]
+    return [*free, warmed_up(setup, rows.valid, rows.test)] if setup.config.warm_up.pairs else free
 
 
 def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[System]:
@@ -252,22 +292,12 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     probs = softmax(setup.logits(student.fitted.reader, test) - student.shift)
     before = expected_calibration_error(setup.relevant(test), setup.p_relevant(probs))
     fitted = {"threshold": student.threshold, "temperature": student.temperature}
-    return evaluation | fitted | {"ece_before_calibration": before, "floor": floor(systems)}
-
-
-def write_evaluation(
-    out: Path, test: Examples, systems: list[System], evaluation: dict[str, Any], relevant_from: int
-) -> None:
-    """Write what was measured on the test rows, the first system's predictions and the curves of a few."""
-    write_predictions(out, test, systems[0].score)
-    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
-    write_json(out / "curves.json", curves(drawn, test, relevant_from))
-    write_json(out / "evaluation.json", evaluation)
+    return evaluation | fitted | {"ece_before_calibration": before}
 
 
 def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc: float) -> dict[str, Any]:
     """The flat metrics that a tracker shows: the student's with their intervals, the ROC-AUC of the others, counts."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"valid_roc_auc": valid_roc_auc, "n_test": evaluation["n"]}
     for system in evaluation["systems"]:
         if system["name"] != "student":
             metrics[f"{system['name']}_roc_auc"] = system["metrics"]["roc_auc"]["value"]
@@ -278,7 +308,7 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc:
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    metrics |= counts | fitted | {"n_test": evaluation["n"], "valid_roc_auc": valid_roc_auc} | before
+    metrics |= counts | fitted | before
     return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 
@@ -295,7 +325,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "threshold": student.threshold,
         "inputs": list(input_names(model)),
         "pad_token_id": pad_token_id(model.config),
-    }
+    } | ({"isotonic": student.isotonic} if student.isotonic else {})
     files = digest_files([folder / "model.safetensors", folder / "tokenizer.json"])
     card = serving | {
         "fingerprint": digest([serving, setup.scale.model_dump(mode="json"), files]),
@@ -306,6 +336,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "epochs": student.fitted.epochs,
         "best_epoch": student.fitted.best_epoch,
         "base": config.base,
+        "layers": layers_of(model),
         "warm_up": setup.base.name if config.warm_up.pairs else "",
         "objective": objective_name(config),
         "config": config.model_dump(mode="json"),

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from data.contracts import PAIRS, MetricsLog, digest, read_table
 from student.baselines import Bm25, overlap
 from student.dataset import Annotated, Examples
+from student.fit import fit
+from student.scorer import softmax
 from student.setup import Setup
 
 Array = np.ndarray
@@ -127,3 +131,35 @@ def find(
         table.append(row)
     pq.write_table(pa.Table.from_pylist(table, schema=SUSPECTS), out / FILE)
     return rows
+
+
+def without_suspects(
+    setup: Setup,
+    pairs: Path,
+    training: Examples,
+    valid: Examples,
+    annotations: Mapping[str, Annotated],
+    out: Path,
+    metrics: MetricsLog,
+) -> Examples:
+    """The training rows without a share `drop_suspects` of the human labels, the most suspect ones; writes the suspects.
+
+    All of them, and nothing is written, where the settings ask for no suspects.
+    """
+    if setup.config.suspects == "off":
+        return training
+    at = np.flatnonzero(training.grade >= 0)
+    human = training.take(at).gold_only()
+    where = pads.field("pair_id").isin(pa.array(human.pair_ids, pa.string())) & (pads.field("split") == "pool")
+    pool = read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=where)["pair_id"].to_pylist()
+
+    def student(train: Array, held: Array) -> Array:
+        phase = f"without_{digest(held.tolist())}"
+        folder = out / "checkpoints" / phase
+        fitted = fit(setup, human.take(train), valid, folder=folder, metrics=metrics, phase=phase)
+        return softmax(setup.logits(fitted.reader, human.take(held)))
+
+    scorer = student if setup.config.suspects == "student" else feature_scorer(setup, human)
+    suspects = find(setup, frozenset(pool), human, annotations, scorer, out)
+    dropped = at[suspects[: round(setup.config.drop_suspects * len(human))]]
+    return training.take(np.delete(np.arange(len(training)), dropped))
