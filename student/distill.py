@@ -117,10 +117,8 @@ def distill(
         fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
-    everything = rows.training
-    rows = replace(
-        rows, training=without_suspects(setup, pairs, everything, rows.valid, rows.annotations, out, metrics)
-    )
+    whole = rows.training
+    rows = replace(rows, training=without_suspects(setup, pairs, whole, rows.valid, rows.annotations, out, metrics))
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
@@ -128,7 +126,7 @@ def distill(
     bound = {"floor": floor([*systems, *free])}
     if fault := floor_fault(bound):
         logger.warning("%s", fault)
-    for name, other in taught_otherwise(config, rows.training, everything).items():
+    for name, other in taught_otherwise(config, rows.training, whole).items():
         systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
     systems += smaller_students(setup, student, rows, pairs, out, metrics)
     systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
@@ -144,9 +142,9 @@ def distill(
     return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
-def taught_otherwise(config: StudentConfig, training: Examples, everything: Examples) -> dict[str, Examples]:
-    """What the students learn from that the student is compared with, by name; `everything` has the suspect labels too."""
-    others = {"with_suspects": everything} if len(everything) > len(training) else {}
+def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
+    """What the students learn from that the student is compared with, by name; `whole` has the suspect labels too."""
+    others = {"with_suspects": whole} if len(whole) > len(training) else {}
     if config.gold_only_baseline and training.n_annotated and training.n_gold:
         others["gold_only"] = training.gold_only()
     return others
