@@ -63,7 +63,7 @@ def test_the_teacher_is_heard_where_it_was_not_trained(tiny, quick, tmp_path):
     sure = Annotated(np.eye(3)[(human.grade[0] + 2) % 3].tolist(), 1.0, "it says otherwise")
 
     def scorer(train, held):
-        return np.eye(3)[human.grade[held]] * 0.4 + 0.2
+        return np.eye(3)[human.grade[held]] * 0.3 + 0.7 / 3
 
     find(setup, frozenset({first}), human, {first: sure, second: sure}, scorer, tmp_path)
     (suspect,) = pq.read_table(tmp_path / "suspects.parquet").to_pylist()
@@ -75,7 +75,7 @@ def test_the_teacher_is_heard_where_it_was_not_trained(tiny, quick, tmp_path):
 @pytest.mark.parametrize("how", ["features", "student"])
 def test_leaving_suspects_out_is_compared(tiny, quick, tmp_path, how):
     rows = [
-        row | {"grade": 2 - row["grade"]} if row["split"] == "train" and i % 8 == 0 else row
+        row | {"grade": 2 - row["grade"]} if row["split"] == "train" and i % 48 == 0 else row
         for i, row in enumerate(make_rows())
     ]
     pairs = write_pairs(tmp_path / "pairs", rows)
