@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from statistics import NormalDist
 
@@ -104,22 +104,11 @@ def _agreement(a: str, b: str, first: list[int], second: list[int], weight: list
 def allocation(
     populations: Mapping[str, int], spread: Mapping[str, float], size: int, least: int = 8
 ) -> dict[str, int]:
-    """How many of `size` pairs each stratum gives: in proportion to its pairs and their spread (Neyman 1934), `least` at
-    least, or all it has. Together they may be more than `size` by the strata's least numbers, and are never fewer where
-    the population has them.
+    """How many of `size` pairs each stratum gives: in proportion to its pairs times their spread (Neyman 1934), rounded by
+    D'Hondt's rule, but `least` at least, or all it has; so they may be more than `size` in all.
     """
-    want = {name: max(populations[name] * spread[name], 1e-9) for name in populations}
     drawn = {name: min(populations[name], least) for name in populations}
-    rest = max(0, min(size, sum(populations.values())) - sum(drawn.values()))
-    for name in _largest_remainders(want, rest, {name: populations[name] - drawn[name] for name in populations}):
-        drawn[name] += 1
+    for _ in range(min(size, sum(populations.values())) - sum(drawn.values())):
+        open_strata = [name for name in populations if drawn[name] < populations[name]]
+        drawn[max(open_strata, key=lambda name: populations[name] * spread[name] / (drawn[name] + 1))] += 1
     return drawn
-
-
-def _largest_remainders(want: Mapping[str, float], count: int, room: Mapping[str, int]) -> Iterable[str]:
-    """`count` names, each as often as its share of `want`, and no more often than it has room for (D'Hondt)."""
-    given = dict.fromkeys(want, 0)
-    for _ in range(count):
-        name = max((each for each in want if given[each] < room[each]), key=lambda each: want[each] / (given[each] + 1))
-        given[name] += 1
-        yield name
