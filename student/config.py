@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.contracts import Config
 
@@ -145,6 +145,14 @@ class StudentConfig(Config):
     """Decisions to measure on test, at thresholds from valid: [GRADE:]precision=SHARE or recall=SHARE. GRADE is a name or
     number: this grade or worse, or from the relevant ones this or better; without it, relevant."""
 
+    suspects: Literal["off", "features", "student"] = Field(default="off")
+    """Name the human labels that are probably wrong (arXiv 1911.00068), as judged by what has not learned from them: a
+    logistic regression on the encoder's vectors (`features`), or the student itself, in five more trainings (`student`)."""
+
+    drop_suspects: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the human labels that the student does not learn from, the most suspect first; above 0 another student is
+    trained on all of them, to show what leaving them out changes."""
+
     bootstrap_samples: int = Field(default=1000, ge=100, le=100_000)
     """Bootstrap resamples, by query, behind each 95 % interval."""
 
@@ -160,6 +168,12 @@ class StudentConfig(Config):
 
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of the head's weights, the data order, dropout and the bootstrap."""
+
+    @model_validator(mode="after")
+    def _suspects_are_named(self) -> Self:
+        if self.drop_suspects and self.suspects == "off":
+            raise ValueError("`drop_suspects` needs `suspects`: features or student")
+        return self
 
 
 class ExportConfig(Config):

@@ -21,6 +21,7 @@ from data.contracts import (
     MetricsLog,
     digest,
     digest_files,
+    read_human_labels,
     read_json,
     read_table,
     write_json,
@@ -34,6 +35,7 @@ from student.dataset import Annotated, Examples, read_annotated, read_examples, 
 from student.decisions import bad_ad_rates, check_decisions, measure_decisions, operating_curves
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
+from student.label_errors import without_suspects
 from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
@@ -89,6 +91,7 @@ def distill(
     out: Path,
     cache: Path | None = None,
     scored_by: Path | None = None,
+    human_labels: Path | None = None,
 ) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
 
@@ -96,13 +99,13 @@ def distill(
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
     Parameters: `base` the encoder's folder, `scored_by` that of `warm_up.encoder`, if any; `pairs` what data-prepare wrote;
-    `annotations` a table of them, None or empty for human grades alone; `cache` of warm-ups, `out/warm_up` if None.
+    `annotations` and `human_labels`, given later, None or empty for none; `cache` of warm-ups, `out/warm_up` if None.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
     out.mkdir(parents=True, exist_ok=True)
     scale = check_decisions(config.decisions, GradeScale.load(pairs))
-    rows = read_rows(config, pairs, annotations, scale)
+    rows = read_rows(config, pairs, annotations, scale, human_labels)
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = save_tokenizer(base, building, config.max_length)
@@ -117,6 +120,8 @@ def distill(
         fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
+    whole = rows.training
+    rows = replace(rows, training=without_suspects(setup, pairs, whole, rows.valid, rows.annotations, out, metrics))
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
@@ -124,16 +129,13 @@ def distill(
     bound = {"floor": floor([*systems, *free])}
     if fault := floor_fault(bound):
         logger.warning("%s", fault)
-    if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
-        gold_only = train(rows.training.gold_only(), "gold_only")
-        systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
+    for name, other in taught_otherwise(config, rows.training, whole).items():
+        systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
     systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
     systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
     evaluation = evaluate(setup, systems, student, rows.test) | bound
     key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
-    for folder in (building, *out.glob(FOLDER.format("*"))):
-        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
     write_evaluation(out, systems, evaluation, rows.test, scale)
     metrics.rewind("test", -1)
     metrics.write("test", student.fitted.steps, {k: v for k, v in key.items() if isinstance(v, float)})
@@ -141,6 +143,14 @@ def distill(
     building.rename(out / "model")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+
+
+def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
+    """What the students learn from that the student is compared with, by name; `whole` has the suspect labels too."""
+    others = {"with_suspects": whole} if len(whole) > len(training) else {}
+    if config.gold_only_baseline and training.n_annotated and training.n_gold:
+        others["gold_only"] = training.gold_only()
+    return others
 
 
 def smaller_students(
@@ -183,14 +193,18 @@ def write_evaluation(
     """Write what the report and later comparisons read; the first system is the student."""
     write_predictions(out, test, systems[0].score)
     drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
+    for folder in (out / ".model", *out.glob(FOLDER.format("*"))):
+        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
     write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
     write_json(out / "evaluation.json", evaluation)
 
 
-def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale) -> Rows:
+def read_rows(
+    config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale, human_labels: Path | None = None
+) -> Rows:
     """All rows of the stage; raises `ContractError` as `distill` does."""
     key, annotated = read_annotated(annotations, config.annotation_key, reasons=config.contrastive_weight > 0)
-    training = read_training(pairs, annotated, scale, config)
+    training = read_training(pairs, annotated, scale, config, read_human_labels(human_labels))
     valid, test = read_examples(pairs, scale, "valid"), read_examples(pairs, scale, "test")
     for split, examples in (("valid", valid), ("test", test)):
         if not len(examples):

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
 from data.contracts import ContractError
-from student.baselines import overlap, words
+from student.baselines import overlap
 from student.dataset import Examples
 from student.metrics import ECE_BINS, Comparison, Evaluation, Labels, compare, evaluate
+from student.words import words
 
 Array = np.ndarray
 MAX_POINTS = 200

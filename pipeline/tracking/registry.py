@@ -1,7 +1,8 @@
 """Versions of the teacher and the student in MLflow's model registry, and which of them is champion.
 
 A new version gets the alias `candidate`. A teacher is `champion` while there is none. A student becomes champion when a
-paired bootstrap on human labels finds it no worse than the champion before it; the reason is a tag of the version
+paired bootstrap on human labels finds it no worse than the champion before it, unless it learned from pairs that have
+drifted (`pipeline.drift`); the reason is a tag of the version
 (`promotion`), whatever was decided. Rolling back is moving the alias, see docs/operations.md. A registration may come long
 after the stage, and twice.
 """
@@ -133,7 +134,9 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
     promoted, reason = champion is None, "champion: the first version"
     if champion is not None and student is None:
         reason = f"not champion: version {champion} is, until the alias is moved by hand"
-    elif student is not None and (fault := _floor_fault(student)):
+    elif (student is not None and (fault := _floor_fault(student))) or (
+        student is not None and (fault := _drift_fault(student))
+    ):
         promoted, reason = False, f"not champion: {fault}"
     elif champion is not None and student is not None:
         try:
@@ -154,6 +157,17 @@ def _floor_fault(student: Path) -> str | None:
 
     path = student / "evaluation.json"
     return floor_fault(read_json(path)) if path.exists() else None
+
+
+def _drift_fault(student: Path) -> str | None:
+    """Why what a student learned from must be looked at first: pairs too unlike those before, see `pipeline.drift`."""
+    path = student / "drift.json"
+    drift = read_json(path) if path.exists() else {"level": "fine"}
+    if drift["level"] != "stop":
+        return None
+    return (
+        f"new pairs are unlike those before: {drift['sentence']}; if that is meant, move the alias, or raise drift.stop"
+    )
 
 
 def _against(client: Any, name: str, champion: str, student: Path, export: Path, margin: float) -> tuple[bool, str]:

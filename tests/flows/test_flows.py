@@ -163,6 +163,18 @@ def test_only_a_service_that_was_away_is_tried_again(
         cli.run_here("data-prepare", apply_overrides(settings, ["data.seed=1"]))
 
 
+def test_drift_is_an_event_once(settings: PipelineConfig, works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(relevance, "emit_event", lambda *given, **payload: events.append((*given, payload)))
+    works("data", lambda *_: StageOutput(fingerprint="f", figures={"rows": 3, "drift": "look", "drift_psi": 0.2}))
+    for _ in range(2):  # the second time it is reused
+        cli.run_here("data-prepare", settings)
+    ((event, resource, payload),) = events
+    assert (event, resource["prefect.resource.name"]) == ("ads-relevance.drift.look", "sample")
+    assert payload == {"payload": {"stage": "data", "psi": 0.2}}
+    assert "Pairs: look." in (settings.folder / "report.html").read_text()
+
+
 def test_a_run_goes_on_by_its_name(settings: PipelineConfig, calls: list[str], tmp_path: Path) -> None:
     begun = load_preset("sample", [f"runs={tmp_path}", "run=trial", "tracking.enabled=false", "teacher.seed=4"])
     cli.run_here("annotate", begun)

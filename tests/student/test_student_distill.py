@@ -14,7 +14,7 @@ from data.contracts import ContractError, GradeScale, MetricsLog, metric_lines
 from student import checkpoint
 from student import distill as distill_module
 from student import fit as fit_module
-from student.baselines import Bm25, words
+from student.baselines import Bm25
 from student.config import StudentConfig
 from student.dataset import read_examples, tokenize
 from student.distill import distill
@@ -23,6 +23,7 @@ from student.model import load_classifier
 from student.reader import Reader, predict_logits
 from student.scorer import load_tokenizer, softmax
 from student.scratch import make_encoder, on_other_side
+from student.words import words
 
 from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from data.contracts import GradeScale
-from pipeline.report.audit import Row, usable_annotations, with_texts, worst
+from pipeline.annotated import Row, usable_annotations, with_texts, worst
 
 EXAMPLES = 30  # half of them disagreeing, half agreeing
 SECOND_LOOK = 20

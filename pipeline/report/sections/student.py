@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from data.contracts import GradeScale, read_json
+from pipeline.annotated import with_texts
 from pipeline.report.plots import interval_axis, line_chart
 from pipeline.report.sections.teacher import curves, training_lines
 from pipeline.report.text import interval
@@ -18,10 +20,11 @@ METRICS = {
     "accuracy": "accuracy", "quadratic_kappa": "quadratic κ", "ece": "ECE",
 }  # fmt: skip
 SYSTEMS = {
-    "student": "student", "gold_only": "human labels alone", "bm25": "BM25",
+    "student": "student", "gold_only": "human labels alone", "with_suspects": "with the suspect labels", "bm25": "BM25",
     "bm25_relative": "BM25, share of the query's limit", "untrained_cosine": "untrained encoder's cosine",
     "warm_up": "warm-up alone", "teacher": "teacher",
 }  # fmt: skip
+SUSPECTS = 20  # shown
 _SLICED = ("roc_auc", "f1")  # metrics whose slices are drawn; the table below the drawing has all of them
 # Title; the curve's name; its x and y with their labels; the name of the diagonal.
 _CURVES = (
@@ -33,13 +36,16 @@ _CURVES = (
 Interval = dict[str, float | None]
 
 
-def student_section(folder: Path) -> dict[str, Any]:
-    """The evaluation of all systems with its dot-and-interval plots, the confusion matrix and the curves."""
+def student_section(folder: Path, pairs: Path) -> dict[str, Any]:
+    """The evaluation of all systems with its dot-and-interval plots, the confusion matrix, the curves, suspect labels."""
     evaluation, lines = read_json(folder / "evaluation.json"), training_lines(folder)
     systems, slices, comparisons = evaluation["systems"], evaluation["slices"], evaluation["comparisons"]
     whole, scale = systems[0]["metrics"], GradeScale.load(folder / "model")
     losses = [(_name(phase), curves(lines, [phase], ["loss"]).squeeze("columns")) for phase in ("student", "gold_only")]
+    suspects = pq.read_table(folder / "suspects.parquet").to_pylist() if (folder / "suspects.parquet").exists() else []
     return evaluation | {
+        "n_suspects": len(suspects),
+        "suspects": with_texts(suspects[:SUSPECTS], pairs),
         "metrics": _metrics(systems),
         "named_systems": [(_name(each["name"]), each) for each in systems],
         "named_slices": [(part["name"], part) for part in slices],
