@@ -31,7 +31,13 @@ def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Out
     from teacher.train import train_teacher
 
     config, pairs = settings.teacher, folders["data"]
-    return train_teacher(config, _base(settings, config.model, "decoder", pairs, config.seed), pairs, out)
+    base, *reason_model = (
+        _base(settings, name, "decoder", pairs, config.seed)
+        for name in (config.model, config.warm_start.reason_model)
+        if name
+    )
+    cache = settings.weights_cache / "reasons"
+    return train_teacher(config, base, pairs, out, reason_model=next(iter(reason_model), None), cache=cache)
 
 
 def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -78,13 +84,13 @@ def _source(config: Any) -> dict[str, Input]:
     return {"source": Input(input_fingerprint(config), config.path or config.source)}
 
 
-def _own_model(name: str) -> dict[str, Input]:
+def _own_model(name: str, called: str = "base") -> dict[str, Input]:
     """A base model given by `path:`. The other kinds of names are pinned by what they say; a folder can change."""
     if not name.startswith("path:"):
         return {}
     folder = Path(name.removeprefix("path:")).expanduser()
     files = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
-    return {"base": Input(digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]), folder)}
+    return {called: Input(digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]), folder)}
 
 
 DATA = Stage(
@@ -104,10 +110,10 @@ TEACHER = Stage(
     work=_train_teacher,
     needs=(DATA,),
     reads_only_labelled=True,
-    reads_besides=lambda config: _own_model(config.model),
+    reads_besides=lambda config: _own_model(config.model) | _own_model(config.warm_start.reason_model, "reason_model"),
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
-    artifacts=("metrics.jsonl", "evaluation.json", "model/model_card.md"),
+    artifacts=("metrics.jsonl", "evaluation.json", "reasons.json", "model/model_card.md"),
     registers=Registered("teacher", "model"),
 )
 ANNOTATE = Stage(
@@ -115,6 +121,7 @@ ANNOTATE = Stage(
     folder="annotations",
     experiment="annotate",
     work=_annotate,
+    version=2,
     needs=(DATA, TEACHER),
     uses_gpus=lambda settings: settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local"),
     incremental=True,
@@ -129,7 +136,10 @@ STUDENT = Stage(
     needs=(DATA, ANNOTATE),
     reads_besides=lambda config: _own_model(config.base),
     uses_gpus=lambda settings: True,
-    headline=("test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc", "test_f1", "test_ece"),
+    headline=(
+        *("test_roc_auc", "gold_only_roc_auc", "teacher_roc_auc", "teacher_kept", "bm25_roc_auc"),
+        *("untrained_cosine_roc_auc", "test_f1", "test_ece"),
+    ),
     artifacts=("metrics.jsonl", "evaluation.json", "curves.json", "test_predictions.parquet", "model/model_card.md"),
 )
 EXPORT = Stage(

@@ -108,8 +108,8 @@ def evaluate(
     """Measure a system by its output: a score (N,), or grade probabilities (N, K).
 
     A score gives roc_auc, pr_auc, ndcg_at_10 and, with a `threshold`, f1. Probabilities, whose score is p_relevant, also
-    give macro_f1 (over grades), accuracy, and ece (of p_relevant, 15 bins of equal width; Naeini et al. 2015). What is
-    not defined on these rows has value None.
+    give macro_f1 (over grades), accuracy, kappa (Cohen's, quadratic weights, over grades), and ece (of p_relevant, 15 bins
+    of equal width; Naeini et al. 2015). What is not defined on these rows has value None.
     NDCG@10 (gain 2^grade − 1, ties averaged) is the mean over queries whose rows have at least two different grades.
 
     Parameters: slices: name → bool mask (N,), each with a row. Raises `ContractError` for output that is not finite, of
@@ -203,11 +203,15 @@ def grade_measures(labels: Labels, probs: Array, score: Array) -> Measures:
         *((grade == k) & (predicted == k) for k in size),
         *((grade == k).astype(int) + (predicted == k) for k in size),
         *(gap * (place == b) for b in range(ECE_BINS)),
+        *((grade == i) & (predicted == j) for i in size for j in size),
         np.ones(len(grade)),
     ]
     values = {
         "macro_f1": float(f1_score(grade, predicted, average="macro", zero_division=0.0)),
         "accuracy": float((predicted == grade).mean()),
+        "kappa": float(
+            quadratic_kappa(np.array([np.bincount(predicted[grade == i], minlength=len(size)) for i in size]))
+        ),
         "ece": expected_calibration_error(labels.relevant, score),
     }
     sums = sums_by_query(columns, labels.query)
@@ -218,11 +222,23 @@ def _combine_graded(sums: Array, size: int) -> dict[str, Array]:
     hit, total, rows = sums[:, 1 : 1 + size], sums[:, 1 + size : 1 + 2 * size], sums[:, -1]
     # A grade that a resample neither holds nor predicts is left out of its mean, as scikit-learn leaves it out.
     f1 = np.where(total > 0, 2 * hit / np.maximum(total, 1.0), 0.0)
+    gaps, confusion = np.split(sums[:, 1 + 2 * size : -1], [ECE_BINS], axis=1)
     return {
         "macro_f1": f1.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1),
         "accuracy": sums[:, 0] / rows,
-        "ece": sums[:, 1 + 2 * size : -1] / rows[:, None],  # the gap of each bin; see absolute_sum_limits
+        "kappa": quadratic_kappa(confusion.reshape(-1, size, size)),
+        "ece": gaps / rows[:, None],  # the gap of each bin; see absolute_sum_limits
     }
+
+
+def quadratic_kappa(confusion: Array) -> Array:
+    """Cohen's kappa with quadratic weights, (…), of confusion matrices (…, K, K); NaN where every grade is the same."""
+    grades = np.arange(confusion.shape[-1])
+    weights = (grades[:, None] - grades) ** 2.0
+    expected = confusion.sum(axis=-1)[..., :, None] * confusion.sum(axis=-2)[..., None, :]
+    expected = (weights * expected).sum(axis=(-2, -1)) / confusion.sum(axis=(-2, -1))
+    observed = (weights * confusion).sum(axis=(-2, -1))
+    return np.where(expected > 0, 1 - observed / np.where(expected > 0, expected, 1.0), np.nan)
 
 
 def _f1(sums: Array) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from pipeline.report.text import interval
 
 METRICS = {
     "roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "ndcg_at_10": "NDCG@10", "f1": "F1", "macro_f1": "macro-F1",
-    "accuracy": "accuracy", "ece": "ECE",
+    "accuracy": "accuracy", "kappa": "quadratic κ", "ece": "ECE",
 }  # fmt: skip
 SYSTEMS = {
     "student": "student", "gold_only": "human labels alone", "bm25": "BM25",
@@ -41,6 +41,7 @@ def student_section(folder: Path) -> dict[str, Any]:
     losses = [(_name(phase), curves(lines, [phase], ["loss"]).squeeze("columns")) for phase in ("student", "gold_only")]
     return evaluation | {
         "metrics": _metrics(systems),
+        "teacher_kept": evaluation.get("teacher_kept"),  # not in evaluations of earlier versions
         "named_systems": [(_name(each["name"]), each) for each in systems],
         "named_slices": [(part["name"], part) for part in slices],
         "forest": forest([(_name(each["name"]), each["n"], each["metrics"].get("roc_auc")) for each in systems]),
