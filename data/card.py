@@ -49,6 +49,10 @@ def card_tables(card: dict[str, Any]) -> list[CardTable]:
     return [table for table in tables if table.rows]
 
 
+def _warnings(card: dict[str, Any]) -> CardTable:
+    return CardTable("Warnings", "", ("What to change before training",), [(text,) for text in card["warnings"]])
+
+
 def _counts(card: dict[str, Any]) -> CardTable:
     steps = ("rows_in", "rejected", "duplicates", "unlabelled_left_out", "not_sampled", "beyond_limits", "rows")
     rows = [(name.replace("_", " "), card[name], f"{100 * card[name] / card['rows_in']:.2f} %") for name in steps]
@@ -78,7 +82,7 @@ def _balance(card: dict[str, Any]) -> CardTable:
     rows = [(split, f"{row['difference']:.4f}", f"{row['deviations']:.1f}") for split, row in card["balance"].items()]
     note = (
         "Largest difference between a grade's share in the split and in all labelled pairs. Splits go by a hash of the "
-        "query alone; in standard deviations of such a split, up to 3 is chance."
+        "query alone; in standard deviations of such a split, up to 3 is chance; above 5, see the warnings."
     )
     return CardTable("Balance of the grades", note, ("split", "difference", "standard deviations"), rows)
 
@@ -139,6 +143,7 @@ def _plain(value: Any) -> str:
 
 
 _TABLES = (
+    (_warnings, ("warnings",)),
     (_counts, ("not_sampled",)),
     (_reasons, ("rejected_by_reason",)),
     (_grades, ("grades_by_split",)),

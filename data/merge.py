@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
-_KEYS = ("query_id", "near_query", "point", "ad", "near_ad")
+_KEYS = ("query_id", "near_query", "point", "split", "ad", "near_ad")
 
 
 def merged_pairs(rows: DataFrame, grades: int) -> DataFrame:

@@ -14,19 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from data.balance import split_counts
 from data.card import write_card
 from data.config import DataConfig
-from data.contracts import PAIRS, SPLITS, ContractError, GradeScale
+from data.contracts import PAIRS, ContractError, GradeScale
 from data.merge import merged_pairs
 from data.profile import languages, profile
-from data.sources import describe_source, read_source
-from data.sources.delimited import LONGEST_FIELD
-from data.split import split_column, within_limits
+from data.quality import split_fault, split_warnings, text_warnings
+from data.sources import Source, describe_source, input_files, read_source, source_label
+from data.sources.encodings import propose_encoding
+from data.split import within_limits
 from data.strata import sampled_log, strata_counts, with_stratum
 from data.tables import companion_rows, count_rows, materialised, tables_fingerprints, write_table, write_tables
-from data.validation import refuse_too_many, rejected_rows, validated
+from data.validation import DAMAGED, refuse_too_many, rejected_rows, validated
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -49,19 +51,20 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     used where its query falls to the pool, and is left out (and counted) elsewhere.
 
     Raises `ContractError` for a source that cannot be read, has no rows, or has more faulty rows than
-    `max_rejected_share`, and `RuntimeError` if rows were lost or invented on the way or a query is in two splits.
+    `max_rejected_share`, and, when all is written, for splits that doom the later stages (see `split_fault`);
+    `RuntimeError` if rows were lost or invented on the way or a query is in two splits.
     """
-    log.info("reading source '%s'", config.source)
-    frame, scale = read_source(spark, config)
-    scale = _with_relevant_from(scale, config.relevant_from)
-    scratch = out / "_scratch"
+    log.info("reading %s", source_label(config))
+    source = read_source(spark, config)
+    scale, scratch = source.scale, out / "_scratch"
     try:
-        rows, reasons, rows_in = _validated(frame, config, scale, out, scratch)
+        rows, reasons, rows_in = _validated(source, config, out, scratch)
         usable, merge_counts = _usable_pairs(rows, config, scale, scratch)
         pairs, limit_counts = _selected(usable, merge_counts["usable"], config)
         log.info("writing %d pairs from %d rows", limit_counts["rows"], rows_in)
-        write_tables(pairs, config.source, out, limit_counts["rows"])
-        metrics, described = profile(pairs, scale)
+        write_tables(pairs, config.source_name, out, limit_counts["rows"])
+        counts = split_counts(pairs, scale.size)
+        metrics, described = profile(pairs, counts, scale)
         described["strata"] = {} if config.log is None else strata_counts(usable, pairs)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -81,30 +84,32 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     fingerprints = tables_fingerprints(spark, out, scale)
     metrics = {"rows_in": rows_in, **account, **companion_rows(out), **metrics}
     metrics |= {"rejected_share": account["rejected"] / rows_in, "fingerprint_labelled": fingerprints["labelled"]}
-    card = {"source": config.source, **describe_source(config), "seed": config.seed, "split_by": config.split_by}
+    described["warnings"] = split_warnings(counts, described["balance"], config, scale)
+    described["warnings"] += text_warnings(described["text_signs"], config)
+    card = {"source": config.source_name, **describe_source(config), "seed": config.seed, "split_by": config.split_by}
     card |= {"fingerprint": fingerprints["all"], **metrics, "rejected_by_reason": reasons, **described}
     write_card(out, card | {"languages": languages(out / "pairs")})
-    empty = [split for split in SPLITS if not metrics[f"rows_{split}"] and getattr(config.shares, split)]
-    if empty:
-        log.warning("no pairs in %s: the source has too few labelled queries for the shares", " and ".join(empty))
+    for text in described["warnings"]:
+        log.warning("%s", text)
+    if fault := split_fault(counts, config, scale):
+        raise ContractError(f"{fault}; {out / 'card.md'} says what is there")
     return DataResult(fingerprint=fingerprints["all"], figures=metrics)
 
 
-def _validated(
-    frame: DataFrame, config: DataConfig, scale: GradeScale, out: Path, scratch: Path
-) -> tuple[DataFrame, dict[str, int], int]:
+def _validated(source: Source, config: DataConfig, out: Path, scratch: Path) -> tuple[DataFrame, dict[str, int], int]:
     """The sound rows, the rejected ones by reason (written to `rejected/`), and how many rows there are in all."""
     from pyspark.sql import functions as F
 
     with _damage_named(config):
-        rows = materialised(validated(frame, config, scale), scratch / "validated")
+        rows = materialised(validated(source, config), scratch / "validated")
         reasons = {row["reason"]: row["count"] for row in rows.groupBy("reason").count().collect()}
     total = sum(reasons.values())
     if not total:
-        raise ContractError(f"source '{config.source}' has no rows; check {config.path or 'its settings'}")
+        raise ContractError(f"the source has no rows: {source_label(config)}")
     sound = reasons.pop(None, 0)
     write_table(rejected_rows(rows), out / "rejected", total - sound)
-    refuse_too_many(rows, reasons, total, config, out / "rejected")
+    hint = _encoding_hint(config) if any(DAMAGED in reason for reason in reasons) else ""
+    refuse_too_many(rows, reasons, total, config, out / "rejected", hint)
     return rows.where(F.col("reason").isNull()), reasons, total
 
 
@@ -115,7 +120,7 @@ def _usable_pairs(
     from pyspark.sql import functions as F
 
     log.info("merging rows of the same pair")
-    merged = merged_pairs(rows, scale.size).withColumn("split", split_column(F.col("point"), config.shares))
+    merged = merged_pairs(rows, scale.size)
     if config.log is not None:
         merged = with_stratum(merged, config.log)
     merged = materialised(merged, scratch / "merged")
@@ -142,16 +147,10 @@ def _selected(usable: DataFrame, n_usable: int, config: DataConfig) -> tuple[Dat
     return selected, counts
 
 
-def _with_relevant_from(scale: GradeScale, relevant_from: int | None) -> GradeScale:
-    if relevant_from is None:
-        return scale
-    try:
-        return GradeScale(grades=scale.grades, relevant_from=relevant_from)
-    except ValidationError:
-        highest = scale.size - 1
-        raise ContractError(
-            f"`data.relevant_from` is {relevant_from} and the highest grade is {highest}; choose 1 … {highest}"
-        ) from None
+def _encoding_hint(config: DataConfig) -> str:
+    proposals = (f"{file.name}: {proposal}" for file in input_files(config) if (proposal := propose_encoding(file)))
+    first = next(proposals, "")
+    return first and f"{first}, so set `data.encoding`"
 
 
 @contextmanager
@@ -163,16 +162,10 @@ def _damage_named(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        raise ContractError(
-            f"source '{config.source}' cannot be read to its end ({_root_cause(error)}); check {config.path or 'it'}"
-        ) from error
-
-
-def _root_cause(error: Exception) -> str:
-    """The innermost "Caused by" of a Spark error, in one line; the outer ones only say that a task failed."""
-    text = str(error)
-    if "exceeds the maximum number of characters" in text:
-        return f"a field of more than {LONGEST_FIELD} characters: a quote left open?"
-    lines = text.splitlines() or [repr(error)]
-    lines = [line for line in lines if "Caused by:" in line] or lines[:1]
-    return lines[-1].replace("Caused by:", "").strip()[:200]
+        lines = str(error).splitlines() or [repr(error)]
+        # What a worker raised is in the text of Spark's error; its message is written for people already.
+        for line in lines:
+            if (marker := f"{ContractError.__name__}: ") in line:
+                raise ContractError(line.partition(marker)[2]) from error
+        cause = next((line for line in reversed(lines) if "Caused by:" in line), lines[0]).replace("Caused by:", "")
+        raise ContractError(f"{source_label(config)} cannot be read to its end ({cause.strip()[:200]})") from error

@@ -13,7 +13,7 @@ from data.contracts import SPLITS
 from data.text import stable_hash
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import DataFrame
 
     from data.config import Shares
 
@@ -42,19 +42,6 @@ def split_of(point: int, shares: Shares) -> str:
     return next(name for name, bound in split_bounds(shares) if point < bound)
 
 
-def split_column(point: Column, shares: Shares) -> Column:
-    """`split_of` as a Spark expression over a column of points."""
-    from pyspark.sql import functions as F
-
-    column = None
-    for name, bound in split_bounds(shares):
-        # The last bound is 2⁶³, one more than a bigint holds.
-        inside = point <= F.lit(bound - 1)
-        column = F.when(inside, name) if column is None else column.when(inside, name)
-    assert column is not None
-    return column
-
-
 def within_limits(frame: DataFrame, limits: dict[str, int], by: str = "split") -> DataFrame:
     """Keep of each split in `limits` its first rows in hash order (by query, then by pair), at most that many.
 
@@ -66,24 +53,19 @@ def within_limits(frame: DataFrame, limits: dict[str, int], by: str = "split") -
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    bucket = F.shiftright("point", (_POINTS // _BUCKETS).bit_length() - 1)
-    framed = frame.withColumn("bucket", bucket)
+    bucketed = frame.withColumn("bucket", F.shiftright("point", (_POINTS // _BUCKETS).bit_length() - 1))
     # Only the bucket in which a limit falls has to be sorted; the counts of all buckets fit on the driver.
-    counts = framed.where(F.col(by).isin(*limits)).groupBy(by, "bucket").count().collect()
-    sizes = {(row[by], row["bucket"]): row["count"] for row in counts}
-    keep, edge = ~F.col(by).isin(*limits), F.lit(False)
-    remaining = F.lit(0)
+    counts = bucketed.where(F.col(by).isin(*limits)).groupBy(by, "bucket").count().orderBy("bucket").collect()
+    keep, cut, rest = ~F.col(by).isin(*limits), F.lit(False), F.lit(0)
     for name, limit in limits.items():
-        taken, cut = 0, _BUCKETS
-        for key in sorted(b for group, b in sizes if group == name):
-            if taken + sizes[name, key] > limit:
-                cut = key
-                break
-            taken += sizes[name, key]
+        whole, edge = 0, _BUCKETS
+        for row in counts:
+            if row[by] == name and edge == _BUCKETS:
+                whole, edge = (whole, row["bucket"]) if whole + row["count"] > limit else (whole + row["count"], edge)
         here = F.col(by) == name
-        keep = keep | (here & (F.col("bucket") < cut))
-        edge = edge | (here & (F.col("bucket") == cut))
-        remaining = F.when(here, limit - taken).otherwise(remaining)
+        keep = keep | (here & (F.col("bucket") < edge))
+        cut = cut | (here & (F.col("bucket") == edge))
+        rest = F.when(here, limit - whole).otherwise(rest)
     rank = F.row_number().over(Window.partitionBy(by).orderBy("point", "pair_id"))
-    first = framed.where(edge).withColumn("rank", rank).where(F.col("rank") <= remaining).drop("rank")
-    return framed.where(keep).unionByName(first).drop("bucket")
+    first = bucketed.where(cut).withColumn("rank", rank).where(F.col("rank") <= rest).drop("rank")
+    return bucketed.where(keep).unionByName(first).drop("bucket")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from data.contracts import STRATA
@@ -31,9 +33,8 @@ def with_stratum(pairs: DataFrame, config: LogConfig) -> DataFrame:
     head, torso = _bounds([(row["frequency"], row["traffic"]) for row in traffic.toLocalIterator()], config)
     frequency = F.col("query_frequency").cast("double")
     stratum = F.when(frequency >= head, STRATA[0]).when(frequency >= torso, STRATA[1])
-    return seen.withColumn("stratum", F.when(frequency.isNotNull(), stratum.otherwise(STRATA[2]))).drop(
-        "query_frequency"
-    )
+    stratum = F.when(frequency.isNotNull(), stratum.otherwise(STRATA[2]))
+    return seen.withColumn("stratum", stratum).drop("query_frequency")
 
 
 def sampled_log(pairs: DataFrame, config: LogConfig) -> DataFrame:
@@ -54,29 +55,25 @@ def strata_counts(usable: DataFrame, kept: DataFrame) -> dict[str, dict[str, int
     """By stratum: queries and pairs of the log that can go to the pool, and the pairs that were taken."""
     from pyspark.sql import functions as F
 
-    def counts(pairs: DataFrame) -> dict[str, tuple[int, int]]:
+    def counts(pairs: DataFrame) -> dict[str, dict[str, int]]:
         found = pairs.where(F.col("frequency").isNotNull() & F.col("grade").isNull()).groupBy("stratum")
         rows = found.agg(F.countDistinct("query_id").alias("queries"), F.count("*").alias("pairs")).collect()
-        return {row["stratum"]: (row["queries"], row["pairs"]) for row in rows}
+        return {row["stratum"]: {"queries": row["queries"], "pairs": row["pairs"]} for row in rows}
 
-    there, taken = counts(usable), counts(kept)
+    all_pairs, taken = counts(usable), counts(kept)
     return {
-        name: {"queries": there[name][0], "pairs": there[name][1], "taken": taken.get(name, (0, 0))[1]}
+        name: all_pairs[name] | {"taken": taken.get(name, {"pairs": 0})["pairs"]}
         for name in STRATA
-        if name in there
+        if name in all_pairs
     }
 
 
 def _bounds(traffic: list[tuple[Decimal, Decimal]], config: LogConfig) -> tuple[float, float]:
     """The lowest query frequency of the head and of the torso; `traffic` is by falling frequency."""
     total = float(sum(amount for _, amount in traffic))
-    head = torso = float("inf")
-    before = 0.0
-    for frequency, amount in traffic:
-        # A frequency belongs to the stratum in which its first query falls.
-        if before < config.head_traffic * total:
-            head = float(frequency)
-        if before < config.torso_traffic * total:
-            torso = float(frequency)
-        before += float(amount)
+    # A frequency belongs to the stratum in which its first query falls.
+    before = [0.0, *accumulate(float(amount) for _, amount in traffic)]
+    starts = [(float(frequency), start) for (frequency, _), start in zip(traffic, before, strict=False)]
+    shares = (config.head_traffic, config.torso_traffic)
+    head, torso = (min((f for f, start in starts if start < share * total), default=math.inf) for share in shares)
     return head, torso

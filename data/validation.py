@@ -1,75 +1,153 @@
 """Which rows of a source are sound, and under which ids: the first half of the data stage.
 
-A faulty row is never dropped silently: it keeps its columns and gets a `reason`.
+A faulty row is never dropped silently: it keeps its columns and gets a `reason`, that of the first check that it fails.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.config import DataConfig
-from data.contracts import ContractError, GradeScale
-from data.keys import keys_function
-from data.maps import map_of
+import pyarrow as pa
+
+from data.config import MISSING_LABELS, DataConfig, Shares
+from data.contracts import ContractError
+from data.html import visible_text
+from data.sources import Source
+from data.sources.labels import number
+from data.split import split_of, split_point
+from data.text import key_hash, key_id, near_key, normalise_key
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+    from pyspark.sql import DataFrame
 
 log = logging.getLogger(__name__)
 
-_TEXTS = ("query", "ad_title", "ad_text", "rationale", "problem", "detail")
-_OPTIONAL = {
-    "problem": "string", "detail": "string", "rationale": "string", "attributes": "map<string,string>",
-    "grade": "int", "grade_raw": "double", "rating_variance": "double", "frequency": "double",
-}  # fmt: skip
-_SUBJECTS = {
-    "query": "the query is",
-    "ad_title": "the ad title is",
-    "ad_text": "the ad text is",
-    "attributes_json": "the attributes are",
-    "rationale": "the rationale is",
-}
+DAMAGED = "damaged: bytes that are no"
 _REASONS_SHOWN = 5
+_CELLS = (
+    "query",
+    "ad_title",
+    "ad_text",
+    "attributes",
+    "grade",
+    "rationale",
+    "variance",
+    "frequency",
+    "problem",
+    "detail",
+)
+_COLUMNS = {
+    "reason": "string", "detail": "string", "query": "string", "ad_title": "string", "ad_text": "string",
+    "attributes": "map<string,string>", "attributes_json": "string", "grade": "int", "grade_raw": "double",
+    "rating_variance": "double", "frequency": "double", "rationale": "string", "query_id": "string", "near_query": "bigint",
+    "point": "bigint", "split": "string", "pair_id": "string", "ad": "bigint", "near_ad": "bigint",
+}  # fmt: skip
+_ARROW = {"string": pa.string(), "map<string,string>": pa.map_(pa.string(), pa.string()), "int": pa.int32(),
+          "bigint": pa.int64(), "double": pa.float64()}  # fmt: skip
+_ROW = pa.struct([(name, _ARROW[kind]) for name, kind in _COLUMNS.items()])
+_SUBJECTS = ("the query is", "the ad title is", "the ad text is", "the attributes are", "the rationale is")
+_NO_ATTRIBUTES = {"", *(label.upper() for label in MISSING_LABELS)}
+_EMPTY = "the {} is empty or has no visible character"
 
 
-def validated(frame: DataFrame, config: DataConfig, scale: GradeScale) -> DataFrame:
+class Keys(NamedTuple):
+    """Ids of a row, and 64-bit hashes of what it shares with near-duplicates; all None where there are none."""
+
+    query_id: str | None = None
+    near_query: int | None = None
+    point: int | None = None
+    split: str | None = None
+    pair_id: str | None = None
+    ad: int | None = None
+    near_ad: int | None = None
+    has_text: bool = False
+
+
+@dataclass(frozen=True)
+class RowChecks:
+    """The checks of one row; it travels to the workers as these few values."""
+
+    source: Source
+    config: DataConfig
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Rows of `_CELLS`, all text, become rows of `_COLUMNS`."""
+        for batch in batches:
+            rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            yield pa.RecordBatch.from_struct_array(pa.array([self.check(*row) for row in rows], _ROW))
+
+    def check(self, *cells: str | None) -> tuple[Any, ...]:
+        """The columns of a row, in the order of `_COLUMNS`; without a reason it is sound and has keys."""
+        query, title, text, attributes, label, rationale, variance, frequency, problem, detail = cells
+        from_log = frequency is not None
+        if self.source.html and not from_log:
+            title, text = title and visible_text(title), text and visible_text(text)
+        rating, grade, not_a_label = (None, None, None) if from_log else self.source.labels.read(label)
+        uncounted = from_log and not 0 < (number(frequency) or 0) < 1e15
+        without = not attributes or attributes.strip().upper() in _NO_ATTRIBUTES
+        members = {} if without or attributes is None else self.source.attributes(attributes)
+        compact = json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":")) if members else None
+        faults = (
+            (problem, detail),
+            (not_a_label, label),
+            ("the frequency is not a number above 0 and below 1e15" if uncounted else None, frequency),
+            ("the attributes are not a JSON object" if members is None else None, attributes),
+            (self._fault_of_texts(query, title, text, compact, rationale), None),
+        )
+        reason, detail = next((fault for fault in faults if fault[0]), (None, None))
+        keys = Keys() if reason else _keys(query, title, text, self.config)
+        if not reason:
+            reason = None if keys.pair_id else _EMPTY.format("ad title" if keys.query_id else "query")
+            text = text if keys.has_text else None
+        spread = number(variance)
+        return (
+            *(reason, detail, query, title, text, sorted(members.items()) if members else None, compact, grade, rating),
+            *(spread if spread is not None and spread >= 0 else None, number(frequency)),
+            *(rationale if rationale and rationale.strip() else None, *keys[:-1]),
+        )
+
+    def _fault_of_texts(self, *texts: str | None) -> str | None:
+        limit = self.config.max_text_chars
+        for subject, text in zip(_SUBJECTS, texts, strict=True):
+            if text and len(text) > limit:
+                return f"{subject} longer than {limit} characters"
+        for subject, text in zip(_SUBJECTS[:3], texts[:3], strict=True):
+            # Where bytes could not be decoded, readers leave U+FFFD: the text that was there is gone.
+            if text and "\ufffd" in text:
+                return f"{subject} {DAMAGED} {self.config.encoding} (another `data.encoding`?)"
+        return None
+
+
+def validated(source: Source, config: DataConfig) -> DataFrame:
     """All rows of a source, each with `reason` (null: sound) and, if sound, its keys.
 
     Those are `pair_id` and `query_id` (hex), and as 64-bit hashes `near_query` (the same for near-duplicate queries), `ad`
-    and `near_ad` (title and text; near-duplicate titles), and `point`, the query's place in the order of the splits.
-    Text is valid UTF-8 afterwards; attributes have sorted keys and a JSON twin, `attributes_json`; an ad text, a
-    rationale or attributes without content are null in a sound row.
+    and `near_ad` (title and text; near-duplicate titles); `point` is the query's place in the order of the splits, and
+    `split` its split.
+    Attributes have sorted keys and a JSON twin, `attributes_json`; an ad text, a rationale or attributes without content are
+    null in a sound row.
     """
     from pyspark.sql import functions as F
 
-    frame = _with_all_columns(frame).withColumn("fault", _fault(config, scale))
-    sound = F.col("fault").isNull()
-    # Only sound rows go to Python: a text of a gigabyte must not.
-    arguments = [F.when(sound, F.col(name)) for name in ("query", "ad_title", "ad_text")]
-    frame = frame.withColumn("keys", keys_function(config.seed, config.split_by)(*arguments))
-    reason = (
-        F.when(~sound, F.col("fault"))
-        .when(F.col("keys.query_id").isNull(), "the query is empty or has no visible character")
-        .when(F.col("keys.pair_id").isNull(), "the ad title is empty or has no visible character")
-    )
-    return frame.select(
-        reason.alias("reason"),
-        "detail",
-        *[f"keys.{name}" for name in ("query_id", "near_query", "point", "pair_id", "ad", "near_ad")],
-        "query",
-        "ad_title",
-        F.when(~sound | F.col("keys.has_text"), F.col("ad_text")).alias("ad_text"),
-        "attributes",
-        "attributes_json",
-        "grade",
-        "grade_raw",
-        "rating_variance",
-        "frequency",
-        F.when(F.trim("rationale") != "", F.col("rationale")).alias("rationale"),
-    )
+    frame = source.frame
+    cells = [F.col(name) if name in frame.columns else F.lit(None).cast("string").alias(name) for name in _CELLS]
+    checks = RowChecks(replace(source, frame=None), config)  # type: ignore[arg-type]  # a worker has no frames
+    return frame.select(*cells).mapInArrow(checks, ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items()))
+
+
+def validated_rows(
+    source: Source, config: DataConfig, rows: Iterable[dict[str, str | None]]
+) -> Iterator[dict[str, Any]]:
+    """The same for rows in Python, each a dict of the cells that it has."""
+    checks = RowChecks(source, config)
+    for row in rows:
+        yield dict(zip(_COLUMNS, checks.check(*(row.get(name) for name in _CELLS)), strict=True))
 
 
 def rejected_rows(rows: DataFrame) -> DataFrame:
@@ -80,20 +158,24 @@ def rejected_rows(rows: DataFrame) -> DataFrame:
     return rows.where(F.col("reason").isNotNull()).select(*names)
 
 
-def refuse_too_many(rows: DataFrame, reasons: dict[str, int], total: int, config: DataConfig, folder: Path) -> None:
+def refuse_too_many(
+    rows: DataFrame, reasons: dict[str, int], total: int, config: DataConfig, folder: Path, hint: str
+) -> None:
     """Raise `ContractError` with the commonest reasons, each with an example, when too many of `total` rows are faulty.
 
-    `reasons` counts the rejected rows by reason; `folder` is where they are kept.
+    `reasons` counts the rejected rows by reason; `folder` is where they are kept; `hint` is a remedy that is known.
     """
     from pyspark.sql import functions as F
 
     rejected = sum(reasons.values())
+    commonest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     if rejected <= config.max_rejected_share * total:
         if rejected:
-            log.warning("%d of %d rows are faulty and were kept aside in %s", rejected, total, folder)
+            text = "%d of %d rows are faulty and were kept aside in %s, most of them because: %s%s"
+            log.warning(text, rejected, total, folder, commonest[0][0], hint and f"; {hint}")
         return
     parts = []
-    for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_REASONS_SHOWN]:
+    for reason, count in commonest[:_REASONS_SHOWN]:
         row = rows.where(F.col("reason") == reason).select("query", "ad_title", "detail").first()
         example = {name: value[:60] for name, value in row.asDict().items() if value} if row else {}
         # As Python writes it: control characters of a hostile row must not reach the terminal.
@@ -101,48 +183,23 @@ def refuse_too_many(rows: DataFrame, reasons: dict[str, int], total: int, config
         parts.append(f"{reason}: {count} (e.g. {cells or 'an empty row'})")
     raise ContractError(
         f"{rejected} of {total} rows are faulty, more than max_rejected_share {config.max_rejected_share:g} allows — "
-        f"{'; '.join(parts)} — correct the file or the `data` settings, or raise the limit; see {folder}"
+        f"{'; '.join(parts)} — {hint or 'correct the file or the `data` settings'}, or raise the limit; see {folder}"
     )
 
 
-def _with_all_columns(frame: DataFrame) -> DataFrame:
-    from pyspark.sql import functions as F
-
-    for name, kind in _OPTIONAL.items():
-        if name not in frame.columns:
-            frame = frame.withColumn(name, F.lit(None).cast(kind))
-    # Bytes that are not UTF-8 pass through Spark unseen and then break Arrow, Python and every tokenizer.
-    return frame.select(
-        *[F.make_valid_utf8(name).alias(name) for name in _TEXTS],
-        map_of(F.map_entries("attributes")).alias("attributes"),
-        F.col("grade_raw").cast("double").alias("grade_raw"),
-        F.col("grade").cast("int").alias("grade"),
-        "rating_variance",
-        "frequency",
-    ).withColumn("attributes_json", F.to_json("attributes"))
+def _keys(query: str | None, title: str | None, text: str | None, config: DataConfig) -> Keys:
+    query_key, *of_query = _query_keys(query, config.seed, config.split_by, config.shares)
+    title_key, text_key = normalise_key(title), normalise_key(text)
+    pair = key_id(query_key, title_key, text_key) if query_key and title_key else None
+    of_ad = (key_hash(title_key, text_key), key_hash(near_key(title_key))) if title_key else (None, None)
+    return Keys._make([*of_query, pair, *of_ad, bool(text_key)])
 
 
-def _fault(config: DataConfig, scale: GradeScale) -> Column:
-    """The reason of the first check that a row fails, null for a sound row.
-
-    A row that its source could not read comes with a `problem`, which is its reason. Nulls pass: what may not be missing
-    is the query and the ad title, and whether those are empty is known only with their keys.
-    """
-    from pyspark.sql import functions as F
-
-    limit = config.max_text_chars
-    finite = F.abs("grade_raw") <= sys.float_info.max
-    checks = [
-        *[(F.length(name) > limit, f"{subject} longer than {limit} characters") for name, subject in _SUBJECTS.items()],
-        *[
-            # Where bytes could not be decoded, readers leave U+FFFD: the text that was there is gone.
-            (
-                F.contains(name, F.lit("\ufffd")),
-                f"{_SUBJECTS[name]} damaged: bytes that are no {config.encoding} (another `data.encoding`?)",
-            )
-            for name in ("query", "ad_title", "ad_text")
-        ],
-        (~F.col("grade").between(0, scale.size - 1), f"the grade is not on the scale 0 … {scale.size - 1}"),
-        (~finite, "the rating is not a finite number"),
-    ]
-    return F.coalesce("problem", *[F.when(failed, reason) for failed, reason in checks])
+@lru_cache(50_000)  # the rows of a query often come together
+def _query_keys(query: str | None, seed: int, split_by: str, shares: Shares) -> tuple[Any, ...]:
+    key = normalise_key(query)
+    if not key:
+        return key, None, None, None, None
+    near = near_key(key)
+    point = split_point(near if split_by == "near_query" else key, seed)
+    return key, key_id(key), key_hash(near), point, split_of(point, shares)

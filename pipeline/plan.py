@@ -19,8 +19,14 @@ class Planned(BaseModel):
 
 def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
     """The fate of every stage in `names` (in running order). Reads manifests only, starts nothing."""
+    from data.sources import source_label
+
     done: dict[str, StageRecord] = {}  # stages that have an output, here or in another run, and so a fingerprint
-    return [_planned(settings, name, done) for name in names]
+    rows = [_planned(settings, name, done) for name in names]
+    for row in rows:
+        if row.stage == "data":
+            row.reason += f"; source: {source_label(settings.data)}"
+    return rows
 
 
 def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord]) -> Planned:

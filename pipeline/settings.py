@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from data.config import DataConfig
+from data.config import DataConfig, without_source
 from data.contracts import Config, ContractError, UserPath
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.keys import explain, fields, merge, nearest, parse_overrides
@@ -75,7 +75,10 @@ class PipelineConfig(Config):
         values = {key: value.model_dump() if isinstance(value, BaseModel) else value for key, value in given.items()}
         preset = values.get("preset", DEFAULT_PRESET)
         if isinstance(preset, str) and preset:
-            values = merge(read_preset(preset), values) | {"preset": preset}
+            filled = read_preset(preset)
+            if isinstance(given_data := values.get("data"), dict):
+                filled["data"] = without_source(filled.get("data", {}), given_data)
+            values = merge(filled, values) | {"preset": preset}
             values.setdefault("run", preset)
         return values
 

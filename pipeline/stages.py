@@ -81,7 +81,7 @@ def _base(settings: PipelineConfig, model: str, role: Any, pairs: Path, seed: in
 def _source(config: Any) -> dict[str, Input]:
     from data.sources import input_fingerprint
 
-    return {"source": Input(input_fingerprint(config), config.path or config.source)}
+    return {"source": Input(input_fingerprint(config), config.path or config.source_name)}
 
 
 def _own_model(name: str, called: str = "base") -> dict[str, Input]:
@@ -98,7 +98,7 @@ DATA = Stage(
     folder="pairs",
     experiment="data-prepare",
     work=_prepare,
-    version=2,
+    version=3,
     reads_besides=_source,
     headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
     artifacts=("card.json", "card.md", "scale.json"),

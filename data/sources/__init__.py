@@ -1,91 +1,119 @@
-"""Sources of query–ad pairs: a registry by name, and the way in.
-
-A source module exposes `LICENCE`, `GRADING` (how raw ratings become grades, in a sentence), `input_files(config)` and
-`read(spark, config) -> (frame, scale)`; `frame` has the columns of `COLUMNS`, and may have `rating_variance` (of the
-raters of one row) and `problem` and `detail` (strings: why the source could not read the row, and what it found). The
-synthetic source instead exposes `SCALE` and `generate(rows, seed)`, and needs no Spark.
-"""
+"""Sources of query–ad pairs, and the way in: made up, a public set, or any table, with a log beside each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib import import_module
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
-from data.contracts import GradeScale, digest_files
-from data.sources.log import read_log
+from data.config import DataConfig
+from data.contracts import ContractError, GradeScale, digest_files
+from data.sources import synthetic, table
+from data.sources.labels import Labels, grade_numbers, json_attributes, named_values
 from data.sources.paths import list_files
+from data.sources.public import public_files, public_set, read_public
+from data.sources.table import read_log, read_table, table_labels, table_scale
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-    from data.config import DataConfig
-
-SOURCES = {
-    "synthetic": "data.sources.synthetic",
-    "home_depot": "data.sources.home_depot",
-    "wands": "data.sources.wands",
-    "esci": "data.sources.esci",
-    "crowdflower": "data.sources.crowdflower",
-    "qbqtc": "data.sources.qbqtc",
-    "table": "data.sources.table",
-}
-
-COLUMNS = pa.schema(
-    [
-        pa.field("query", pa.string()),
-        pa.field("ad_title", pa.string()),
-        pa.field("ad_text", pa.string()),
-        pa.field("attributes", pa.map_(pa.string(), pa.string())),
-        pa.field("grade_raw", pa.float64()),
-        pa.field("grade", pa.int32()),
-        pa.field("rationale", pa.string()),
-    ]
+_GENERATED = pa.schema(
+    [(name, pa.string()) for name in ("query", "ad_title", "ad_text", "attributes", "grade", "rationale")]
 )
-
 _CHUNK = 20_000
 
 
-def read_source(spark: SparkSession, config: DataConfig) -> tuple[DataFrame, GradeScale]:
-    """The rows of the configured source and its grade scale; raises `ContractError` for a file that cannot be read.
+@dataclass(frozen=True)
+class Source:
+    """The rows of a source as text, and how they are to be read.
 
-    With a log its rows come too; `frequency` is null in all others.
+    `frame` has `query`, `ad_title` and any of `ad_text`, `attributes`, `grade` (the label), `rationale`, `variance` (of
+    several raters), `frequency` (null but for rows of a log), and `problem` and `detail` (why a line is no row, and what it
+    holds).
     """
-    module = import_module(SOURCES[config.source])
-    if config.source == "synthetic":
-        frame, scale = read_generated(spark, module.generate(config.rows, config.seed)), module.SCALE
+
+    frame: DataFrame
+    scale: GradeScale
+    labels: Labels
+    html: bool = False
+    """Titles and texts are HTML."""
+    attributes: Callable[[str], dict[str, str] | None] = json_attributes
+    """The attributes that a cell holds; None when it cannot be read."""
+
+
+def read_source(spark: SparkSession, config: DataConfig) -> Source:
+    """The configured source, with the rows of its log; raises `ContractError` for a file that cannot be read."""
+    if config.source_name == "synthetic":
+        frame = _read_generated(spark, synthetic.generate(config.rows, config.seed))
+        source = Source(
+            frame, synthetic.SCALE, grade_numbers(synthetic.SCALE.size - 1, "the grade is not on the scale")
+        )
+    elif config.source_name == "table":
+        source = Source(read_table(spark, config), table_scale(config), table_labels(config), config.html)
     else:
-        frame, scale = module.read(spark, config)
+        chosen = public_set(config.source_name)
+        attributes = named_values if config.source_name == "wands" else json_attributes
+        source = Source(read_public(spark, config), chosen.scale, chosen.labels, chosen.html, attributes)
     if config.log is not None:
-        frame = frame.unionByName(read_log(spark, config.log, config.encoding), allowMissingColumns=True)
-    return frame, scale
+        log = read_log(spark, config.log, config.encoding)
+        source = replace(source, frame=source.frame.unionByName(log, allowMissingColumns=True))
+    return source if config.relevant_from is None else replace(source, scale=_relevant_from(source.scale, config))
 
 
 def describe_source(config: DataConfig) -> dict[str, str]:
-    """Licence and grading of the configured source, a sentence each."""
-    module = import_module(SOURCES[config.source])
-    return {"licence": module.LICENCE, "grading": module.GRADING}
+    """Licence of the configured source, and how its ratings become grades, a sentence each."""
+    if config.source_name in ("synthetic", "table"):
+        module = synthetic if config.source_name == "synthetic" else table
+        return {"licence": module.LICENCE, "grading": module.GRADING}
+    chosen = public_set(config.source_name)
+    return {"licence": chosen.licence, "grading": chosen.grading}
 
 
-def read_generated(spark: SparkSession, rows: Iterator[dict[str, Any]]) -> DataFrame:
-    """Rows made by Python, as a Spark table. Taken in chunks, so that only their Arrow form is whole in memory."""
-    chunks = []
-    while chunk := list(islice(rows, _CHUNK)):
-        for row in chunk:
-            row["attributes"] = list((row.get("attributes") or {}).items())
-        chunks.append(pa.Table.from_pylist(chunk, schema=COLUMNS))
-    return spark.createDataFrame(pa.concat_tables(chunks) if chunks else COLUMNS.empty_table())
+def source_label(config: DataConfig) -> str:
+    """The source and where it lies, for people: `table labels.csv`, `synthetic (made up, 16,000 rows)`."""
+    if config.source_name == "synthetic":
+        label = f"synthetic (made up, {config.rows:,} rows)"
+    else:
+        label = f"{config.source_name} {config.path or 'in $ADS_RELEVANCE_DATA'}"
+    return label if config.log is None else f"{label}, log {config.log.path}"
+
+
+def input_files(config: DataConfig) -> list[Path]:
+    """The files that source and log read; raises `ContractError` when one is not there."""
+    files: list[Path] = []
+    if config.source_name == "table" and config.path is not None:
+        files = list_files(config.path, config.format)
+    elif config.source_name != "synthetic":
+        files = public_files(config)
+    return files + ([] if config.log is None else list_files(config.log.path, config.log.format))
 
 
 def input_fingerprint(config: DataConfig) -> str:
-    """Hash of the files that source and log read, so that a changed file is noticed; empty when there are none.
-
-    Raises `ContractError` when a file is not there.
-    """
-    files = [] if config.source == "synthetic" else import_module(SOURCES[config.source]).input_files(config)
-    if config.log is not None:
-        files = [*files, *list_files(config.log.path)]
+    """Hash of the files that source and log read, so that a changed file is noticed; empty when there are none."""
+    files = input_files(config)
     return digest_files(files) if files else ""
+
+
+def _read_generated(spark: SparkSession, rows: Iterator[dict[str, Any]]) -> DataFrame:
+    """Rows made by Python, as a Spark table of text. Taken in chunks, so that only their Arrow form is whole in memory."""
+    as_text = (row | {"grade": str(row["grade"]), "attributes": json.dumps(row["attributes"])} for row in rows)
+    chunks = []
+    while chunk := list(islice(as_text, _CHUNK)):
+        chunks.append(pa.Table.from_pylist(chunk, schema=_GENERATED))
+    return spark.createDataFrame(pa.concat_tables(chunks))
+
+
+def _relevant_from(scale: GradeScale, config: DataConfig) -> GradeScale:
+    try:
+        return GradeScale.model_validate({"grades": scale.grades, "relevant_from": config.relevant_from})
+    except ValidationError:
+        highest = scale.size - 1
+        raise ContractError(
+            f"`data.relevant_from` is {config.relevant_from} and the highest grade is {highest}; choose 1 … {highest}"
+        ) from None

@@ -1,111 +1,140 @@
-"""CSV and TSV files as Spark tables of the wanted columns.
+"""CSV and TSV files, row by row.
 
 A quote left open makes every reader take the following rows for one field. Such a field is taken apart again, and each of
-its lines is a faulty row of its own, so that no row disappears in another.
+its lines is a faulty row of its own, so that no row disappears in another. Lines may end in any way, also in several ways
+in one file. Rows without content are none: spreadsheets write lines of nothing but commas.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
+from data.config import DELIMITERS
 from data.contracts import ContractError
-from data.sources.paths import open_text, require_columns, spark_paths
-
-if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession
+from data.sources.encodings import propose_encoding
+from data.sources.paths import Row, open_text, require_columns
 
 LONGEST_FIELD = 4_000_000
 """Characters of a field at which reading stops: a quote left open must not draw the rest of a file into memory."""
 
-_CORRUPT = "_corrupt_record"
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_JAVA_NAMES = {"latin-1": "ISO-8859-1"}
+_SAMPLE = 1_000_000
+_SEP_LINE = re.compile(r'\ufeff?"?sep=(.)"?\s*', re.I)
+_BACKSLASH_QUOTE = re.compile(r'(?<!\\)\\"')
+_OPEN_QUOTE = "a quote was left open: a quoted field holds what look like rows of their own, this line among them"
+_COLUMN_COUNT = "the line has too few or too many columns"
 
 
-def read_delimited(
-    spark: SparkSession, files: list[Path], columns: Mapping[Any, str], delimiter: str, encoding: str
-) -> DataFrame:
-    """The wanted columns of alike files under our names, with `problem` and `detail`."""
-    from pyspark.sql import functions as F
-    from pyspark.sql.types import StringType, StructField, StructType
+@dataclass(frozen=True)
+class DelimitedFile:
+    """One file with a header: how it is written, and the place of each column that is read."""
 
-    header = _header(files[0], delimiter, encoding)
-    for other in files[1:]:
-        if _header(other, delimiter, encoding) != header:
-            raise ContractError(f"{other} has another header than {files[0]}; files of one folder must be alike")
-    if len(header) == 1 < len(columns):
-        _name_the_delimiter(files[0], header[0], delimiter)
-    require_columns(columns, header, files[0])
-    for theirs in columns.values():
-        if header.count(theirs) > 1:
-            raise ContractError(f"{files[0]} has more than one column '{theirs}'; rename all but one in its header")
-    # By position: names that differ only in case, or hold dots and backticks, would be trouble to Spark.
-    names = [f"c{i}" for i in range(len(header))]
-    schema = StructType([StructField(name, StringType()) for name in [*names, _CORRUPT]])
-    frame = (
-        spark.read.schema(schema)
-        .options(header=True, sep=delimiter, quote='"', escape='"', multiLine=True, mode="PERMISSIVE")
-        .options(encoding=_JAVA_NAMES.get(encoding, encoding), maxCharsPerColumn=LONGEST_FIELD)
-        # Without the columns that nobody wants, Spark does not see that a line has too few or too many.
-        .options(columnNameOfCorruptRecord=_CORRUPT, columnPruning=False)
-        .csv(spark_paths(files))
-    )
-    swallowed = _swallowed_rows(names, delimiter)
-    frame = frame.withColumn("swallowed", swallowed)
-    frame = frame.withColumn("line", F.explode(F.coalesce("swallowed", F.array(F.lit(None).cast("string")))))
-    whole, broken = F.col("line").isNull(), F.col(_CORRUPT).isNotNull()
-    problem = F.when(
-        ~whole, "a quote was left open: a quoted field holds what look like rows of their own, this line among them"
-    ).when(broken, "the line has too few or too many columns")
-    chosen = [F.when(whole, F.col(names[header.index(theirs)])).alias(ours) for ours, theirs in columns.items()]
-    detail = F.substring(F.coalesce("line", _CORRUPT), 1, 1000)
-    # A file with quoted line breaks cannot be read in pieces: spread its rows for what comes next.
-    return frame.select(*chosen, problem.alias("problem"), detail.alias("detail")).repartition(
-        spark.sparkContext.defaultParallelism
-    )
+    kind: ClassVar[str] = "csv"
+    path: Path
+    encoding: str
+    delimiter: str
+    backslash: bool
+    """Quotes inside a field are written as backslash and quote, not as two quotes."""
+    width: int
+    places: tuple[int, ...]
+
+    def rows(self) -> Iterator[Row]:
+        """The rows below the header; a line that is none has its fault and itself instead of cells."""
+        with open_text(self.path, self.encoding) as file:
+            records = _records(self.path, file, self.delimiter, self.backslash)
+            next(records, None)
+            for cells, lines in records:
+                if not any(map(str.strip, cells)):
+                    continue
+                if len(lines) > 1 and self._is_several_rows(cells, lines):
+                    yield from (self._fault(_OPEN_QUOTE, line) for line in lines if line.strip())
+                elif len(cells) != self.width:
+                    yield self._fault(_COLUMN_COUNT, "".join(lines))
+                else:
+                    yield (*[cells[place] or None for place in self.places], None, None)
+
+    def _fault(self, problem: str, line: str) -> Row:
+        return (*[None] * len(self.places), problem, line.rstrip("\r\n")[:1000])
+
+    def _is_several_rows(self, cells: list[str], lines: list[str]) -> bool:
+        """Whether a record of several lines is a broken one, or one in which each line has columns enough to be a row.
+
+        A comma before a space is taken for prose, so that a text of several lines seldom looks like rows.
+        """
+        separator = re.compile(re.escape(self.delimiter) + "(?! )")
+        like_rows = [len(separator.findall(line)) >= self.width - 1 for line in lines if line.strip()]
+        return len(cells) != self.width or (self.width > 1 and all(like_rows))
 
 
-def _swallowed_rows(names: list[str], delimiter: str) -> Column:
-    """The lines of a record that seems to be several rows, else null.
-
-    Those are a broken record of several lines, and a whole one in which each line has columns enough to be a row. A comma
-    before a space is taken for prose, so that a text of several lines seldom looks like rows.
-    """
-    from pyspark.sql import functions as F
-
-    def lines(text: Column) -> Column:
-        return F.filter(F.split(text, "\r\n|\r|\n"), lambda line: F.trim(line) != "")
-
-    def is_row(line: Column) -> Column:
-        return F.size(F.split(line, re.escape(delimiter) + "(?! )")) >= len(names)
-
-    record = F.concat_ws(delimiter, *[F.coalesce(name, F.lit("")) for name in names])
-    broken = F.when(F.col(_CORRUPT).contains("\n") | F.col(_CORRUPT).contains("\r"), lines(F.col(_CORRUPT)))
-    several = F.lit(False)
-    for name in names:
-        several = several | F.coalesce(F.col(name).contains("\n"), F.lit(False))
-    glued = several & F.lit(len(names) > 1) & F.forall(lines(record), is_row)
-    return F.when(F.col(_CORRUPT).isNotNull(), broken).when(glued, lines(record))
-
-
-def _header(path: Path, delimiter: str, encoding: str) -> list[str]:
+def open_delimited(
+    path: Path, columns: Mapping[Any, str], delimiter: str | None, default: str, encoding: str
+) -> DelimitedFile:
+    """Read the header and find out how the file is written; raises `ContractError` when a column is not there."""
     with open_text(path, encoding) as file:
-        header = next(csv.reader(file, delimiter=delimiter), None)
-    if not header:
+        sample = file.read(_SAMPLE)
+    stated = _SEP_LINE.match(sample.partition("\n")[0])
+    delimiter = delimiter or (stated[1] if stated else default)
+    backslash = _has_backslash_quotes(sample, delimiter)
+    header = next(_records(path, io.StringIO(sample, newline=""), delimiter, backslash), ([], []))[0]
+    if not any(header):
         raise ContractError(f"{path} is empty or its first line is; a header with the column names is needed")
     if any("\ufffd" in name or "\x00" in name for name in header):
-        raise ContractError(f"the first line of {path} is no {encoding} text; set `data.encoding`, or save it as UTF-8")
-    return header
+        hint = propose_encoding(path) or "its encoding is unknown"
+        raise ContractError(
+            f"the first line of {path} is no {encoding} text: {hint}; set `data.encoding`, or save it as UTF-8"
+        )
+    header[0] = header[0].removeprefix("\ufeff")
+    if len(header) == 1 < len(columns):
+        _name_the_delimiter(path, header[0], delimiter)
+    require_columns(columns, header, path)
+    places = tuple(header.index(theirs) for theirs in columns.values())
+    return DelimitedFile(path, encoding, delimiter, backslash, len(header), places)
+
+
+def _records(path: Path, file: Iterable[str], delimiter: str, backslash: bool) -> Iterator[tuple[list[str], list[str]]]:
+    """The cells of each record, the header first, and the lines it is made of; `sep=;` in the first line is none."""
+    lines: list[str] = []
+
+    def each_line() -> Iterator[str]:
+        for number, line in enumerate(file):
+            if number or not _SEP_LINE.fullmatch(line):
+                lines.append(line)
+                yield _BACKSLASH_QUOTE.sub('""', line) if backslash else line
+
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader(each_line(), delimiter=delimiter)
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            begin = reader.line_num - len(lines) + 1
+            raise ContractError(
+                f"the row of {path} that begins in line {begin} has a field of more than {LONGEST_FIELD} characters: "
+                "a quote left open?"
+            ) from None
+        yield cells, lines[:]
+        lines.clear()
+
+
+def _has_backslash_quotes(sample: str, delimiter: str) -> bool:
+    """Whether quotes inside quoted fields follow a backslash: such a quote does not end its field."""
+    d = re.escape(delimiter)
+    inner = rf'(?:^|{d})"[^"]*(?<!\\)\\"(?=[^"\r\n{d}]|"(?:[\r\n{d}]|$))'
+    return re.search(inner, sample, re.M) is not None
 
 
 def _name_the_delimiter(path: Path, header: str, delimiter: str) -> None:
-    for other, name in _DELIMITERS.items():
-        if other != delimiter and other in header:
+    names = {character: name for name, character in DELIMITERS.items()}
+    for character, name in names.items():
+        if character != delimiter and character in header:
             raise ContractError(
-                f"{path} has one column when read by {_DELIMITERS.get(delimiter, repr(delimiter))}, and its header holds "
-                f"{name}; set `data.delimiter` to {other!r}"
+                f"{path} has one column when read by {names.get(delimiter, repr(delimiter))}, and its header holds "
+                f"{name}s; set `data.delimiter` to {name!r}"
             )

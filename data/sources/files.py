@@ -1,162 +1,115 @@
-"""CSV, TSV, JSONL and Parquet files as Spark tables of the wanted columns, under our names, as text.
+"""CSV, TSV, JSON and Parquet files as Spark tables of the chosen columns, under our names, as text.
 
-What was left out: JSON in other encodings than UTF-8, and Excel's own files.
+Python reads the files inside Spark's workers, a file or a row group for each task. What was left out: spreadsheets, and
+object stores.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data.contracts import ContractError
-from data.sources.delimited import read_delimited
-from data.sources.paths import list_files, open_text, require_columns, spark_paths
+from data.sources.delimited import DelimitedFile, open_delimited
+from data.sources.json_records import JsonFile, json_names
+from data.sources.parquet import BATCH_ROWS, ParquetRowGroup, open_parquet
+from data.sources.paths import Row, file_format, list_files, readable, require_columns
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-_SUFFIXES = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
-_CORRUPT = "_corrupt_record"
-_SAMPLED_LINES = 1000
-
-
-def file_format(path: Path, wanted: str) -> str:
-    """`csv`, `tsv`, `jsonl` or `parquet`: what is wanted, or by the name when that is `auto`."""
-    if wanted != "auto":
-        return wanted
-    name = path.name.lower()
-    found = _SUFFIXES.get(Path(name.removesuffix(".gz")).suffix)
-    if found is None:
-        raise ContractError(
-            f"the name of {path} does not tell its format; set `data.format` to csv, tsv, jsonl or parquet"
-        )
-    return found
+_BATCH_CHARS = 8_000_000
+Part = DelimitedFile | JsonFile | ParquetRowGroup
 
 
 def read_columns(
     spark: SparkSession,
     path: Path,
-    wanted: str,
+    format: str,
     columns: Mapping[Any, str],
     *,
     delimiter: str | None = None,
     encoding: str = "utf-8",
 ) -> DataFrame:
-    """Read a file or a folder of alike files; `delimiter` and `encoding` are those of CSV and TSV files.
+    """Read a file or a folder of alike files; `delimiter` is that of CSV and TSV files, `encoding` of all but Parquet.
 
-    `columns` maps our names to the file's. The result has our names as strings (a nested `attributes` as it is), plus
+    `columns` maps our names to the file's. The result has our names as strings (nested `attributes` as JSON), plus
     `problem` and `detail`: the reason why a line could not be split into columns (else null), and the line.
     Raises `ContractError` for a missing, empty or unreadable file and for a column that is not there.
     """
-    files = list_files(path)
-    formats = {file_format(file, wanted) for file in files}
+    files = list_files(path, format)
+    formats = {file_format(file, format) for file in files}
     if len(formats) > 1:
         raise ContractError(
             f"{path} mixes files of the formats {', '.join(sorted(formats))}; keep one format in a folder"
         )
     kind = formats.pop()
-    with _readable(path, kind):
-        if kind == "parquet":
-            return _read_parquet(spark, files, columns)
-        if kind == "jsonl":
-            return _read_jsonl(spark, files, columns)
-        return read_delimited(spark, files, columns, delimiter or ("," if kind == "csv" else "\t"), encoding)
+    if delimiter and kind not in ("csv", "tsv"):
+        raise ContractError(f"`delimiter` has no effect on {path}, which is read as {kind}; leave it out")
+    parts = open_parts(files, kind, columns, delimiter, encoding)
+    names = [*columns, "problem", "detail"]
+
+    def read(numbers: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in numbers:
+            for number in batch.column(0).to_pylist():
+                yield from read_part(parts[number], names)
+
+    count = max(1, len(parts))
+    frame = spark.range(0, len(parts), 1, count).mapInArrow(read, ", ".join(f"{name} string" for name in names))
+    # What comes next is more work than reading.
+    tasks = spark.sparkContext.defaultParallelism
+    return frame.repartition(tasks) if count < tasks else frame
 
 
-@contextmanager
-def _readable(path: Path, kind: str) -> Iterator[None]:
+def read_part(part: Part, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a part in batches; `names` are our columns, `problem` and `detail`."""
+    with readable(part.path, part.kind):
+        yield from part.batches(names) if isinstance(part, ParquetRowGroup) else _batches(part.rows(), names)
+
+
+def open_parts(
+    files: list[Path], kind: str, columns: Mapping[Any, str], delimiter: str | None, encoding: str
+) -> list[Part]:
+    """The parts of the files, after a look at their headers; raises `ContractError` for what `read_columns` refuses."""
+    parts: list[Part] = []
+    keys: dict[str, None] = {}
+    for file in files:
+        with readable(file, kind):
+            if kind == "parquet":
+                parts += open_parquet(file, columns)
+            elif kind == "json":
+                keys |= dict.fromkeys(json_names(file, encoding))
+                parts.append(JsonFile(file, encoding, columns))
+            else:
+                parts.append(open_delimited(file, columns, delimiter, "," if kind == "csv" else "\t", encoding))
+    if kind == "json":
+        require_columns(columns, list(keys), files[0])
+    return parts
+
+
+def _batches(rows: Iterable[Row], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows as batches with the columns `names`, small in characters too."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(cell) for cell in row if cell)
+        if len(batch) == BATCH_ROWS or size > _BATCH_CHARS:
+            yield _record_batch(batch, names)
+            batch, size = [], 0
+    if batch:
+        yield _record_batch(batch, names)
+
+
+def _record_batch(rows: list[Row], names: Sequence[str]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([_text_array(column) for column in zip(*rows, strict=True)], list(names))
+
+
+def _text_array(cells: Sequence[str | None]) -> pa.Array:
     try:
-        yield
-    except (OSError, EOFError, UnicodeError, zlib.error, csv.Error, pa.ArrowException) as error:
-        raise ContractError(f"{path} cannot be read as {kind}: {error}; check the file or `data.format`") from error
-
-
-def _read_jsonl(spark: SparkSession, files: list[Path], columns: Mapping[Any, str]) -> DataFrame:
-    from pyspark.sql import functions as F
-    from pyspark.sql.types import StringType, StructField, StructType
-
-    require_columns(columns, _json_names(files[0]), files[0])
-    names = list(dict.fromkeys(columns.values()))
-    # As a string Spark keeps numbers, lists and objects in their JSON form.
-    schema = StructType([StructField(name, StringType()) for name in [*names, _CORRUPT]])
-    frame = (
-        spark.read.schema(schema)
-        .options(mode="PERMISSIVE", columnNameOfCorruptRecord=_CORRUPT, encoding="UTF-8")
-        .json(spark_paths(files))
-    )
-    chosen = [F.col(_quoted(theirs)).alias(ours) for ours, theirs in columns.items()]
-    line = F.col(_CORRUPT)
-    problem = F.when(line.isNotNull(), "the line is not a JSON object")
-    for ours, theirs in columns.items():
-        if ours != "attributes":
-            value = F.col(_quoted(theirs))
-            nested = value.rlike(r"^[\[{]") & F.try_parse_json(value).isNotNull()
-            problem = problem.when(nested, f"the {str(ours).replace('_', ' ')} is a list or an object, not text")
-    frame = frame.select(*chosen, problem.alias("problem"), F.substring(line, 1, 1000).alias("detail"))
-    return frame.repartition(spark.sparkContext.defaultParallelism) if files[0].suffix == ".gz" else frame
-
-
-def json_names(path: Path) -> list[str]:
-    """The keys of the first lines' objects, in the order in which they appear; raises `ContractError` for none."""
-    with _readable(path, "jsonl"):
-        return _json_names(path)
-
-
-def _json_names(path: Path) -> list[str]:
-    names: dict[str, None] = {}
-    with open_text(path) as file:
-        for line in islice(file, _SAMPLED_LINES):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                names.update(dict.fromkeys(record))
-    if not names:
-        raise ContractError(
-            f"{path} holds no JSON object in its first {_SAMPLED_LINES} lines; one for each line is needed"
-        )
-    return list(names)
-
-
-def _read_parquet(spark: SparkSession, files: list[Path], columns: Mapping[Any, str]) -> DataFrame:
-    from pyspark.errors import AnalysisException
-    from pyspark.sql import functions as F
-
-    schema = pq.read_schema(files[0])
-    require_columns(columns, schema.names, files[0])
-    chosen = []
-    for ours, theirs in columns.items():
-        kind = schema.field(theirs).type
-        if pa.types.is_nested(kind) and ours != "attributes":
-            raise ContractError(f"{files[0]}: column '{theirs}' for our '{ours}' is {kind}, expected text or a number")
-        column = F.col(_quoted(theirs))
-        chosen.append((column if pa.types.is_nested(kind) else column.cast("string")).alias(ours))
-    none = F.lit(None).cast("string")
-    try:
-        frame = spark.read.parquet(*spark_paths(files))
-        return frame.select(*chosen, none.alias("problem"), none.alias("detail"))
-    except AnalysisException as error:
-        raise ContractError(f"Spark cannot read {files[0]}: {str(error).splitlines()[0]}") from error
-
-
-def _quoted(name: str) -> str:
-    return "`" + name.replace("`", "``") + "`"
+        return pa.array(cells, pa.string())
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold as an escape
+        return pa.array([cell and cell.encode("utf-8", "replace").decode() for cell in cells], pa.string())

@@ -1,70 +1,77 @@
-"""From a source's own labels to grades, as Spark expressions."""
+"""From what a file holds to a grade, a number or attributes: plain functions of one cell's text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import add
-from typing import TYPE_CHECKING
+import json
+import re
+import sys
+from typing import Any
 
-if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame
+from pydantic import Field
 
-# Java's own parser also takes "1d" and "0x1p3", which no person writes as a rating.
-_NUMBER = r"^[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]{1,3})?$"
+from data.contracts import Config
 
-
-def graded_rows(
-    frame: DataFrame,
-    *,
-    ad_title: Column,
-    grade_raw: Column,
-    grade: Column,
-    fault: Column,
-    ad_text: Column | None = None,
-    attributes: Column | None = None,
-    **more: Column,
-) -> DataFrame:
-    """The rows of a source whose every row has a label, without rationales; see `data.sources.COLUMNS`.
-
-    `frame` is what `read_columns` gives, with `query` and the label in `grade`. `fault` is the reason why a label is none,
-    else null: such a row gets it as its `problem` unless it has one, and the label as its `detail`. `more` are further
-    columns.
-    """
-    from pyspark.sql import functions as F
-
-    none = F.lit(None)
-    return frame.select(
-        "query",
-        ad_title.alias("ad_title"),
-        (none.cast("string") if ad_text is None else ad_text).alias("ad_text"),
-        (none.cast("map<string,string>") if attributes is None else attributes).alias("attributes"),
-        grade_raw.alias("grade_raw"),
-        grade.alias("grade"),
-        *[column.alias(name) for name, column in more.items()],
-        none.cast("string").alias("rationale"),
-        F.coalesce("problem", fault).alias("problem"),
-        F.coalesce("detail", F.when(fault.isNotNull(), F.col("grade"))).alias("detail"),
-    )
+# Python's own parser also takes "1_0" and "infinity", which no person writes as a rating.
+_NUMBER = re.compile(r"[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
-def number(text: Column) -> Column:
-    """The decimal number that a text is, as a double; null when it is none."""
-    from pyspark.sql import functions as F
+class Labels(Config):
+    """How labels become grades: words by `words`, ratings by the number of `thresholds` that they reach."""
 
-    return F.when(text.rlike(_NUMBER), text.try_cast("double"))
+    words: dict[str, int] = Field(default_factory=dict)
+    gains: dict[str, float] = Field(default_factory=dict)
+    """What the publisher gives for each word in ranking: the rating that is kept."""
+    thresholds: tuple[float, ...] = ()
+    lowest: float = -sys.float_info.max
+    highest: float = sys.float_info.max
+    whole: bool = False
+    missing: tuple[str, ...] | None = None
+    """Labels, in upper case, that mean that there is none; without them every row must have a label."""
+    fault: str
+    """The reason of a row whose label is none of these."""
+
+    def read(self, cell: str | None) -> tuple[float | None, int | None, str | None]:
+        """Rating, grade and fault of a label, each None where there is none."""
+        text = (cell or "").strip()
+        if self.missing is not None and text not in self.words and (not text or text.upper() in self.missing):
+            return None, None, None
+        if self.words:
+            return self.gains.get(text), self.words.get(text), None if text in self.words else self.fault
+        rating = number(text)
+        if rating is None or not self.lowest <= rating <= self.highest or (self.whole and rating % 1):
+            return rating, None, self.fault
+        return rating, sum(rating >= threshold for threshold in self.thresholds), None
 
 
-def threshold_grade(rating: Column, thresholds: Sequence[float]) -> Column:
-    """The number of thresholds that `rating` reaches; null stays null."""
-    from pyspark.sql import functions as F
+def grade_numbers(highest: int, fault: str, missing: tuple[str, ...] | None = None) -> Labels:
+    """Labels that are the grades themselves, 0 … `highest`."""
+    thresholds = tuple(range(1, highest + 1))
+    return Labels(thresholds=thresholds, lowest=0, highest=highest, whole=True, fault=fault, missing=missing)
 
-    return reduce(add, ((rating >= F.lit(t)).cast("int") for t in thresholds))
+
+def number(text: str | None) -> float | None:
+    """The decimal number that a text is; None when it is none."""
+    text = (text or "").strip()
+    return float(text) if _NUMBER.fullmatch(text) else None
 
 
-def named_label(text: Column, values: Mapping[str, object], kind: str) -> Column:
-    """What `values` gives for a label in words, cast to the Spark type `kind`; null for any other label."""
-    from pyspark.sql import functions as F
+def json_attributes(text: str) -> dict[str, str] | None:
+    """The members of a JSON object as text, those that are null left out; None for anything else."""
+    try:
+        members = json.loads(text)
+    except ValueError:
+        return None
+    return {k: as_text(v) for k, v in members.items() if v is not None} if isinstance(members, dict) else None
 
-    known = F.create_map(*[F.lit(part) for pair in values.items() for part in pair])
-    return F.try_element_at(known, text).cast(kind)
+
+def named_values(text: str) -> dict[str, str]:
+    """The members of `name:value|name:value`; a part without a name or a value is none."""
+    parts = [
+        (part.partition(":")[0].strip(), part.rpartition(":")[2].strip()) for part in text.split("|") if ":" in part
+    ]
+    return {name: value for name, value in sorted(parts) if name and value}
+
+
+def as_text(value: Any) -> str:
+    """A JSON value as text: a string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,36 +1,111 @@
-"""Files on disk: which there are, which columns they must have, how Python and Spark open them. Files are local."""
+"""Files on disk: which ones a source reads, how Python and Spark open them, which columns must be there. Files are local."""
 
 from __future__ import annotations
 
 import difflib
 import gzip
+import io
+import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
+
+import pyarrow as pa
 
 from data.contracts import ContractError
 
+log = logging.getLogger(__name__)
 
-def list_files(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder (hidden ones and markers left out), sorted; never empty."""
+Row = tuple[str | None, ...]
+"""The cells of the columns that are read, then `problem` (why a line is no row, else None) and `detail` (the line)."""
+
+_FORMATS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
+            ".parquet": "parquet", ".pq": "parquet"}  # fmt: skip
+_REMEDIES = {
+    (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"): "is a spreadsheet: save the sheet as CSV (UTF-8)",
+    (".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"): "is packed: unpack it",
+    (
+        ".feather",
+        ".arrow",
+        ".avro",
+        ".orc",
+        ".xml",
+        ".pkl",
+        ".sqlite",
+    ): "cannot be read: save the table as Parquet or CSV",
+}
+_DOCUMENT = re.compile(r"(readme|licen[cs]e|changelog)(\.txt)?|.*\.(md|rst|pdf|html?|docx?|png|jpe?g|sh|py|ipynb|toml)")
+
+
+def list_files(path: Path, format: str = "auto") -> list[Path]:
+    """The file itself, or the data files of a folder, sorted; never empty.
+
+    Of a folder, hidden files, markers and documents are left out, and what is not of `format` (with `auto`: of any that is
+    known), unless nothing else is there. Raises `ContractError` when there is none, or a spreadsheet is among them.
+    """
     if path.is_file():
         return [path]
     if not path.exists():
         raise ContractError(f"there is no file {path}{_nearest_file(path)}; check `data.path`")
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
-    if not files:
+    chosen = [file for file in files if not _DOCUMENT.fullmatch(file.name.lower())]
+    formats = _FORMATS.values() if format == "auto" else [format.replace("jsonl", "json")]
+    chosen = [file for file in chosen if _format_by_name(file) in formats] or chosen
+    if not chosen:
         raise ContractError(f"the folder {path} holds no file to read; check `data.path`")
-    return files
+    if len(chosen) < len(files):
+        log.info(
+            "of %s, these are not read: %s", path, ", ".join(sorted({f.name for f in files} - {f.name for f in chosen}))
+        )
+    return chosen
+
+
+def file_format(path: Path, format: str) -> str:
+    """`csv`, `tsv`, `json` (lines or an array) or `parquet`: `format`, or by the file's name when that is `auto`."""
+    if format != "auto":
+        return format.replace("jsonl", "json")
+    found = _format_by_name(path)
+    if found is None:
+        raise ContractError(
+            f"the name of {path} does not tell its format; set `data.format` to csv, tsv, json, jsonl or parquet"
+        )
+    return found
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The content of a file, unpacked if it is gzipped or a zip of one data file, whatever its name."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if start == b"PK\x03\x04":
+        return zipfile.ZipFile(path).open(_zip_member(path))
+    if start == b"\xd0\xcf\x11\xe0":
+        raise ContractError(f"{path} is a spreadsheet: save the sheet as CSV (UTF-8)")
+    return path.open("rb")
 
 
 def open_text(path: Path, encoding: str = "utf-8") -> IO[str]:
-    """A text file, gzipped or not; undecodable bytes become U+FFFD."""
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    """A text file, packed or not; undecodable bytes become U+FFFD, line ends stay as they are."""
     # utf-8-sig: the mark that Excel puts first is no part of a column's name.
-    name = "utf-8-sig" if encoding == "utf-8" else encoding
-    return opened(path, "rt", encoding=name, errors="replace", newline="")  # type: ignore[operator]
+    name = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+    return io.TextIOWrapper(open_bytes(path), encoding=name, errors="replace", newline="")
+
+
+@contextmanager
+def readable(path: Path, format: str) -> Iterator[None]:
+    """Make one sentence of an error that shows a file to be damaged, or of another format."""
+    damage = (OSError, EOFError, UnicodeError, zlib.error, zipfile.BadZipFile, JSONDecodeError, pa.ArrowException)
+    try:
+        yield
+    except damage as error:
+        raise ContractError(f"{path} cannot be read as {format}: {error}; check the file or `data.format`") from error
 
 
 def spark_paths(files: Iterable[Path]) -> list[str]:
@@ -49,23 +124,50 @@ def public_file(name: str) -> Path:
     return path
 
 
+def require_columns(columns: Mapping[Any, str], present: Sequence[str], path: Path) -> None:
+    """Raise `ContractError` for the first mapped column that `present` lacks, naming the nearest, or holds twice."""
+    for ours, theirs in columns.items():
+        if present.count(theirs) > 1:
+            raise ContractError(f"{path} has more than one column '{theirs}'; rename all but one of them")
+        if theirs in present:
+            continue
+        folded = {name.casefold(): name for name in present}
+        near = [folded[n] for n in difflib.get_close_matches(theirs.casefold(), list(folded), n=3, cutoff=0.4)]
+        hint = f"{'the nearest are' if near else 'it has'} {', '.join(map(repr, near or list(present)[:10]))}"
+        raise ContractError(f"{path} has no column '{theirs}' for our '{ours}': {hint}; check `data.columns`")
+
+
 def one_file(path: Path) -> Path:
-    """`path` when it is a file, or the only file of that folder."""
+    """`path` when it is a file, or the only data file of that folder."""
     first, *more = list_files(path)
     if more:
         raise ContractError(f"{path} holds {len(more) + 1} files; set `data.path` to the one to read")
     return first
 
 
-def require_columns(columns: Mapping[Any, str], found: list[str], where: Path) -> None:
-    """Raise `ContractError` for the first mapped column that is not in `found`, naming the nearest ones that are."""
-    for ours, theirs in columns.items():
-        if theirs in found:
-            continue
-        folded = {name.casefold(): name for name in found}
-        near = [folded[n] for n in difflib.get_close_matches(theirs.casefold(), list(folded), n=3, cutoff=0.4)]
-        hint = f"{'the nearest are' if near else 'it has'} {', '.join(map(repr, near or found[:10]))}"
-        raise ContractError(f"{where} has no column '{theirs}' for our '{ours}': {hint}; mend `data.columns`")
+def _format_by_name(path: Path) -> str | None:
+    """Raises `ContractError` for what is known to be no table that can be read."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zip")
+    for suffixes, remedy in _REMEDIES.items():
+        if name.endswith(suffixes):
+            raise ContractError(f"{path} {remedy}")
+    if path.suffix.lower() == ".zip" and Path(name).suffix not in _FORMATS:
+        with readable(path, "zip"):
+            name = _zip_member(path).lower()
+    return _FORMATS.get(Path(name).suffix)
+
+
+def _zip_member(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.startswith("__MACOSX") and not name.endswith("/")]
+    if "[Content_Types].xml" in names:
+        raise ContractError(f"{path} is a spreadsheet: save the sheet as CSV (UTF-8)")
+    names = [name for name in names if not _DOCUMENT.fullmatch(Path(name).name.lower())]
+    if len(names) != 1:
+        raise ContractError(
+            f"{path} holds {len(names)} files: unpack it, and set `data.path` to the folder or a file of it"
+        )
+    return names[0]
 
 
 def _nearest_file(path: Path) -> str:

@@ -11,8 +11,12 @@ substitute, or an accessory of it; 0 = something else.
 from __future__ import annotations
 
 import random
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from data.contracts import Grade, GradeScale
 
@@ -32,22 +36,6 @@ SCALE = GradeScale(
 GRADE_SHARES = (0.26, 0.24, 0.24, 0.26)
 MISSPELT_SHARE = 0.06
 
-COLOURS = ("black", "white", "red", "blue", "green")
-BRANDS = {
-    "sport": ("Velora", "Kestrel", "Northpeak"),
-    "home": ("Hearthly", "Maplewood", "Casa Nova"),
-    "tech": ("Zenix", "Orbitel", "Pixon"),
-    "garden": ("Greenfold", "Rootwell", "Terra"),
-}
-FILLERS = ("new", "sale", "free delivery", "best price", "2026 model", "gift idea", "in stock", "limited offer")
-SENTENCES = (
-    "Order today and get it within two days.",
-    "Rated highly by thousands of buyers.",
-    "Thirty days to return it.",
-    "Official shop with full warranty.",
-    "Price checked every morning.",
-)
-
 
 @dataclass(frozen=True)
 class ProductType:
@@ -55,50 +43,10 @@ class ProductType:
 
     name: str
     department: str
-    synonyms: tuple[str, ...]
-    accessories: tuple[str, ...]
-    substitutes: tuple[str, ...]
-    sizes: tuple[str, ...] = ()
-
-
-_SHOES = ("size 38", "size 40", "size 42")
-_VOLUMES = ("mini", "standard", "family")
-_SCREENS = ("compact", "wide", "giant")
-_WEAR = ("small", "medium", "large")
-
-TYPES = (
-    ProductType(
-        "running shoes", "sport", ("trainers", "joggers"), ("shoe laces", "insoles"), ("hiking boots",), _SHOES
-    ),
-    ProductType("hiking boots", "sport", ("trekking footwear",), ("boot wax", "insoles"), ("running shoes",), _SHOES),
-    ProductType("tent", "sport", ("camping shelter",), ("tent pegs", "tent groundsheet"), ("hammock",)),
-    ProductType("hammock", "sport", ("hanging bed",), ("hammock straps",), ("tent",)),
-    ProductType("backpack", "sport", ("rucksack", "daypack"), ("backpack rain cover",), ("suitcase",), _WEAR),
-    ProductType("suitcase", "sport", ("trolley luggage",), ("luggage tag", "suitcase lock"), ("backpack",), _WEAR),
-    ProductType("bicycle", "sport", ("bike", "two wheeler"), ("bicycle pump", "bike lock"), ("scooter",), _WEAR),
-    ProductType("scooter", "sport", ("kick board",), ("scooter grips",), ("bicycle",)),
-    ProductType("sofa", "home", ("couch", "settee"), ("sofa cover", "sofa legs"), ("armchair",)),
-    ProductType("armchair", "home", ("easy chair",), ("armchair cushion",), ("sofa",)),
-    ProductType("kettle", "home", ("water boiler",), ("kettle filter", "descaler"), ("coffee maker",), _VOLUMES),
-    ProductType("coffee maker", "home", ("espresso machine",), ("coffee filters", "descaler"), ("kettle",), _VOLUMES),
-    ProductType("lamp", "home", ("light fixture",), ("lamp shade", "light bulb"), ("candle holder",)),
-    ProductType("candle holder", "home", ("candlestick",), ("wax candles",), ("lamp",)),
-    ProductType("duvet", "home", ("comforter", "quilt"), ("duvet cover",), ("blanket",), _WEAR),
-    ProductType("blanket", "home", ("throw",), ("blanket clips",), ("duvet",), _WEAR),
-    ProductType("phone", "tech", ("smartphone", "mobile"), ("phone case", "phone charger"), ("tablet",)),
-    ProductType("tablet", "tech", ("slate computer",), ("tablet sleeve", "stylus pen"), ("phone",)),
-    ProductType(
-        "television", "tech", ("tv", "smart screen"), ("tv wall mount", "hdmi cable"), ("projector",), _SCREENS
-    ),
-    ProductType("projector", "tech", ("beamer",), ("projector bulb", "hdmi cable"), ("television",)),
-    ProductType("headphones", "tech", ("headset", "earphones"), ("headphone stand", "ear pads"), ("speaker",)),
-    ProductType("speaker", "tech", ("sound box",), ("speaker cable",), ("headphones",)),
-    ProductType("lawn mower", "garden", ("grass cutter",), ("mower blade", "mower cover"), ("hedge trimmer",)),
-    ProductType("hedge trimmer", "garden", ("bush shears",), ("trimmer battery",), ("lawn mower",)),
-    ProductType("garden hose", "garden", ("water pipe",), ("hose nozzle", "hose reel"), ("watering can",)),
-    ProductType("watering can", "garden", ("sprinkling jug",), ("can rose head",), ("garden hose",), _VOLUMES),
-)
-BY_NAME = {kind.name: kind for kind in TYPES}
+    synonyms: list[str]
+    accessories: list[str]
+    substitutes: list[str]
+    sizes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -109,7 +57,29 @@ class Wish:
     attributes: dict[str, str] = field(default_factory=dict)
 
 
-def generate(rows: int, seed: int) -> Iterator[dict[str, object]]:
+@dataclass(frozen=True)
+class Shop:
+    """The words of the shop, as `synthetic.toml` holds them."""
+
+    colours: list[str]
+    fillers: list[str]
+    sentences: list[str]
+    brands: dict[str, list[str]]
+    types: list[ProductType]
+
+    def options(self, kind: ProductType) -> dict[str, list[str]]:
+        """The values of each attribute that a product of this kind can have."""
+        return {"brand": self.brands[kind.department], "colour": self.colours, "size": kind.sizes}
+
+
+@cache
+def shop() -> Shop:
+    """The shop, read once."""
+    words = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    return Shop(**words | {"types": [ProductType(**kind) for kind in words["types"]]})
+
+
+def generate(rows: int, seed: int) -> Iterator[dict[str, Any]]:
     """Yield `rows` labelled pairs, the same for the same seed.
 
     Each has query, ad_title, ad_text, attributes, grade, grade_raw and rationale (the label's reason). A query comes
@@ -126,8 +96,8 @@ def generate(rows: int, seed: int) -> Iterator[dict[str, object]]:
 
 
 def _wish(rng: random.Random) -> Wish:
-    kind = rng.choice(TYPES)
-    options = {"brand": BRANDS[kind.department], "colour": COLOURS, "size": kind.sizes}
+    kind = rng.choice(shop().types)
+    options = shop().options(kind)
     names = [name for name, values in options.items() if values]
     asked = rng.sample(names, k=rng.choice((1, 1, 2)))
     return Wish(kind, {name: rng.choice(options[name]) for name in sorted(asked)})
@@ -136,26 +106,21 @@ def _wish(rng: random.Random) -> Wish:
 def _query(rng: random.Random, wish: Wish) -> str:
     word = rng.choice((wish.kind.name, wish.kind.name, *wish.kind.synonyms))
     if len(word) > 3 and rng.random() < MISSPELT_SHARE:
-        word = _misspell(rng, word)
+        # Two neighbouring letters change places, or one is missing, past the first.
+        place = rng.randrange(1, len(word) - 1)
+        changed = word[place + 1] + word[place] + word[place + 2 :] if rng.random() < 0.5 else word[place + 1 :]
+        word = word[:place] + changed
     before = [wish.attributes[name] for name in ("brand", "colour") if name in wish.attributes]
     size = [wish.attributes["size"]] if "size" in wish.attributes else []
     return " ".join([*before, word, *size]).lower()
 
 
-def _misspell(rng: random.Random, word: str) -> str:
-    """Swap two neighbouring letters, or drop one, past the first."""
-    place = rng.randrange(1, len(word) - 1)
-    if rng.random() < 0.5:
-        return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
-    return word[:place] + word[place + 1 :]
-
-
-def _pair(rng: random.Random, wish: Wish, query: str) -> dict[str, object]:
+def _pair(rng: random.Random, wish: Wish, query: str) -> dict[str, Any]:
     grade = rng.choices(range(4), weights=GRADE_SHARES)[0]
     if grade == 2 and not wish.attributes:
         grade = 3
-    department = wish.kind.department
-    offered = {"brand": rng.choice(BRANDS[department]), "colour": rng.choice(COLOURS)}
+    options = shop().options(wish.kind)
+    offered = {name: rng.choice(options[name]) for name in ("brand", "colour")}
     # Ads of every grade share attributes with the query, so that those words alone say little.
     if grade >= 2 or rng.random() < 0.6:
         offered |= {name: value for name, value in wish.attributes.items() if name != "size" or grade >= 2}
@@ -164,7 +129,9 @@ def _pair(rng: random.Random, wish: Wish, query: str) -> dict[str, object]:
         if wish.kind.sizes and "size" not in offered:
             offered["size"] = rng.choice(wish.kind.sizes)
         if grade == 2:
-            _change_one(rng, wish, offered)
+            name = rng.choice(sorted(wish.attributes))
+            others = [value for value in shop().options(wish.kind)[name] if value != wish.attributes[name]]
+            offered[name] = rng.choice(others)
         relation = "same product"
     elif grade == 1 and rng.random() < 0.5:
         offered_type = noun = rng.choice(wish.kind.accessories)
@@ -173,8 +140,9 @@ def _pair(rng: random.Random, wish: Wish, query: str) -> dict[str, object]:
             noun = f"{noun} for {wish.kind.name}"
         relation = "accessory"
     elif grade == 1:
-        substitute = BY_NAME[rng.choice(wish.kind.substitutes)]
-        offered_type, noun = substitute.name, rng.choice((substitute.name, *substitute.synonyms))
+        offered_type = rng.choice(wish.kind.substitutes)
+        (substitute,) = (kind for kind in shop().types if kind.name == offered_type)
+        noun = rng.choice((substitute.name, *substitute.synonyms))
         relation = "substitute"
     else:
         offered_type, noun = _something_else(rng, wish)
@@ -182,7 +150,7 @@ def _pair(rng: random.Random, wish: Wish, query: str) -> dict[str, object]:
     return {
         "query": query,
         "ad_title": _title(rng, offered, noun),
-        "ad_text": " ".join(rng.sample(SENTENCES, k=2)) if rng.random() < 0.5 else None,
+        "ad_text": " ".join(rng.sample(shop().sentences, k=2)) if rng.random() < 0.5 else None,
         "attributes": {name: value for name, value in offered.items() if name == "colour" and rng.random() < 0.3},
         "grade": grade,
         "grade_raw": float(grade),
@@ -190,19 +158,11 @@ def _pair(rng: random.Random, wish: Wish, query: str) -> dict[str, object]:
     }
 
 
-def _change_one(rng: random.Random, wish: Wish, offered: dict[str, str]) -> None:
-    """Give one attribute that was asked for another value."""
-    name = rng.choice(sorted(wish.attributes))
-    values = {"brand": BRANDS[wish.kind.department], "colour": COLOURS, "size": wish.kind.sizes}[name]
-    offered[name] = rng.choice([value for value in values if value != wish.attributes[name]])
-
-
 def _something_else(rng: random.Random, wish: Wish) -> tuple[str, str]:
     """A product (or an accessory) that has nothing to do with the wish: its type's name and the words of the ad."""
     near = {wish.kind.name, *wish.kind.substitutes}
-    other = rng.choice([kind for kind in TYPES if kind.name not in near])
-    mine = set(wish.kind.accessories)
-    foreign = [accessory for accessory in other.accessories if accessory not in mine]
+    other = rng.choice([kind for kind in shop().types if kind.name not in near])
+    foreign = [accessory for accessory in other.accessories if accessory not in wish.kind.accessories]
     if foreign and rng.random() < 0.3:
         accessory = rng.choice(foreign)
         return accessory, accessory
@@ -214,7 +174,7 @@ def _title(rng: random.Random, offered: dict[str, str], noun: str) -> str:
     if rng.random() < 0.3:
         parts = [noun, offered.get("size", ""), "by", offered["brand"], "in", offered["colour"]]
     if rng.random() < 0.5:
-        parts.append(rng.choice(FILLERS))
+        parts.append(rng.choice(shop().fillers))
     text = " ".join(part for part in parts if part)
     return text[0].upper() + text[1:]
 
@@ -226,8 +186,6 @@ def _rationale(wish: Wish, offered: dict[str, str], offered_type: str, relation:
     exploration on words that the label does not depend on.
     """
     reason = f"Asked: {wish.kind.name}. Offered: {offered_type}. Relation: {relation}."
-    if relation != "same product":
-        return reason
-    for name, value in wish.attributes.items():
+    for name, value in wish.attributes.items() if relation == "same product" else ():
         reason += f" {name.capitalize()} {'as asked' if offered[name] == value else 'differs'}."
     return reason

@@ -9,10 +9,11 @@ import pytest
 
 from data.balance import grade_balance
 from data.card import card_markdown
-from data.config import DataConfig
-from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, ContractError, read_table
+from data.config import DataConfig, Shares
+from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, GradeScale, read_table
 from data.html import visible_text
 from data.prepare import prepare
+from data.quality import split_fault, split_warnings
 from data.text import near_key, normalise_key
 
 GRADES = [
@@ -223,31 +224,24 @@ def test_balance_is_measured_in_standard_deviations_of_chance() -> None:
 
     fair = [max(row["deviations"] for row in grade_balance(counts(0.0), 2).values()) for _ in range(100)]
     assert 0.4 < sum(fair) / len(fair) < 1.4  # |z| of a normal has the mean 0.8
-    assert max(row["deviations"] for row in grade_balance(counts(0.2), 2).values()) > 5
+    skewed = counts(0.2)
+    balance = grade_balance(skewed, 2)
+    assert max(row["deviations"] for row in balance.values()) > 5
+    scale = GradeScale.model_validate({"grades": GRADES[:2], "relevant_from": 1})
+    texts = split_warnings(skewed | {"valid": skewed["test"]}, balance, DataConfig(), scale)
+    assert any(text.startswith("The grades of split test") and "try another `data.seed`" in text for text in texts)
+    assert len(texts) == sum(row["deviations"] > 5 for row in balance.values())
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"log": {"path": "x.csv", "columns": {"query": "q"}}},
-        {"log": {"path": "x.csv", "columns": {"query": "q", "ad_title": "t"}, "head_traffic": 0.8}},
-        {
-            "log": {"path": "x.csv", "columns": {"query": "q", "ad_title": "t"}},
-            "shares": {"train": 1, "valid": 0, "test": 0, "pool": 0},
-        },
-        {"delimiter": ";;"},
-        {"encoding": "klingon"},
-        {"split_by": "ad"},
-    ],
-)
-def test_settings_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"columns|head_traffic|pool|delimiter|encoding|split_by"):
-        config(Path("a.csv"), **change)
-
-
-def test_a_public_set_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from data.sources import input_fingerprint
-
-    monkeypatch.setenv("ADS_RELEVANCE_DATA", str(tmp_path))
-    with pytest.raises(ContractError, match=r"qbqtc/train\.jsonl\.gz"):
-        input_fingerprint(DataConfig(source="qbqtc"))
+def test_splits_of_one_class_are_faults_and_small_ones_warnings() -> None:
+    scale = GradeScale.model_validate({"grades": GRADES, "relevant_from": 2})
+    counts = {split: {"n0": 40, "n1": 30, "n2": 50} for split in ("train", "valid", "test")}
+    assert split_fault(counts, DataConfig(), scale) == ""
+    assert split_warnings(counts, {}, DataConfig(), scale) == []
+    assert split_fault(counts | {"train": {"n0": 1}}, DataConfig(), scale) == ""
+    for split, found in (("valid", {"n2": 1}), ("test", {"n0": 9, "n1": 9}), ("valid", {}), ("train", {"rows": 5})):
+        assert split_fault(counts | {split: found}, DataConfig(), scale).startswith(f"split {split} has ")
+        no_share = DataConfig(shares=Shares(**dict.fromkeys(("train", "valid", "test"), 0.0), pool=1.0))
+        assert split_fault(counts | {split: found}, no_share, scale) == ""
+    (text,) = split_warnings(counts | {"valid": {"n0": 3, "n2": 12}}, {}, DataConfig(), scale)
+    assert text.startswith("Split valid has 12 relevant and 3 other labelled pairs")

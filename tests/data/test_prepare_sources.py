@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from data.config import DataConfig
 from data.contracts import PAIRS, RATIONALES, SPLITS, ContractError, GradeScale, read_table
 from data.prepare import prepare
-from data.sources import home_depot
 from data.sources.paths import public_file
 from data.text import near_key, normalise_key
 
@@ -44,24 +42,6 @@ def test_synthetic(spark: Any, tmp_path: Path) -> None:
         assert prepare(config, other, spark).fingerprint == result.fingerprint
     finally:
         spark.conf.set("spark.sql.shuffle.partitions", before)
-
-
-def test_home_depot_grades_at_their_bounds(spark: Any, tmp_path: Path) -> None:
-    ratings = ["1.0", "1.5", "1.67", "2.25", "2.33", "3", "3.5", "", "x"]
-    lines = [f'{i},{i},"A 3"" pipe, {i}",pipe,{rating}' for i, rating in enumerate(ratings)]
-    file = tmp_path / "train.csv"
-    file.write_text("\n".join(["id,product_uid,product_title,search_term,relevance", *lines]))
-    prepare(DataConfig(source="home_depot", path=file, max_rejected_share=0.5), tmp_path, spark)
-    rows = read_table(tmp_path / "pairs", PAIRS).to_pylist()
-    assert {row["grade_raw"]: row["grade"] for row in rows} == {1.0: 0, 1.5: 0, 1.67: 1, 2.25: 1, 2.33: 2, 3.0: 2}
-    assert 'A 3" pipe, 0' in {row["ad_title"] for row in rows}
-    assert {row["detail"] for row in pq.read_table(tmp_path / "rejected").to_pylist()} == {"3.5", None, "x"}
-
-
-def test_home_depot_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ADS_RELEVANCE_DATA", str(tmp_path))
-    with pytest.raises(ContractError, match="ADS_RELEVANCE_DATA"):
-        home_depot.input_files(DataConfig(source="home_depot"))
 
 
 def is_there(name: str) -> bool:

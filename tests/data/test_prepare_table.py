@@ -5,13 +5,13 @@ import gzip
 import io
 import json
 import random
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 
 from data.config import DataConfig
 from data.contracts import PAIRS, RATIONALES, ContractError, GradeScale, read_table
@@ -28,11 +28,12 @@ GRADES = [
 ]
 COLUMNS = {"query": "search term", "ad_title": "Title.1", "ad_text": "text", "grade": "label", "attributes": "extra"}
 HEADER = ["id", *COLUMNS.values()]
+ALL_TO_POOL = {"train": 0, "valid": 0, "test": 0, "pool": 1}
 
 
 def config(path: Path, **more: Any) -> DataConfig:
     base = {"source": "table", "path": path, "columns": COLUMNS, "grades": GRADES, "max_rejected_share": 1.0}
-    return DataConfig.model_validate(base | more)
+    return DataConfig.model_validate(base | {"shares": ALL_TO_POOL} | more)
 
 
 def rows(count: int = 60) -> list[list[Any]]:
@@ -100,7 +101,7 @@ def test_faults_are_named_and_every_row_is_accounted_for(spark: Any, tmp_path: P
         "the ad title is empty or has no visible character": [["q", "\x07", "", 1, ""]],
         "the ad title is longer than 20000 characters": [["q", "t" * 20_001, "", 1, ""]],
         "the ad text is longer than 20000 characters": [["q", "t", "x" * 20_001, 1, ""]],
-        "the grade is not on the scale 0 … 2": [
+        "the grade is not on the scale 0 … 2: for ratings set `data.grade_thresholds`, for words `data.grade_labels`": [
             ["q", "t", "", 3, ""],
             ["q", "t", "", "good", ""],
             ["q", "t", "", 1.5, ""],
@@ -178,7 +179,7 @@ def test_a_query_is_in_one_split_and_unlabelled_rows_are_the_pools(spark: Any, t
             row[4] = "NaN"  # one of its ads has none
     file = tmp_path / "a.csv"
     file.write_text(as_csv(table))
-    result = prepare(config(file, max_train=20), tmp_path, spark)
+    result = prepare(config(file, max_train=20, shares={}), tmp_path, spark)
     found = pairs(tmp_path).values()
     splits: dict[str, set[str]] = {}
     for row in found:
@@ -199,39 +200,6 @@ def test_a_query_is_in_one_split_and_unlabelled_rows_are_the_pools(spark: Any, t
     assert figures["rows"] + figures["unlabelled_left_out"] + figures["beyond_limits"] == 300
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"columns": {"query": "serch term", "ad_title": "Title.1"}}, "'search term'"),
-        ({"columns": {"query": "search term", "ad_title": "zzzzzz"}}, "it has 'id', 'search term'"),
-        ({"path": Path("nowhere/x.csv")}, "nowhere"),
-        ({"format": "parquet"}, "cannot be read as parquet"),
-        ({"format": "jsonl"}, "no JSON object"),
-        ({"relevant_from": 0}, "relevant_from"),
-    ],
-)
-def test_what_a_person_must_mend_is_one_sentence(
-    spark: Any, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    (tmp_path / "a.csv").write_text(as_csv(rows(3)))
-    with pytest.raises((ContractError, ValidationError), match=message):
-        prepare(
-            config(tmp_path / "a.csv").model_validate(config(tmp_path / "a.csv").model_dump() | change), tmp_path, spark
-        )
-
-
-@pytest.mark.parametrize("content", [b"", b"id,search term,Title.1,text,label,extra\n", b"\x1f\x8b\x08", None])
-def test_empty_and_damaged_files_are_named(spark: Any, tmp_path: Path, content: bytes | None) -> None:
-    file = tmp_path / "a.csv.gz"
-    whole = gzip.compress(as_csv(rows(3000)).encode())
-    # Truncated behind the header, so that only Spark comes to it.
-    file.write_bytes(
-        whole[:-3000] if content is None else content if content.startswith(b"\x1f") else gzip.compress(content)
-    )
-    with pytest.raises(ContractError, match=r"a\.csv\.gz"):
-        prepare(config(file), tmp_path, spark)
-
-
 def test_labels_as_words_and_a_changed_file(spark: Any, tmp_path: Path) -> None:
     file = tmp_path / "a.tsv"
     table = [[i, f"q{i}", "t", "", word, ""] for i, word in enumerate(("Exact", "Partial", " None ", "exact", ""))]
@@ -247,21 +215,33 @@ def test_labels_as_words_and_a_changed_file(spark: Any, tmp_path: Path) -> None:
     assert input_fingerprint(chosen) != before
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"path": None},
-        {"columns": {"query": "q"}},
-        {"columns": {"query": "q", "ad_title": "t", "tittle": "x"}},
-        {"grades": []},
-        {"grade_thresholds": (2.0, 1.0)},
-        {"grade_thresholds": (2.0,)},
-        {"grade_thresholds": (1.0, float("nan"))},
-        {"grade_labels": {"a": 3}},
-        {"relevant_from": 3},
-        {"max_train": 0},
-    ],
-)
-def test_config_is_refused_before_work(change: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        DataConfig.model_validate(config(Path("a.csv")).model_dump() | change)
+def test_the_literal_example_of_the_docs_leads_to_thresholds(spark: Any, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text()
+    example = tomllib.loads(page.partition("```toml")[2].partition("```")[0])["data"]
+    names = ("query", "ad_title", "ad_text", "grade")
+    lines = [";".join(example["columns"][name] for name in names)]
+    lines += [f"red shoes {i};shoe {i};text;{1 + i % 9 / 4}" for i in range(90)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    example |= {"path": tmp_path / example["path"]}
+    with pytest.raises(ContractError, match=r"for ratings set `data\.grade_thresholds`"):
+        prepare(DataConfig.model_validate(example), tmp_path, spark)
+    row = next(line for line in page.splitlines() if "grade_thresholds" in line)
+    example |= tomllib.loads(row.split("`")[1])
+    figures = prepare(DataConfig.model_validate(example | {"shares": ALL_TO_POOL}), tmp_path, spark).figures
+    assert (figures["rejected"], figures["rows"]) == (0, 90)
+
+
+def test_splits_that_doom_later_stages_stop_the_run_after_the_card(spark: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(as_csv([row for row in rows(300) if row[4] < 2]))
+    with pytest.raises(
+        ContractError, match=r"split valid has 0 relevant and \d+ other labelled pairs and split test"
+    ) as caught:
+        prepare(config(file, shares={}), tmp_path, spark)
+    assert all(remedy in str(caught.value) for remedy in ("data.shares", "data.seed", "card.md"))
+    warnings = json.loads((tmp_path / "card.json").read_text())["warnings"]
+    assert any(text.startswith("Split valid has 0 relevant") for text in warnings)
+    assert "Split valid has 0 relevant" in (tmp_path / "card.md").read_text()
+    prepare(config(file, shares={}, relevant_from=1), tmp_path, spark)
+    with pytest.raises(ContractError, match="name the column of the labels as `grade`"):
+        prepare(config(file, shares={}, columns={"query": "search term", "ad_title": "Title.1"}), tmp_path, spark)

