@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.contracts import Config
 from teacher.engines.config import EngineConfig, TransformersConfig
@@ -68,6 +68,11 @@ class WarmStartConfig(Config):
     """Completions sampled for each pair, and as many with the grade given where none of them is right."""
     reason_temperature: float = Field(default=1.0, gt=0, le=5)
     """Temperature of those samples."""
+
+    @field_validator("reasons", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        return "none" if value is None else value  # on a command line `none` is a value's absence
 
     @property
     def asks_a_model(self) -> bool:
