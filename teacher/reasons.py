@@ -47,7 +47,7 @@ _HINT = (
 )
 _NAMES_HINT = re.compile(
     r"\bhint\w*|\btold\b|\b(?:right|correct|given|provided|stated|actual) (?:grade|answer|label|rating)\b"
-    r"|\b(?:grade|answer|label|rating|score)\b\W*(?:(?:is|was|of|be)\W+)?(?:given|provided|stated|\d)",
+    r"|\b(?:grade|answer|label|rating|score)\b\W*(?:(?:is|was|of|be|ha[sd] (?:not )?been)\W+)?(?:given|provided|stated|\d)",
     re.IGNORECASE,
 )
 _RULE = re.compile(r"\brule (\d+)", re.IGNORECASE)
