@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.settings import PipelineConfig
 
 
 @dataclass(frozen=True)
@@ -12,11 +16,20 @@ class Entry:
     name: str
     stages: tuple[str, ...]
     help: str
+    from_labels: bool = False
+    """Whether its student learns from human labels alone, whatever `student.use_annotations` says."""
 
     @property
     def function(self) -> str:
         """Its name in `flows/relevance.py`."""
         return self.name.replace("-", "_")
+
+    def own(self, settings: PipelineConfig) -> PipelineConfig:
+        """The settings that the flow runs under."""
+        if not self.from_labels:
+            return settings
+        student = settings.student.model_copy(update={"use_annotations": False})
+        return settings.model_copy(update={"student": student})
 
 
 FLOWS: dict[str, Entry] = {
@@ -27,6 +40,12 @@ FLOWS: dict[str, Entry] = {
         Entry("annotate", ("annotate",), "Label the pool with the teacher: Spark over an engine."),
         Entry("student-distill", ("student",), "Distil the annotations into a small cross-encoder."),
         Entry("student-export", ("export",), "Export the student to ONNX, with a parity check."),
+        Entry(
+            "student-from-labels",
+            ("data", "student", "export"),
+            "A student without a teacher: pairs, student from human labels alone, export.",
+            from_labels=True,
+        ),
         Entry("student-score", ("score",), "Score the whole pairs table with the exported student."),
         Entry(
             "relevance-pipeline",

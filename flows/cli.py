@@ -195,7 +195,8 @@ def _show_plan(flow: str, settings: PipelineConfig) -> None:
     from pipeline.stages import with_upstream
 
     print(f"{flow}, run '{settings.run}' in {settings.folder}:")
-    for row in plan(settings, with_upstream(FLOWS[flow].stages)):
+    settings = FLOWS[flow].own(settings)
+    for row in plan(settings, with_upstream(FLOWS[flow].stages, settings)):
         print(f"  {row.action:<6} {row.stage:<9} {row.reason}")
 
 
@@ -216,8 +217,9 @@ def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) ->
         from pipeline.stages import with_upstream
 
         log = settings.folder / "stderr.log"
-        with progress_view(with_upstream(FLOWS[flow].stages), log):
-            summary = getattr(relevance, FLOWS[flow].function)(settings)
+        entry = FLOWS[flow]
+        with progress_view(with_upstream(entry.stages, entry.own(settings)), log):
+            summary = getattr(relevance, entry.function)(settings)
     except Busy as error:
         _fail(str(error), 1)
     except ContractError as error:

@@ -67,7 +67,8 @@ def _flow(entry: Entry) -> Any:
     def run(settings: PipelineConfig) -> dict[str, Any]:
         set_environment()
         connect_logging()
-        stages = with_upstream(entry.stages)
+        given, settings = settings, entry.own(settings)
+        stages = with_upstream(entry.stages, settings)
         records: list[StageRecord] = []
         spent: list[float] = []
         with (
@@ -75,7 +76,7 @@ def _flow(entry: Entry) -> Any:
             tracking(settings),
             _executing(entry, settings, stages) as running,
         ):
-            remember(settings, entry.name)
+            remember(given, entry.name)
             try:
                 for name in stages:
                     begin = time.monotonic()

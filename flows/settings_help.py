@@ -34,7 +34,7 @@ def show_settings(flow: str, settings: PipelineConfig) -> None:
             table.add_row(key, Text(value), Text(told))
         table.add_section()
     console.print(table)
-    needed = [stage for stage in with_upstream(own) if stage not in own]
+    needed = [stage for stage in with_upstream(own, FLOWS[flow].own(settings)) if stage not in own]
     if needed:
         shown = [f"{stage}.* (prefect run {_flow_of(stage)} -h)" for stage in needed]
         console.print(f"And those of the stages that it needs: {', '.join(shown)}.", markup=False)

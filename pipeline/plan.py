@@ -35,7 +35,7 @@ def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord]) 
     if (held := stage.held(settings)) is not None:
         done[name] = held
         return Planned(stage=name, action="reuse", reason=f"held as it is since {held.finished_at:%F %T} UTC")
-    if waiting := [needed.name for needed in stage.needs if needed.name not in done]:
+    if waiting := [needed.name for needed in stage.needed(settings) if needed.name not in done]:
         return Planned(stage=name, action="run", reason=f"{' and '.join(waiting)} would run before it")
     folder, recipe = stage.path(settings), stage.recipe(settings, stage.inputs(settings, done))
     record = reusable(folder, recipe, incremental=stage.incremental, share=settings.share)

@@ -53,6 +53,8 @@ class Stage:
     version: int = 1
     """Raised by hand when the same config and inputs would give an output of another meaning."""
     needs: tuple[Stage, ...] = ()
+    spares: Callable[[PipelineConfig], tuple[str, ...]] = lambda settings: ()
+    """Those of them, by name, that it does without under these settings."""
     reads_only_labelled: bool = False
     """New pairs in the pool leave it as it is."""
     reads_besides: Callable[[Any], dict[str, Input]] = lambda config: {}
@@ -80,13 +82,17 @@ class Stage:
         """The part of the settings that this stage depends on."""
         return getattr(settings, self.name)
 
+    def needed(self, settings: PipelineConfig) -> tuple[Stage, ...]:
+        """The stages that it reads under these settings."""
+        return tuple(stage for stage in self.needs if stage.name not in self.spares(settings))
+
     def inputs(self, settings: PipelineConfig, records: Mapping[str, StageRecord] | None = None) -> dict[str, Input]:
         """All that the stage reads; raises `ContractError` when a stage that it needs has not completed.
 
         `records` are the stages it needs, where they are not (or not yet) those of this run's folder.
         """
         inputs: dict[str, Input] = {}
-        for needed in self.needs:
+        for needed in self.needed(settings):
             folder = needed.path(settings)
             record = (records or {}).get(needed.name) or read_record(folder)
             if record is None:
@@ -142,7 +148,7 @@ class Stage:
 
     def _work_tracked(self, settings: PipelineConfig, inputs: dict[str, Input], out: Path) -> Output:
         """Work within an execution that is recorded; its metrics by step are read from the stage's folder."""
-        folders = {needed.name: needed.path(settings) for needed in self.needs}
+        folders = {needed.name: needed.path(settings) for needed in self.needed(settings)}
         execution = executing(
             settings,
             self.name,

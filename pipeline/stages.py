@@ -50,19 +50,21 @@ def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
 def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from student.distill import distill
 
-    config, pairs, annotations = settings.student, folders["data"], folders["annotate"]
-    record = read_record(annotations)
+    config, pairs, annotations = settings.student, folders["data"], folders.get("annotate")
+    record = read_record(annotations) if annotations else None
     if record is not None and not config.annotation_key:
         # The table grows over the runs of one name, so the key written last need not be the one that these settings mean.
         config = config.model_copy(update={"annotation_key": str(record.figures.get("annotation_key", ""))})
     base, cache = _base(settings, config.base, "encoder", pairs, config.seed), settings.weights_cache / "warm_up"
-    return distill(config, base, pairs, annotations, out, cache)
+    scored_by = config.warm_up.encoder if config.warm_up.pairs else ""
+    encoder = _base(settings, scored_by, "encoder", pairs, config.seed) if scored_by else None
+    return distill(config, base, pairs, annotations, out, cache, encoder)
 
 
 def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
-    from student.export import export_student
+    from student.ladder import export_sizes
 
-    return export_student(settings.export, folders["student"] / "model", folders["data"], out)
+    return export_sizes(settings.export, folders["student"], folders["data"], out)
 
 
 def _score(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -84,13 +86,16 @@ def _source(config: Any) -> dict[str, Input]:
     return {"source": Input(input_fingerprint(config), config.path or config.source_name)}
 
 
-def _own_model(name: str, called: str = "base") -> dict[str, Input]:
-    """A base model given by `path:`. The other kinds of names are pinned by what they say; a folder can change."""
-    if not name.startswith("path:"):
-        return {}
-    folder = Path(name.removeprefix("path:")).expanduser()
-    files = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
-    return {called: Input(digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]), folder)}
+def _own_models(**names: str) -> dict[str, Input]:
+    """Of these models those given by `path:`. The other kinds of names are pinned by what they say; a folder can change."""
+    inputs = {}
+    for role, name in names.items():
+        if name.startswith("path:"):
+            folder = Path(name.removeprefix("path:")).expanduser()
+            files = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
+            fingerprint = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
+            inputs[role] = Input(fingerprint, folder)
+    return inputs
 
 
 DATA = Stage(
@@ -110,7 +115,7 @@ TEACHER = Stage(
     work=_train_teacher,
     needs=(DATA,),
     reads_only_labelled=True,
-    reads_besides=lambda config: _own_model(config.model) | _own_model(config.warm_start.reason_model, "reason_model"),
+    reads_besides=lambda config: _own_models(base=config.model, reason_model=config.warm_start.reason_model),
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
     artifacts=("metrics.jsonl", "evaluation.json", "reasons.json", "model/model_card.md"),
@@ -134,11 +139,12 @@ STUDENT = Stage(
     work=_distil,
     version=2,
     needs=(DATA, ANNOTATE),
-    reads_besides=lambda config: _own_model(config.base),
+    spares=lambda settings: () if settings.student.use_annotations else ("annotate",),
+    reads_besides=lambda config: _own_models(base=config.base, warm_up_encoder=config.warm_up.encoder),
     uses_gpus=lambda settings: True,
     headline=(
-        *("test_roc_auc", "gold_only_roc_auc", "teacher_roc_auc", "teacher_kept", "bm25_roc_auc"),
-        *("untrained_cosine_roc_auc", "test_f1", "test_ece"),
+        *("below_floor", "test_roc_auc", "gold_only_roc_auc", "teacher_roc_auc", "teacher_kept", "bm25_roc_auc"),
+        *("untrained_cosine_roc_auc", "warm_up_roc_auc", "test_f1", "test_ece"),
     ),
     artifacts=("metrics.jsonl", "evaluation.json", "curves.json", "test_predictions.parquet", "model/model_card.md"),
 )
@@ -173,10 +179,10 @@ def finished_stages(folder: Path) -> dict[str, StageRecord]:
     return {name: record for name, record in found.items() if record is not None}
 
 
-def with_upstream(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The stages with all that they need, in the order in which they run."""
+def with_upstream(names: tuple[str, ...], settings: PipelineConfig) -> tuple[str, ...]:
+    """The stages with all that they need under these settings, in the order in which they run."""
     chosen = set(names)
     for name in reversed(STAGES):
         if name in chosen:
-            chosen |= {needed.name for needed in STAGES[name].needs}
+            chosen |= {needed.name for needed in STAGES[name].needed(settings)}
     return tuple(name for name in STAGES if name in chosen)

@@ -1,14 +1,21 @@
-"""Temperature, offsets of the grades, and decision threshold, all fitted on split valid and on nothing else."""
+"""Temperature, offsets, isotonic curves of the grades, and decision threshold, fitted on split valid and nothing else."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import minimize
-from sklearn.metrics import precision_recall_curve
+from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import log_loss, precision_recall_curve
+from sklearn.model_selection import GroupKFold
 
-from student.scorer import softmax
+from student.scorer import probabilities, softmax
 
 Array = np.ndarray
+Curves = list[list[list[float]]]
+"""For each grade the probabilities before and after, as `student.scorer.probabilities` takes them."""
+FOLDS = 5
+STEP = 0.02
+"""Curves bend at multiples of this only: a cliff would make a visible difference of the last digits of a logit."""
 
 
 def fit_calibration(logits: Array, grade: Array, *, offsets: bool = True) -> tuple[float, Array]:
@@ -34,6 +41,39 @@ def fit_calibration(logits: Array, grade: Array, *, offsets: bool = True) -> tup
     bounds = [(np.log(0.05), np.log(20.0))] + [(None, None)] * (k if offsets else 0)
     x = minimize(nll, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": 1e-9}).x
     return float(np.exp(x[0])), x[1:] if offsets else np.zeros(k)
+
+
+def fit_isotonic(probs: Array, grade: Array) -> Curves:
+    """Isotonic curves that take each grade's probability in probs (N, K) to how often grades (N,) are it.
+
+    One grade against the rest, normalised afterwards (Zadrozny and Elkan, KDD 2002). No curve reaches 0 or 1: the rows are
+    too few to say "never".
+    """
+    limit = 1 / (len(grade) + 2)
+    curves = []
+    for k in range(probs.shape[1]):
+        rounded = np.round(probs[:, k] / STEP) * STEP
+        fitted = IsotonicRegression(y_min=limit, y_max=1 - limit).fit(rounded, grade == k)
+        curves.append([fitted.X_thresholds_.tolist(), fitted.y_thresholds_.tolist()])
+    return curves
+
+
+def isotonic_losses(logits: Array, grade: Array, query_id: Array, *, offsets: bool = True) -> tuple[float, float]:
+    """Cross-validated log loss of `fit_calibration` alone, and with `fit_isotonic` on top; folds do not share a query.
+
+    NaN for both with fewer than two queries.
+    """
+    folds = min(FOLDS, len(np.unique(query_id)))
+    if folds < 2:
+        return float("nan"), float("nan")
+    before, after = np.zeros_like(logits), np.zeros_like(logits)
+    for rows, held_out in GroupKFold(folds).split(logits, grade, query_id):
+        temperature, b = fit_calibration(logits[rows], grade[rows], offsets=offsets)
+        scaled = softmax(logits / temperature + b)
+        before[held_out] = scaled[held_out]
+        after[held_out] = probabilities(np.log(scaled[held_out]), curves=fit_isotonic(scaled[rows], grade[rows]))
+    labels = range(logits.shape[1])
+    return float(log_loss(grade, before, labels=labels)), float(log_loss(grade, after, labels=labels))
 
 
 def best_f1_threshold(relevant: Array, score: Array) -> float:

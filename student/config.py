@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ class WarmUpConfig(Config):
     """What the pairs are ranked by: the cosine of an encoder, or BM25 as a share of the query's limit."""
 
     encoder: str = Field(default="")
-    """Folder of the encoder whose cosine it is (its own tokenizer.json inside); empty means the one in `base`."""
+    """Encoder whose cosine it is, named as `student.base` is; empty means that one."""
 
     random_negatives: float = Field(default=0.33, ge=0, le=10)
     """Random query-ad pairs for each pair, to be scored near 0."""
@@ -45,6 +45,10 @@ class StudentConfig(Config):
 
     warm_up: WarmUpConfig = WarmUpConfig()
     """What the student learns from unlabelled pairs before any label."""
+
+    layers: tuple[Annotated[int, Field(ge=1, le=100)], ...] = Field(default=())
+    """Numbers of layers of smaller students, which are cut from the trained one and learn from it too (on the training rows
+    and the pairs of the warm-up); all are exported, and `export.layers` chooses."""
 
     max_length: int = Field(default=96, ge=16, le=512)
     """Tokens of query and ad together; longer pairs are cut, the longer of the two sides first."""
@@ -105,8 +109,18 @@ class StudentConfig(Config):
     margin_weight: float = Field(default=0.0, ge=0, le=100)
     """Weight of margin-MSE between pairs of one query (arXiv 2010.02666); above 0, batches keep queries together."""
 
+    listnet_weight: float = Field(default=0.0, ge=0, le=100)
+    """Weight of ListNet over a query's pairs (Cao et al. 2007); above 0, batches keep queries together, as for the next."""
+
+    lambda_weight: float = Field(default=0.0, ge=0, le=100)
+    """Weight of LambdaLoss, which weighs pairs by what their order is worth in NDCG (Wang et al. 2018)."""
+
     ordinal_weight: float = Field(default=0.0, ge=0, le=100)
     """Weight of the squared earth mover's distance (arXiv 1611.05916): errors cost more the more grades they are off."""
+
+    calibration: Literal["temperature", "best"] = Field(default="temperature")
+    """How logits become probabilities, fitted on split valid: a temperature and an offset for each grade, or the better
+    of that and isotonic curves on top, by cross-validated log loss."""
 
     contrastive_weight: float = Field(default=0.0, ge=0, le=100)
     """Weight of contrastive reasoning self-distillation (arXiv 2510.11056): the teacher's reasons are read in training and
@@ -117,6 +131,9 @@ class StudentConfig(Config):
 
     reason_length: int = Field(default=64, ge=1, le=512)
     """Tokens of a reason that the contrastive loss reads, beside max_length for query and ad."""
+
+    use_annotations: bool = Field(default=True)
+    """Whether annotations are learned from; without them the student needs no teacher (flow student-from-labels)."""
 
     annotation_key: str = Field(default="")
     """Which annotations to learn from when the table holds several keys; empty takes the key written last."""
@@ -143,6 +160,10 @@ class StudentConfig(Config):
 
 class ExportConfig(Config):
     """How the student becomes a folder that scores with onnxruntime and tokenizers alone."""
+
+    layers: int = Field(default=0, ge=0, le=100)
+    """Which size the exported folder holds, of those that `student.layers` made; 0 takes the largest. The others are in
+    folders of their own inside."""
 
     parity_rows: int = Field(default=512, ge=16, le=1_000_000)
     """Pairs of splits test and valid on which the exported models are compared with the trained one."""

@@ -21,21 +21,23 @@ from data.contracts import (
     MetricsLog,
     digest,
     digest_files,
+    read_json,
     read_table,
     write_json,
     write_text,
 )
 from student.baselines import Bm25
-from student.calibration import best_f1_threshold, fit_calibration
+from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
 from student.card import student_card
 from student.config import StudentConfig
-from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training
+from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, sample_texts
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
+from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
-from student.scorer import ad_text, softmax
+from student.scorer import ad_text, probabilities, softmax
 from student.setup import Setup
 from student.warm_up import warm_up
 
@@ -52,11 +54,15 @@ class StudentResult(BaseModel):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits."""
+    """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits.
+
+    `isotonic` has a curve for each grade, or none where temperature and offsets are all.
+    """
 
     fitted: Fitted
     temperature: float
     shift: Array
+    isotonic: Curves
     threshold: float
     valid_roc_auc: float
 
@@ -73,15 +79,21 @@ class Rows:
 
 
 def distill(
-    config: StudentConfig, base: Path, pairs: Path, annotations: Path | None, out: Path, cache: Path | None = None
+    config: StudentConfig,
+    base: Path,
+    pairs: Path,
+    annotations: Path | None,
+    out: Path,
+    cache: Path | None = None,
+    scored_by: Path | None = None,
 ) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
 
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
-    Parameters: `base` the encoder's folder; `pairs` what data-prepare wrote; `annotations` a table of annotations, None
-    or empty for human grades alone; `cache` where warmed-up encoders are kept for later trainings, `out/warm_up` if None.
+    Parameters: `base` the encoder's folder, `scored_by` that of `warm_up.encoder`, if any; `pairs` what data-prepare wrote;
+    `annotations` a table of them, None or empty for human grades alone; `cache` of warm-ups, `out/warm_up` if None.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
@@ -91,10 +103,11 @@ def distill(
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = save_tokenizer(base, building, config.max_length)
-    setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device))
+    setup = untrained = Setup(config, base, tokenizer, scale, pick_device(config.device), scored_by)
     metrics = MetricsLog(out / "metrics.jsonl")
+    # Refuses an encoder that cannot be trained or cut, before the warm-up reads all pairs with it.
+    check_layers(config.layers, untrained.reader().model)
     if config.warm_up.pairs:
-        untrained.reader()  # refuses an encoder that cannot be trained, before the warm-up reads all pairs with it
         setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
@@ -104,29 +117,65 @@ def distill(
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
+    free = without_labels(untrained, setup, rows)
+    bound = {"floor": floor([*systems, *free])}
+    if fault := floor_fault(bound):
+        logger.warning("%s", fault)
     if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
         gold_only = train(rows.training.gold_only(), "gold_only")
         systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
-    systems += [*bm25(setup, pairs, rows.valid, rows.test), cosine(untrained, rows.valid, rows.test)]
-    systems += [warmed_up(setup, rows.valid, rows.test)] if config.warm_up.pairs else []
-    systems += teacher_on_test(rows, scale)
-    evaluation = evaluate(setup, systems, student, rows.test)
-    if fault := floor_fault(evaluation):
-        logger.warning("%s", fault)
-    key = key_metrics(evaluation, card) | {"valid_roc_auc": student.valid_roc_auc}
-    key = {name: value for name, value in key.items() if value is not None and value == value}
+    systems += smaller_students(setup, student, rows, pairs, out, metrics)
+    systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
+    evaluation = evaluate(setup, systems, student, rows.test) | bound
+    key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
-    write_text(building / "model_card.md", student_card(card, scale, evaluation))
-    write_predictions(out, rows.test, systems[0].score)
-    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
-    write_json(out / "curves.json", curves(drawn, rows.test, scale.relevant_from))
-    write_json(out / "evaluation.json", evaluation)
+    for folder in (building, *out.glob(FOLDER.format("*"))):
+        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
+    write_evaluation(out, systems, evaluation, rows.test, scale)
     metrics.rewind("test", -1)
     metrics.write("test", student.fitted.steps, {k: v for k, v in key.items() if isinstance(v, float)})
     shutil.rmtree(out / "model", ignore_errors=True)
     building.rename(out / "model")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return StudentResult(fingerprint=card["fingerprint"], figures=key)
+    return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+
+
+def smaller_students(
+    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog
+) -> list[System]:
+    """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
+
+    They learn from the training rows and the pairs that a warm-up reads, which the trained student annotates.
+    """
+    config, reader, systems = setup.config, student.fitted.reader, []
+    sizes = sorted(n for n in config.layers if n < layers_of(reader.model))
+    if not sizes:
+        return []
+    unlabelled = sample_texts(pairs, config.warm_up.pairs, config.seed, setup.scale.size)
+    is_new = ~np.isin(unlabelled.pair_ids.astype(str), rows.training.pair_ids.astype(str))
+    training = rows.training.joined(unlabelled.take(np.flatnonzero(is_new)))
+    probs = probabilities(setup.logits(reader, training), student.temperature, student.isotonic)
+    training = taught_by(training, probs, config.gold_mix)
+    for layers in sizes:
+        phase, folder = f"student_{layers}_layers", out / FOLDER.format(layers)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_tokenizer(setup.base, folder, config.max_length)
+        start = replace(setup, base=cut(reader.model, layers, out / "checkpoints" / f"{phase}.start"))
+        fitted = fit(start, training, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
+        smaller = calibrate(setup, fitted, rows.valid)
+        save_student(setup, folder, smaller, rows)
+        systems.append(measured(setup, phase, smaller, rows.valid, rows.test))
+    return systems
+
+
+def write_evaluation(
+    out: Path, systems: list[System], evaluation: dict[str, Any], test: Examples, scale: GradeScale
+) -> None:
+    """Write what the report and later comparisons read; the first system is the student."""
+    write_predictions(out, test, systems[0].score)
+    drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
+    write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
+    write_json(out / "evaluation.json", evaluation)
 
 
 def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale) -> Rows:
@@ -143,7 +192,7 @@ def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scal
 
 
 def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
-    """Fit temperature and offsets, then the threshold on the calibrated probability, all on `valid`.
+    """Fit temperature, offsets and, where they help, isotonic curves, then the decision threshold, all on `valid`.
 
     The offsets go into the bias of the model's head, so that whoever serves it divides by the temperature and no more.
     """
@@ -153,13 +202,19 @@ def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
     shift = temperature * offsets
     if bias is not None:
         bias.data += torch.from_numpy(shift).to(bias)
-    p, relevant = setup.p_relevant(softmax(logits + shift, temperature)), setup.relevant(valid)
-    return Calibrated(fitted, temperature, shift, best_f1_threshold(relevant, p), roc_auc(relevant, p))
+    curves: Curves = []
+    if setup.config.calibration == "best":
+        alone, with_curves = isotonic_losses(logits, valid.grade, valid.query_id, offsets=bias is not None)
+        logger.info("calibration: log loss on valid %.4f, with isotonic curves %.4f", alone, with_curves)
+        if with_curves < alone:
+            curves = fit_isotonic(softmax(logits + shift, temperature), valid.grade)
+    p, relevant = setup.p_relevant(probabilities(logits + shift, temperature, curves)), setup.relevant(valid)
+    return Calibrated(fitted, temperature, shift, curves, best_f1_threshold(relevant, p), roc_auc(relevant, p))
 
 
 def measured(setup: Setup, name: str, student: Calibrated, valid: Examples, test: Examples) -> System:
     """A trained and calibrated model's output on the test rows."""
-    probs = softmax(setup.logits(student.fitted.reader, test), student.temperature)
+    probs = probabilities(setup.logits(student.fitted.reader, test), student.temperature, student.isotonic)
     auc = student.valid_roc_auc
     return System(name, setup.p_relevant(probs), student.threshold, probs, valid_roc_auc=auc)
 
@@ -182,6 +237,12 @@ def warmed_up(setup: Setup, valid: Examples, test: Examples) -> System:
     reader = setup.reader()
     reader.model.eval()
     return ranker(setup, "warm_up", lambda rows: setup.p_relevant(softmax(setup.logits(reader, rows))), valid, test)
+
+
+def without_labels(untrained: Setup, setup: Setup, rows: Rows) -> list[System]:
+    """What the student must be above: the encoder's cosine and, where there was one, the warm-up."""
+    free = [cosine(untrained, rows.valid, rows.test)]
+    return [*free, warmed_up(setup, rows.valid, rows.test)] if setup.config.warm_up.pairs else free
 
 
 def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[System]:
@@ -227,12 +288,12 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     probs = softmax(setup.logits(student.fitted.reader, test) - student.shift)
     before = expected_calibration_error(setup.relevant(test), setup.p_relevant(probs))
     fitted = {"threshold": student.threshold, "temperature": student.temperature}
-    return evaluation | fitted | {"ece_before_calibration": before, "floor": floor(systems)}
+    return evaluation | fitted | {"ece_before_calibration": before}
 
 
-def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
+def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc: float) -> dict[str, Any]:
     """The flat metrics that a tracker shows: the student's with their intervals, the ROC-AUC of the others, counts."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"valid_roc_auc": valid_roc_auc, "n_test": evaluation["n"]}
     for system in evaluation["systems"]:
         if system["name"] != "student":
             metrics[f"{system['name']}_roc_auc"] = system["metrics"]["roc_auc"]["value"]
@@ -243,8 +304,8 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any]) -> dict[str, A
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    teacher_kept = {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
-    return metrics | counts | fitted | {"n_test": evaluation["n"]} | before | teacher_kept
+    metrics |= counts | fitted | before | {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
+    return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:
@@ -260,7 +321,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "threshold": student.threshold,
         "inputs": list(input_names(model)),
         "pad_token_id": pad_token_id(model.config),
-    }
+    } | ({"isotonic": student.isotonic} if student.isotonic else {})
     files = digest_files([folder / "model.safetensors", folder / "tokenizer.json"])
     card = serving | {
         "fingerprint": digest([serving, setup.scale.model_dump(mode="json"), files]),
@@ -271,6 +332,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "epochs": student.fitted.epochs,
         "best_epoch": student.fitted.best_epoch,
         "base": config.base,
+        "layers": layers_of(model),
         "warm_up": setup.base.name if config.warm_up.pairs else "",
         "objective": objective_name(config),
         "config": config.model_dump(mode="json"),

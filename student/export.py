@@ -26,7 +26,7 @@ from student.first_token import first_token_only
 from student.metrics import Labels, compare, roc_auc
 from student.model import load_classifier, model_folder
 from student.reader import Reader, predict_logits
-from student.scorer import MODEL_FILES, Scorer, load_tokenizer, softmax
+from student.scorer import MODEL_FILES, Scorer, load_tokenizer, probabilities
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
@@ -64,7 +64,8 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
     tokens = tokenize(tokenizer, rows.queries, rows.ads, card["pad_token_id"])
     begin = time.monotonic()
-    trained = softmax(predict_logits(Reader(model, "cpu"), tokens, 32), card["temperature"])
+    logits = predict_logits(Reader(model, "cpu"), tokens, 32)
+    trained = probabilities(logits, card["temperature"], card.get("isotonic"))
     torch_speed = len(rows) / (time.monotonic() - begin)
     relevant = rows.grade >= scale.relevant_from
     parity: dict[str, Any] = {
@@ -174,7 +175,8 @@ def _measure(
     texts = list(zip(rows.queries, rows.ads, strict=True))
     scorer.logits(texts[:32], config.batch_tokens)  # the first batch pays for memory
     begin = time.monotonic()
-    probs = softmax(scorer.logits(texts, config.batch_tokens), scorer.card["temperature"])
+    logits = scorer.logits(texts, config.batch_tokens)
+    probs = probabilities(logits, scorer.card["temperature"], scorer.card.get("isotonic"))
     seconds = time.monotonic() - begin
     file = out / MODEL_FILES[precision]
     measured = {

@@ -57,7 +57,7 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
         # Seeded by epoch, so that a resumed run sees the same order and dropout without any saved state.
         torch.manual_seed(config.seed * 1009 + progress.epoch + 1)
         rng = np.random.default_rng([config.seed, progress.epoch])
-        if config.margin_weight > 0:
+        if config.margin_weight + config.listnet_weight + config.lambda_weight > 0:
             batches = query_grouped(rows.query_id, config.batch_size, rng)
         else:
             batches = random_batches(len(rows), config.batch_size, rng)

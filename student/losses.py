@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax, normalize
+from torch.nn.functional import cross_entropy, log_softmax, normalize, softplus
 
 
 def mixed_cross_entropy(
@@ -44,12 +44,69 @@ def margin_mse(logits: Tensor, target: Tensor, query_id: Tensor, weight: Tensor)
 
     Parameters: logits (B, K); target (B, K) the distribution to follow; query_id int64 (B,); weight (B,).
     """
-    grades = torch.arange(logits.shape[1], dtype=logits.dtype, device=logits.device)
-    error = (logits.softmax(dim=1) - target) @ grades
+    student, teacher = _expected_grades(logits, target)
+    error = student - teacher
     same = torch.triu(query_id.unsqueeze(0) == query_id.unsqueeze(1), diagonal=1)
     pair_weight = same * (weight.unsqueeze(0) * weight.unsqueeze(1)).sqrt()
     squared = (error.unsqueeze(0) - error.unsqueeze(1)) ** 2
     return (pair_weight * squared).sum() / pair_weight.sum().clamp(min=1e-12)
+
+
+def listnet(logits: Tensor, target: Tensor, query_id: Tensor, weight: Tensor) -> Tensor:
+    """ListNet (Cao et al., ICML 2007) over the rows of each query in the batch; a scalar.
+
+    Expected grades make a distribution over a query's rows, exp(t_i) / Σ exp(t_j); the student's, from its own expected
+    grades, costs its cross-entropy against the target's. The mean is over queries of two rows or more, each with the
+    weight of its rows; 0 when there is none.
+
+    Parameters: logits (B, K); target (B, K) the distribution to follow; query_id int64 (B,); weight (B,).
+    """
+    student, teacher = _expected_grades(logits, target)
+    same = query_id.unsqueeze(0) == query_id.unsqueeze(1)
+
+    def log_shares(score: Tensor) -> Tensor:
+        return score - score.unsqueeze(0).masked_fill(~same, float("-inf")).logsumexp(dim=1)
+
+    share = weight * log_shares(teacher).exp() * (same.sum(dim=1) > 1)
+    return -(share * log_shares(student)).sum() / share.sum().clamp(min=1e-12)
+
+
+def lambda_loss(logits: Tensor, target: Tensor, query_id: Tensor, weight: Tensor) -> Tensor:
+    """LambdaLoss, variant NDCG-Loss2 (Wang et al., CIKM 2018), over the rows of each query in the batch; a scalar.
+
+    A pair of rows whose targets differ costs log(1 + exp(s_j − s_i)), s the expected grades and t_i > t_j, with the weight
+    |G_i − G_j| · |1/log2(1 + d) − 1/log2(2 + d)|: G = (2^t − 1) / (the query's best DCG), d the distance of the two rows in
+    the student's present order. The mean is over these weights; 0 when no query has two rows of different targets.
+
+    Parameters: as in `listnet`.
+    """
+    student, teacher = _expected_grades(logits, target)
+    same = query_id.unsqueeze(0) == query_id.unsqueeze(1)
+
+    def rank(score: Tensor) -> Tensor:
+        """1 for the best row of each query; equal rows in the order of the batch."""
+        first = torch.triu(torch.ones_like(same), diagonal=1).T
+        above = score.unsqueeze(0) - score.unsqueeze(1)
+        return 1 + (same & ((above > 0) | ((above == 0) & first))).sum(dim=1)
+
+    with torch.no_grad():
+        gain = 2**teacher - 1
+        best = same.to(gain) @ (gain / torch.log2(1.0 + rank(teacher)))
+        gain = gain / best.clamp(min=1e-12)
+        place = rank(student)
+        distance = (place.unsqueeze(0) - place.unsqueeze(1)).abs().clamp(min=1)
+        discount = 1 / torch.log2(1.0 + distance) - 1 / torch.log2(2.0 + distance)
+        above = same & (teacher.unsqueeze(1) > teacher.unsqueeze(0))
+        pair = above * discount * (gain.unsqueeze(1) - gain.unsqueeze(0)).abs()
+        pair = pair * (weight.unsqueeze(0) * weight.unsqueeze(1)).sqrt()
+    cost = softplus(student.unsqueeze(0) - student.unsqueeze(1))
+    return (pair * cost).sum() / pair.sum().clamp(min=1e-12)
+
+
+def _expected_grades(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Those (B,) of the student and of the target."""
+    grades = torch.arange(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    return logits.softmax(dim=1) @ grades, target @ grades
 
 
 def squared_emd(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from student.dataset import Examples, Tokens, with_reasons
 from student.losses import (
     blended_target,
     class_weights,
+    lambda_loss,
+    listnet,
     margin_mse,
     mixed_cross_entropy,
     reasoning_contrast,
@@ -27,6 +29,8 @@ def objective_name(config: StudentConfig) -> str:
     """The objective in words, for the model card."""
     parts = {
         "margin-MSE": config.margin_weight,
+        "ListNet": config.listnet_weight,
+        "LambdaLoss": config.lambda_weight,
         "squared EMD": config.ordinal_weight,
         "reasoning contrast": config.contrastive_weight,
     }
@@ -89,8 +93,10 @@ class Objective:
             temperature=self.config.distill_temperature,
             class_weight=self.class_weight,
         )
-        if self.config.margin_weight > 0:
-            loss = loss + self.config.margin_weight * margin_mse(logits, target, self.query_number[rows], weight)
+        ranking = (margin_mse, self.config.margin_weight), (listnet, self.config.listnet_weight)
+        for of_queries, share in (*ranking, (lambda_loss, self.config.lambda_weight)):
+            if share > 0:
+                loss = loss + share * of_queries(logits, target, self.query_number[rows], weight)
         if self.config.ordinal_weight > 0:
             loss = loss + self.config.ordinal_weight * squared_emd(logits, target, weight)
         return loss

@@ -89,6 +89,20 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return exponential / exponential.sum(axis=1, keepdims=True)
 
 
+def probabilities(
+    logits: np.ndarray, temperature: float = 1.0, curves: Sequence[Sequence[Sequence[float]]] | None = None
+) -> np.ndarray:
+    """Calibrated probabilities float64 (N, K) of logits (N, K): divided by `temperature`, then each grade's by its curve.
+
+    `curves` has for each grade the probabilities before and after, between which lines are drawn; rows sum to 1 again.
+    """
+    probs = softmax(logits, temperature)
+    if curves:
+        probs = np.stack([np.interp(probs[:, k], curve[0], curve[1]) for k, curve in enumerate(curves)], axis=1)
+        probs /= probs.sum(axis=1, keepdims=True)
+    return probs
+
+
 class Scorer:
     """An exported student. `threads` = 0 uses all cores.
 
@@ -142,7 +156,7 @@ class Scorer:
     def grade_probs(self, pairs: Iterable[Mapping[str, Any]], batch_tokens: int = 384) -> np.ndarray:
         """Calibrated probabilities float64 (N, K) of the K grades, for rows of the `pairs` table."""
         texts = [(query_text(p["query"]), ad_text(p["ad_title"], p.get("ad_text"), p.get("attributes"))) for p in pairs]
-        return softmax(self.logits(texts, batch_tokens), self.card["temperature"])
+        return probabilities(self.logits(texts, batch_tokens), self.card["temperature"], self.card.get("isotonic"))
 
     def p_relevant(self, grade_probs: np.ndarray) -> np.ndarray:
         """Probability float64 (N,) that the grade is one that counts as relevant; compare it with `threshold`."""

@@ -21,13 +21,17 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings, encoder (`base` is its folder), tokenizer, scale and device, and what follows from them."""
+    """Settings, encoder (`base` is its folder), tokenizer, scale and device, and what follows from them.
+
+    `scored_by` is the folder of the encoder that scores the pairs of the warm-up; None means the one in `base`.
+    """
 
     config: StudentConfig
     base: Path
     tokenizer: Tokenizer
     scale: GradeScale
     device: str
+    scored_by: Path | None = None
 
     def encoder(self) -> Encoder:
         """The encoder that the student starts from, by itself."""

@@ -50,10 +50,10 @@ def warm_up(setup: Setup, pairs: Path, valid: Examples, cache: Path, metrics: Me
             f"{pairs} has no pairs in splits pool and train to warm up on; set student.warm_up.pairs to 0"
         )
     setup = replace(setup, config=_training_config(setup.config))
-    start = [setup.base, *([Path(setup.config.warm_up.encoder)] if setup.config.warm_up.encoder else [])]
+    start = [folder for folder in (setup.base, setup.scored_by) if folder]
     weights = digest_files(file for folder in start for file in sorted(folder.glob("*.safetensors")))
     texts = [[*row] for row in zip(rows.pair_ids, rows.queries, rows.ads, strict=True)]
-    settings = setup.config.model_dump(exclude={"device"})
+    settings = setup.config.model_dump(exclude={"device"}, exclude_defaults=True)
     folder = cache / digest([settings, setup.scale.size, weights, texts, valid.digest()])
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{folder.name}.lock"):  # of trials that run at once the first one trains
@@ -83,9 +83,9 @@ def free_scores(setup: Setup, rows: Examples) -> Array:
     if config.warm_up.source == "bm25":
         return Bm25(list(rows.ads)).scores(rows.queries, rows.ads, relative=True)
     encoder = setup.encoder()
-    if config.warm_up.encoder:
-        base = Path(config.warm_up.encoder)
-        encoder = replace(encoder, base=base, tokenizer=load_tokenizer(base / "tokenizer.json", config.max_length))
+    if setup.scored_by:
+        tokenizer = load_tokenizer(setup.scored_by / "tokenizer.json", config.max_length)
+        encoder = replace(encoder, base=setup.scored_by, tokenizer=tokenizer)
     return encoder.cosine(rows.queries, rows.ads)
 
 
@@ -144,4 +144,4 @@ def _training_config(config: StudentConfig) -> StudentConfig:
 
 def _source(setup: Setup) -> str:
     config = setup.config.warm_up
-    return config.source + (f" of {Path(config.encoder).name}" if config.encoder else "")
+    return config.source + (f" of {config.encoder}" if config.encoder else "")

@@ -18,26 +18,26 @@ from pydantic import BaseModel
 
 from data.contracts import ANNOTATIONS, PAIRS, read_annotations, read_json, read_table, write_json
 from pipeline.annotation.store import commit, files_of, read_file
+from student.scorer import probabilities
 
 Array = np.ndarray
 Method = Literal["none", "temperature", "isotonic"]
 MIN_ROWS = 50  # below it nothing is fitted
 MIN_ISOTONIC_ROWS = 1000  # below it isotonic regression overfits (Niculescu-Mizil and Caruana, ICML 2005)
-_FOLDS = 5
 _FLOOR = 1e-3  # added to every probability: a grade that no sample voted for is not impossible
 
 
 class Calibration(BaseModel):
     """A map from grade probabilities to grade probabilities, and how it was chosen.
 
-    `temperature`: softmax(log p / T + offsets). `isotonic`: a rising line for each grade, then normalised. `log_loss` is
-    each method's on held-out queries, by cross-validation; `rows` and `queries` are those that it was fitted on.
+    `temperature`: softmax(log p / T + offsets). `isotonic`: a rising curve for each grade on top of that, then normalised.
+    `log_loss` is each method's on held-out queries, by cross-validation; `rows` and `queries` are those it was fitted on.
     """
 
     method: Method = "none"
     temperature: float = 1.0
     offsets: list[float] = []
-    lines: list[tuple[list[float], list[float]]] = []
+    curves: list[list[list[float]]] = []
     rows: int = 0
     queries: int = 0
     log_loss: dict[str, float] = {}
@@ -46,13 +46,7 @@ class Calibration(BaseModel):
         """Calibrated probabilities (N, K) of raw ones (N, K)."""
         if self.method == "none":
             return probs
-        smooth = _smooth(probs)
-        if self.method == "isotonic":
-            lines = zip(smooth.T, self.lines, strict=True)
-            smooth = _smooth(np.stack([np.interp(column, *line) for column, line in lines], axis=1))
-        else:
-            smooth = np.exp(np.log(smooth) / self.temperature + np.array(self.offsets))
-        return smooth / smooth.sum(axis=1, keepdims=True)
+        return probabilities(_logits(probs) / self.temperature + np.array(self.offsets), curves=self.curves)
 
 
 def calibrated(table: pa.Table, calibration: Calibration) -> pa.Table:
@@ -95,45 +89,29 @@ def recalibrate(out: Path, key: str, run: str, pairs: Path, ids: Sequence[str]) 
 def fit(probs: Array, grade: Array, query_id: Array) -> Calibration:
     """The calibration of probabilities (N, K) on human grades (N,) that has the least log loss on held-out queries.
 
-    Candidates are none, temperature with offsets (see `student.calibration`) and, from `MIN_ISOTONIC_ROWS` on, isotonic
-    regression of each grade against the others (Zadrozny and Elkan, KDD 2002).
+    Candidates are none, temperature with offsets and, from `MIN_ISOTONIC_ROWS` on, isotonic curves on top (see
+    `student.calibration`, which the student shares).
     """
-    from sklearn.model_selection import GroupKFold
+    from student.calibration import fit_calibration, fit_isotonic, isotonic_losses
 
-    queries = len(np.unique(query_id))
-    if len(grade) < MIN_ROWS or queries < _FOLDS:
-        return Calibration(rows=len(grade), queries=queries)
-    methods: list[Method] = ["none", "temperature"]
+    counts = {"rows": len(grade), "queries": len(np.unique(query_id))}
+    if len(grade) < MIN_ROWS or counts["queries"] < 2:
+        return Calibration(**counts)
+    scaled, isotonic = isotonic_losses(_logits(probs), grade, query_id)
+    log_loss = {"none": float(-np.log(np.maximum(probs[np.arange(len(grade)), grade], _FLOOR)).mean())}
+    log_loss["temperature"] = scaled
     if len(grade) >= MIN_ISOTONIC_ROWS:
-        methods.append("isotonic")
-    log_loss = {}
-    for method in methods:
-        losses = np.empty(len(grade))
-        for train, held_out in GroupKFold(_FOLDS).split(probs, groups=query_id):
-            predicted = _fitted(method, probs[train], grade[train]).apply(probs[held_out])
-            losses[held_out] = -np.log(np.maximum(predicted[np.arange(len(held_out)), grade[held_out]], _FLOOR))
-        log_loss[method] = float(losses.mean())
-    best = min(methods, key=lambda method: log_loss[method])
-    update = {"rows": len(grade), "queries": queries, "log_loss": log_loss}
-    return _fitted(best, probs, grade).model_copy(update=update)
-
-
-def _fitted(method: Method, probs: Array, grade: Array) -> Calibration:
+        log_loss["isotonic"] = isotonic
+    method = min(log_loss, key=lambda name: log_loss[name])
     if method == "none":
-        return Calibration()
-    smooth = _smooth(probs)
+        return Calibration(**counts, log_loss=log_loss)
+    temperature, offsets = fit_calibration(_logits(probs), grade)
+    fitted = Calibration(
+        method="temperature", temperature=temperature, offsets=offsets.tolist(), log_loss=log_loss, **counts
+    )
     if method == "temperature":
-        from student.calibration import fit_calibration
-
-        temperature, offsets = fit_calibration(np.log(smooth), grade)
-        return Calibration(method=method, temperature=temperature, offsets=offsets.tolist())
-    from sklearn.isotonic import IsotonicRegression
-
-    lines = []
-    for number, column in enumerate(smooth.T):
-        regression = IsotonicRegression(y_min=0, y_max=1).fit(column, grade == number)
-        lines.append((regression.X_thresholds_.tolist(), regression.y_thresholds_.tolist()))
-    return Calibration(method=method, lines=lines)
+        return fitted
+    return fitted.model_copy(update={"method": method, "curves": fit_isotonic(fitted.apply(probs), grade)})
 
 
 def _labelled(out: Path, key: str, pairs: Path, ids: Sequence[str]) -> tuple[Array, Array, Array]:
@@ -153,8 +131,8 @@ def _labelled(out: Path, key: str, pairs: Path, ids: Sequence[str]) -> tuple[Arr
     )
 
 
-def _smooth(probs: Array) -> Array:
-    return (probs + _FLOOR) / (1 + _FLOOR * probs.shape[1])
+def _logits(probs: Array) -> Array:
+    return np.log((probs + _FLOOR) / (1 + _FLOOR * probs.shape[1]))
 
 
 def _path(out: Path, key: str) -> Path:

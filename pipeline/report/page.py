@@ -20,7 +20,7 @@ from pipeline.artifacts import StageRecord
 from pipeline.executions import attach
 from pipeline.report.sections.annotation import annotation_section
 from pipeline.report.sections.data import pairs_section
-from pipeline.report.sections.student import student_section
+from pipeline.report.sections.student import export_section, student_section
 from pipeline.report.sections.teacher import teacher_section
 from pipeline.report.summary import headline, metrics_of, summarise
 from pipeline.report.text import interval, number
@@ -79,6 +79,7 @@ def write_report(folder: Path) -> Path:
     sections = _sections(folder, environment)
     page = environment.get_template("report.html").render(
         summary=summary,
+        below_floor=summary["stages"].get("student", {}).get("figures", {}).get("below_floor"),
         tiles=[section["tile"] for anchor in _TILES for section in sections if section["anchor"] == anchor],
         stages=[(STAGES[name], stage, headline(name, stage["figures"])) for name, stage in summary["stages"].items()],
         sections=sections,
@@ -131,5 +132,5 @@ def _content(place: Path, record: StageRecord) -> dict[str, Any]:
         pairs = place.with_name(STAGES["data"].folder)
         return annotation_section(place, pairs, metrics_of(record), record.config)
     if record.stage == "export":
-        return read_json(place / "export.json")
+        return export_section(place)
     return {"data": pairs_section, "teacher": teacher_section, "student": student_section}[record.stage](place)

@@ -90,7 +90,7 @@ def _create_version(client: Any, name: str, run_id: str, folder: Path, execution
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     with tempfile.TemporaryDirectory() as temporary:
-        drop = WEIGHTS if is_teacher and not execution.tracking["log_weights"] else ("_*.json", "_*.jsonl")
+        drop = WEIGHTS if is_teacher and not execution.tracking["log_weights"] else ("_*.json", "_*.jsonl", "layers-*")
         copy = shutil.copytree(folder, Path(temporary) / folder.name, ignore=shutil.ignore_patterns(*drop))
         if is_teacher:
             client.log_artifacts(run_id, str(copy), "teacher")

@@ -28,7 +28,8 @@ def test_alone_it_lists_the_flows() -> None:
     assert done.returncode == 0
     lines = done.stdout.strip().splitlines()
     assert [line.split()[0] for line in lines] == [
-        "data-prepare", "teacher-train", "annotate", "student-distill", "student-export", "student-score",
+        "data-prepare", "teacher-train", "annotate", "student-distill", "student-export",
+        "student-from-labels", "student-score",
         "relevance-pipeline",
     ]  # fmt: skip
     assert all(len(line.split()) > 3 for line in lines)
@@ -121,7 +122,9 @@ def test_every_flow_brings_the_stages_it_needs() -> None:
         "annotate": ("data", "teacher", "annotate"),
         "student-distill": ("data", "teacher", "annotate", "student"),
         "student-export": ("data", "teacher", "annotate", "student", "export"),
+        "student-from-labels": ("data", "student", "export"),
         "student-score": ("data", "teacher", "annotate", "student", "export", "score"),
         "relevance-pipeline": ("data", "teacher", "annotate", "student", "export"),
     }
-    assert {name: with_upstream(entry.stages) for name, entry in FLOWS.items()} == wanted
+    settings = load_preset("sample")
+    assert {name: with_upstream(entry.stages, entry.own(settings)) for name, entry in FLOWS.items()} == wanted

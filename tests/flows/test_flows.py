@@ -24,7 +24,7 @@ from pipeline.locks import exclusive, own_gpus, visible_gpus
 from pipeline.plan import plan
 from pipeline.resume import remember
 from pipeline.settings import PipelineConfig, apply_overrides, load_preset
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, with_upstream
 
 pytestmark = pytest.mark.usefixtures("server")
 ROOT = Path(__file__).parents[2]
@@ -93,6 +93,34 @@ def test_the_pipeline_runs_once_and_then_reuses(
 
     cli.run_here("student-score", apply_overrides(settings, ["student.seed=5"]))
     assert calls == ["student", "score"]  # the fake student's fingerprint stays, so its export is still good
+
+
+def test_a_student_from_labels_needs_no_teacher_and_leaves_its_pairs_to_the_pipeline(
+    settings: PipelineConfig, calls: list[str]
+) -> None:
+    cli.run_here("student-from-labels", settings)
+    assert calls == ["data", "student", "export"]
+    record = read_record(settings.folder / "student")
+    assert record is not None
+    assert (list(record.inputs), record.config["use_annotations"]) == (["data"], False)
+    # What is remembered is what was given, so that the next flow of this run is not bound to do without annotations.
+    _, again = cli.chosen("relevance-pipeline", cli.Options(resume="sample", runs=settings.runs))
+    assert again == settings
+    calls.clear()
+    cli.run_here("relevance-pipeline", again)
+    assert calls == [
+        "teacher",
+        "annotate",
+        "student",
+    ]  # the fake student's fingerprint stays, so its export is still good
+    assert (settings.folder / "student.previous").is_dir()
+    without = apply_overrides(settings, ["student.use_annotations=false"])
+    assert [row.stage for row in plan(without, with_upstream(("score",), without))] == [
+        "data",
+        "student",
+        "export",
+        "score",
+    ]
 
 
 def test_a_refusal_is_one_line_with_the_way_to_go_on_and_exit_code_1(
@@ -338,7 +366,13 @@ def test_two_trainings_do_not_share_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
 def test_deployments_are_valid() -> None:
     content = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
     deployments = {each["name"]: each for each in content["deployments"]}
-    assert set(deployments) == {"nightly-annotate", "weekly-pipeline", "teacher-train", "student-export"}
+    assert set(deployments) == {
+        "nightly-annotate",
+        "weekly-pipeline",
+        "teacher-train",
+        "student-from-labels",
+        "student-export",
+    }
     for deployment in deployments.values():
         flow = load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"]))
         assert flow.name in FLOWS

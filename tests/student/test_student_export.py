@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import onnx
 import onnxruntime
+import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import ContractError, read_table
+from student import distill as distill_module
 from student import export as export_module
 from student import scorer
 from student.config import ExportConfig, ScoreConfig
@@ -71,15 +73,27 @@ def test_batch_and_length_are_dynamic(exported, distilled, tiny, batch, length):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_the_scorer_gives_the_evaluated_probabilities_from_raw_rows(exported, distilled, tiny):
-    import pyarrow.parquet as pq
-
-    out, _ = exported
-    kept = pq.read_table(distilled / "test_predictions.parquet").to_pandas().set_index("pair_id")["p_relevant"]
+def assert_scores_as_evaluated(export, trained):
+    evaluated = pq.read_table(trained / "test_predictions.parquet").to_pandas().set_index("pair_id")["p_relevant"]
     rows = [row for row in make_rows() if row["split"] == "test"]
-    scorer = Scorer(out)
-    found = scorer.p_relevant(scorer.grade_probs(rows, batch_tokens=70))
-    np.testing.assert_allclose(found, kept[[row["pair_id"] for row in rows]], atol=1e-4)
+    scorer = Scorer(export)
+    scored = scorer.p_relevant(scorer.grade_probs(rows, batch_tokens=70))
+    np.testing.assert_allclose(scored, evaluated[[row["pair_id"] for row in rows]], atol=1e-4)
+
+
+def test_the_scorer_gives_the_evaluated_probabilities_from_raw_rows(exported, distilled):
+    assert_scores_as_evaluated(exported[0], distilled)
+
+
+def test_isotonic_curves_are_served(tiny, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill_module, "isotonic_losses", lambda *given, **named: (1.0, 0.9))
+    trained = tmp_path / "student"
+    distill_module.distill(quick(epochs=1, calibration="best"), tiny["base"], tiny["pairs"], None, trained)
+    curves = json.loads((trained / "model" / "student.json").read_text())["isotonic"]
+    assert len(curves) == 3
+    config = ExportConfig(max_int8_auc_loss=1.0, threads=1)
+    assert export_student(config, trained / "model", tiny["pairs"], tmp_path / "export").figures["parity_rows"] == 96
+    assert_scores_as_evaluated(tmp_path / "export", trained)
 
 
 def test_the_folder_scores_without_the_product(exported, tmp_path):

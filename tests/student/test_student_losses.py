@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
@@ -7,6 +9,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from student.losses import (
     blended_target,
     class_weights,
+    lambda_loss,
+    listnet,
     margin_mse,
     mixed_cross_entropy,
     reasoning_contrast,
@@ -72,6 +76,40 @@ def test_margin_mse_by_hand_and_within_queries_only():
     both_wrong = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     same_shift = torch.tensor([[-9.0, 9.0], [-9.0, 9.0]])
     assert float(margin_mse(same_shift, both_wrong, torch.zeros(2), torch.ones(2))) == pytest.approx(0, abs=1e-6)
+
+
+def test_listnet_by_hand_and_at_the_target():
+    target = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # expected grades 0, 1 and, alone in its query, 1
+    query, ones = torch.tensor([0, 0, 1]), torch.ones(3)
+    flat = torch.zeros(3, 2, requires_grad=True)
+    # The student's shares are ½ and ½, whatever the target's.
+    loss = listnet(flat, target, query, ones)
+    assert float(loss) == pytest.approx(math.log(2), rel=1e-5)
+    loss.backward()
+    assert (flat.grad[:, 1] < 0).tolist() == [False, True, False]
+    assert flat.grad[2].abs().sum() == 0
+    right = (target + 1e-6).log().requires_grad_()
+    listnet(right, target, query, ones).backward()
+    assert right.grad.abs().max() < 1e-5
+    assert float(listnet(flat, target, torch.arange(3), ones)) == 0
+
+
+def test_lambda_loss_by_hand_and_within_queries_only():
+    target = one_hot(torch.tensor([0, 2, 1, 2]), 3).float()  # the last one is alone in its query
+    logits = torch.tensor([[9.0, 0, 0], [0, 0, 9.0], [9.0, 0, 0], [9.0, 0, 0]])
+    query, ones = torch.tensor([0, 0, 0, 1]), torch.ones(4)
+    grades = logits.softmax(dim=1) @ torch.arange(3.0)
+    # Ranks 2, 1, 3; gains 0, 3, 1; the best order has DCG 3 + 1 / log2(3), by which all weights are divided.
+    discount = {1: 1 - 1 / math.log2(3), 2: 1 / math.log2(3) - 1 / 2}
+    weights = {(1, 0): 3 * discount[1], (2, 0): 1 * discount[1], (1, 2): 2 * discount[2]}
+    costs = {(i, j): math.log1p(math.exp(float(grades[j] - grades[i]))) for i, j in weights}
+    expected = sum(weights[pair] * costs[pair] for pair in weights) / sum(weights.values())
+    assert float(lambda_loss(logits, target, query, ones)) == pytest.approx(expected, rel=1e-4)
+    assert float(lambda_loss(logits, target, torch.arange(4), ones)) == 0
+    flat = torch.zeros(4, 3, requires_grad=True)
+    lambda_loss(flat, target, query, ones).backward()
+    assert flat.grad[0, 2] > 0 > flat.grad[1, 2]
+    assert flat.grad[3].abs().sum() == 0
 
 
 def test_class_weights_level_the_classes():

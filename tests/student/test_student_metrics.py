@@ -10,10 +10,10 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score
 
 from data.contracts import ContractError
 from student import metrics
-from student.calibration import best_f1_threshold, fit_calibration
+from student.calibration import best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
 from student.metrics import Labels
 from student.resampling import ranked
-from student.scorer import softmax
+from student.scorer import probabilities, softmax
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +228,28 @@ def test_temperature_is_found_again():
     assert offsets - offsets[1] == pytest.approx([0.5, 0.0, -1.0], abs=0.06)
     calibrated = softmax(shifted / temperature + offsets).mean(axis=0)
     assert calibrated == pytest.approx(np.bincount(grade) / len(grade), abs=1e-3)
+
+
+def test_isotonic_curves_win_only_where_temperature_cannot_follow():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 3)) * 2
+    query = np.arange(4000) // 4
+
+    def drawn(probs: np.ndarray) -> np.ndarray:
+        return (rng.random((4000, 1)) > probs.cumsum(axis=1)[:, :-1]).sum(axis=1)
+
+    alone, curved = isotonic_losses(logits, drawn(softmax(logits)), query)
+    assert alone < curved
+    steps = np.where(softmax(logits) > 0.5, 0.8, 0.1)  # sure or not at all
+    grade = drawn(steps / steps.sum(axis=1, keepdims=True))
+    alone, curved = isotonic_losses(logits, grade, query)
+    assert curved < alone - 0.01
+    assert np.isnan(isotonic_losses(logits, grade, np.zeros(4000))).all()
+    curves = fit_isotonic(softmax(logits), grade)
+    probs = probabilities(logits, 1.0, curves)
+    assert probs.sum(axis=1) == pytest.approx(1)
+    assert probs.min() > 0
+    assert probabilities(logits, 2.0) == pytest.approx(softmax(logits / 2))
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.dataset as pads
@@ -65,9 +66,8 @@ def test_texts_of_valid_and_test_are_not_read(tiny, quick, tmp_path):
 
 @pytest.mark.parametrize("source", [{}, {"source": "bm25"}, {"encoder": True}])
 def test_the_more_words_a_pair_shares_the_higher_is_its_target(tiny, tmp_path, source):
-    if "encoder" in source:
-        source = {"encoder": str(tiny["base"])}
-    setup = make_setup(tiny, tmp_path, **source)
+    encoder = source.pop("encoder", None) and tiny["base"]
+    setup = replace(make_setup(tiny, tmp_path, **source), scored_by=encoder)
     rows = read_texts(tiny["pairs"], pads.field("split") == "pool", 3)
     grade = np.array([row["grade"] for row in make_rows() if row["split"] == "pool"])
     targets = rank_targets(free_scores(setup, rows))

@@ -60,6 +60,17 @@ def student_section(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def export_section(folder: Path) -> dict[str, Any]:
+    """The exported student and, where there is more than one size, how good and how fast each one is."""
+    place = folder / "ladder.json"
+    sizes = read_json(place)["sizes"] if place.exists() else []
+    points = {size["export"]["int8"]["pairs_per_second"]: size["roc_auc"]["value"] for size in sizes}
+    chosen = {size["export"]["int8"]["pairs_per_second"]: size["roc_auc"]["value"] for size in sizes if size["chosen"]}
+    lines = [("each size", pd.Series(points)), ("exported", pd.Series(chosen))] if sizes else []
+    chart = line_chart(lines, "pairs per second, int8", "ROC-AUC on test", marks=True)
+    return read_json(folder / "export.json") | {"sizes": sizes, "ladder": chart}
+
+
 def evaluation_table(folder: Path) -> list[dict[str, str]]:
     """A row for each system and a column for each metric, with its interval, as text: for a page that takes tables."""
     systems = read_json(folder / "evaluation.json")["systems"]
@@ -90,7 +101,7 @@ def _charts(curves: dict[str, dict[str, list[dict[str, float]]]]) -> list[tuple[
 
 
 def _name(system: str) -> str:
-    return SYSTEMS.get(system, system)
+    return SYSTEMS.get(system, system.replace("_", " "))
 
 
 def _metrics(rows: list[dict[str, Any]]) -> dict[str, str]:

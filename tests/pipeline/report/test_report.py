@@ -85,7 +85,7 @@ def test_every_section_shows_its_stages_metrics(page: Page, metrics: dict[str, d
         "teacher": [number(teacher["agpo/completion_tokens"]), number(teacher["test/completion_tokens"])],
         "annotation": [f"{annotated['failed']} failed", number(annotated["auc"]), "refused #: <"],
         "student": [f"{student['test_roc_auc']:.3f}", f"{student['bm25_roc_auc']:.3f}", "BM25"],
-        "export": [f"{export['int8_megabytes']:.2f}", f"{export['int8_auc_loss']:.5f}"],
+        "export": [f"{export['int8_megabytes']:.2f}", f"{export['int8_auc_loss']:.5f}", "in layers-1"],
         "examples": ["Teacher and human differ: 15 examples", "@SUM(1) because <script>"],
         "second_look": ["20 pairs", "teacher and human differ; samples disagree"],
         "lineage": ["--set teacher.seed=3", "ads-relevance"],
@@ -196,6 +196,18 @@ def test_what_could_not_be_tracked_is_a_warning(run: PipelineConfig, hostile: st
     file = run.folder / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"untracked": {"data": f"refused {hostile}"}}))
     assert f"data: refused {hostile}" in Page(write_report(run.folder).read_text(encoding="utf-8")).text
+
+
+def test_a_student_below_what_costs_no_label_is_in_the_head(run: PipelineConfig) -> None:
+    keep_only(run, "data", "student")
+    finish(run)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    summary["stages"]["student"]["figures"] = {"test_f1": 0.5, "below_floor": "the cosine is above it"}
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    text = Page(write_report(run.folder).read_text(encoding="utf-8")).text
+    assert "Do not deploy this student. the cosine is above it." in text.partition("Stages")[0]
+    (_, *_, line) = stage_rows(summary)[-1]
+    assert line == "below_floor the cosine is above it · test_f1 0.5"
 
 
 def test_the_summary_keeps_stages_of_earlier_flows_apart(run: PipelineConfig) -> None:

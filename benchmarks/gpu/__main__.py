@@ -1,0 +1,64 @@
+"""Pack what a GPU machine without a network needs, work there within a time limit, and measure what came back.
+
+    python -m benchmarks.gpu pack .gpu --pairs PAIRS                      # here: parcels of at most 61 MiB
+    python3 -m benchmarks.gpu run /tmp/gpu --out $OUT --seconds 540       # there; run it again and it goes on
+    python -m benchmarks.gpu report FOLDER --pairs PAIRS                  # here: teachers on the test pairs, intervals
+
+`run` needs only Python's own library until it has unpacked the wheels that `pack` put into the parcels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+MODEL = "weights:qwen2.5-coder-0.5b-instruct"
+
+
+def main() -> None:
+    began = time.time()
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    pack = verbs.add_parser("pack", help="write the parcels")
+    pack.add_argument("out", type=Path)
+    pack.add_argument("--pairs", type=Path, required=True, help="the folder that data-prepare wrote")
+    pack.add_argument("--model", default=MODEL, help="weights:NAME, a GGUF file, or a model folder")
+    pack.add_argument("--parcel-mib", type=int, default=61, help="a call carries 64 MiB, the repository included")
+    pack.add_argument("--no-wheels", action="store_true", help="for a machine that has every package")
+    run = verbs.add_parser("run", help="unpack the parcels and work")
+    run.add_argument("place", type=Path, help="the folder with the parcels; the state of the work stays in it")
+    run.add_argument("--out", type=Path, required=True, help="gets metrics, summary and annotations every minute")
+    run.add_argument("--seconds", type=float, required=True, help="ends before so many have passed")
+    run.add_argument("--every", type=float, default=60, help="seconds between writes to --out")
+    run.add_argument(
+        "--config", type=Path, help="settings over the preset single-gpu; this package's recipe.toml if left out"
+    )
+    run.add_argument("--set", action="append", default=[], help="key=value over those")
+    report = verbs.add_parser("report", help="measure the teachers on the test pairs")
+    report.add_argument("folder", type=Path, help="what `run` wrote to --out")
+    report.add_argument("--pairs", type=Path, required=True)
+    options = parser.parse_args()
+    if options.verb == "run":
+        from benchmarks.gpu.run import run as work
+
+        arguments = [] if options.config is None else ["--config", str(options.config.resolve())]
+        arguments += [word for value in options.set for word in ("--set", value)]
+        raise SystemExit(work(options.place, options.out, began + options.seconds, options.every, arguments))
+    from benchmarks.gpu.pack import pack as write_parcels
+    from benchmarks.gpu.report import report as measure
+    from data.contracts import ContractError
+
+    try:
+        if options.verb == "pack":
+            write_parcels(options.out, options.pairs, options.model, options.parcel_mib << 20, not options.no_wheels)
+        else:
+            measure(options.folder, options.pairs)
+    except ContractError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

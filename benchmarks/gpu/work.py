@@ -1,0 +1,330 @@
+"""The work on the GPU machine, phase by phase, through the product's own functions.
+
+A finished phase is in STATE/phases.json and is not done again; a phase that was killed goes on from its own checkpoint or
+from the pairs that it has annotated. A phase that fails is recorded with its error, and those that do not need it go on.
+The main process (`benchmarks.gpu.run`) takes STATE/results home.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import logging
+import math
+import platform
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.trainer_overhead import measure
+from data.contracts import ANNOTATIONS, PAIRS, MetricsLog, read_json, read_table, write_json
+from pipeline.annotation.job import annotation_key, sampling_of
+from pipeline.annotation.store import files_of, take_over
+from pipeline.annotation.worker import Job, annotate_partition
+from pipeline.dequantise import dequantise
+from pipeline.settings import PipelineConfig, choose
+from pipeline.wheels import catalogue_entry, check_sha256
+from teacher.annotator import Annotator, open_annotator
+from teacher.config import AGPOConfig, TeacherConfig
+from teacher.prompt import load_prompt
+from teacher.train import train_teacher
+
+logger = logging.getLogger("benchmarks.gpu")
+
+TEACHERS = ("warm_start", "agpo", "grpo")
+TEST_PAIRS = 1000  # that every teacher annotates
+_FOR_ANNOTATION = 0.2  # share of the time that is left for the trainings
+_LOADING = 20.0  # seconds, of a training beside its steps and its evaluation
+_ENDING = 20.0  # seconds before the deadline at which no more pairs are started
+_FILE_ROWS = 40_000  # annotations in a file: it stays under 16 MiB
+
+
+@dataclass
+class Work:
+    """What every phase needs: the unpacked `payload`, the `state` so far, and the `deadline` in seconds since 1970."""
+
+    payload: Path
+    state: Path
+    deadline: float
+    settings: PipelineConfig
+    phases: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The settings of all teachers."""
+        return self.settings.teacher
+
+    @property
+    def pairs(self) -> Path:
+        """The folder that data-prepare wrote."""
+        return self.payload / "pairs"
+
+    @property
+    def left(self) -> float:
+        """Seconds to the deadline."""
+        return self.deadline - time.time()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--payload", type=Path, required=True)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--deadline", type=float, required=True)
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("recipe.toml"))
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    settings = choose("single-gpu", options.config, overrides=options.set)
+    work = Work(options.payload.resolve(), options.state.resolve(), options.deadline, settings)
+    (work.state / "results").mkdir(exist_ok=True)
+    record = work.state / "phases.json"
+    if record.exists():
+        work.phases = read_json(record)
+    failed = []
+    for name, phase in PHASES.items():
+        if name in work.phases and not work.phases[name].keys() & {"error", "unfinished"}:
+            continue
+        logger.info("%s begins, %.0f s are left", name, work.left)
+        work.phases[name] = _done(phase, work)
+        if "error" in work.phases[name]:
+            failed.append(name)
+        write_json(record, work.phases)
+        _write_summary(work)
+    if failed:
+        raise SystemExit(f"these phases failed, see above: {', '.join(failed)}")
+
+
+def _done(phase: Callable[[Work], dict[str, Any]], work: Work) -> dict[str, Any]:
+    """What a phase gave, with its seconds and peak memory; the error of one that failed."""
+    gc.collect()  # trainers are cycles
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.monotonic()
+    try:
+        result = phase(work)
+    except Exception as error:  # minutes of a lent machine are too dear for one phase to take the others with it
+        logger.exception("a phase failed")
+        result = {"error": f"{type(error).__name__}: {error}"}
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return result | {"seconds": round(time.monotonic() - began, 1), "peak_gib": round(peak / 2**30, 2)}
+
+
+def model(work: Work) -> dict[str, Any]:
+    """The base model as a plain folder, STATE/model."""
+    source, folder = work.payload / "model", work.state / "model"
+    if (gguf := next(source.glob("*.gguf"), None)) is None:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        return {}
+    name, dtype = work.teacher.model.removeprefix("weights:"), "bfloat16"
+    if name != work.teacher.model:
+        check_sha256(gguf, catalogue_entry(name).sha256)
+        dtype = catalogue_entry(name).dtype
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    dequantise(gguf, folder, dtype)
+    return {"dtype": dtype}
+
+
+def warm_start(work: Work) -> dict[str, Any]:
+    """The warm start alone, and how long one evaluation takes."""
+    agpo = work.teacher.agpo.model_copy(update={"steps": 0})
+    out = work.state / "warm_start"
+    config = work.teacher.model_copy(update={"agpo": agpo})
+    metrics = train_teacher(config, work.state / "model", work.pairs, out).figures
+    log = MetricsLog(out / "metrics.jsonl")
+    # Without AGPO the same weights are evaluated once more, right after the first time.
+    times = [log.read(phase)[-1]["time"] for phase in ("valid_warm_start", "valid_agpo")]
+    return metrics | {"evaluation_seconds": (times[1] - times[0]) / 1000}
+
+
+def step_ours(work: Work) -> dict[str, Any]:
+    """A training step of AGPOTrainer on the warm start, which computes a prompt once for its completions."""
+    return _step(work, "ours")
+
+
+def step_stock(work: Work) -> dict[str, Any]:
+    """The same step by TRL's own trainer, which repeats the prompt."""
+    return _step(work, "stock")
+
+
+def _step(work: Work, side: str) -> dict[str, Any]:
+    settings = work.teacher.agpo
+    options = argparse.Namespace(
+        model=work.state / "warm_start" / "model",
+        prompts=settings.prompts_per_step,
+        group=settings.group_size,
+        tokens=work.teacher.max_completion_tokens,
+        micro_batch=math.gcd(64, settings.prompts_per_step * settings.group_size),
+        micro_batch_tokens=settings.micro_batch_tokens,
+        steps=3,
+    )
+    measured = measure(side, options)
+    medians = {name: round(statistics.median(measured[name]), 3) for name in ("step_seconds", "training_seconds")}
+    return medians | {name: measured[name] for name in ("completions", "completion_tokens")}
+
+
+def plan(work: Work) -> dict[str, Any]:
+    """How many sampled tokens AGPO and GRPO each get: what fits into the time that is left, at the step time measured.
+
+    The settings' `teacher.agpo.steps` is the most. A fifth more steps than should be needed, so that the tokens end both.
+    """
+    agpo, warm = work.teacher.agpo, work.phases["warm_start"]
+    seconds = work.phases["step_ours"]["step_seconds"]
+    for_steps = work.left * (1 - _FOR_ANNOTATION) / 2 - warm["evaluation_seconds"] - _LOADING
+    steps = max(2, min(agpo.steps, int(for_steps / seconds)))
+    per_step = agpo.prompts_per_step * agpo.group_size * warm["warm_start/completion_tokens"]
+    return {"steps": math.ceil(1.2 * steps), "max_sampled_tokens": int(per_step * steps)}
+
+
+def agpo(work: Work) -> dict[str, Any]:
+    """AGPO from the warm start, as the settings have it."""
+    return _policy(work, "agpo", {})
+
+
+def grpo(work: Work) -> dict[str, Any]:
+    """GRPO from the same warm start, with the same limit on sampled tokens."""
+    return _policy(work, "grpo", {"estimator": "grpo"})
+
+
+def _policy(work: Work, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    out, planned = work.state / name, work.phases["plan"]
+    limits = {"steps": planned["steps"], "max_sampled_tokens": planned["max_sampled_tokens"]}
+    settings = AGPOConfig.model_validate(work.teacher.agpo.model_dump() | limits | changes)
+    skip = work.teacher.warm_start.model_copy(update={"examples": 0})
+    config = work.teacher.model_copy(update={"agpo": settings, "warm_start": skip})
+    out.mkdir(exist_ok=True)
+    if not (evaluations := out / "evaluation.json").exists():  # the warm start's weights have been evaluated
+        done = read_json(work.state / "warm_start" / "evaluation.json")
+        write_json(evaluations, {phase: done[phase] for phase in ("base", "warm_start") if phase in done})
+    metrics = train_teacher(config, work.state / "warm_start" / "model", work.pairs, out).figures
+    steps = MetricsLog(out / "metrics.jsonl").read("agpo")
+    gaps = [(after["time"] - before["time"]) / 1000 for before, after in itertools.pairwise(steps)]
+    return metrics | {
+        "steps": len(steps),
+        "sampled_tokens": sum(step["sampled_tokens"] for step in steps),
+        "step_seconds": round(statistics.median(gaps), 3) if gaps else None,
+    }
+
+
+def annotate_test(work: Work) -> dict[str, Any]:
+    """The same test pairs annotated by every teacher, which has its votes and probabilities for each pair."""
+    return {
+        name: _annotate(work, name, "test", TEST_PAIRS) for name in TEACHERS if (work.state / name / "model").exists()
+    }
+
+
+def annotate_pool(work: Work) -> dict[str, Any]:
+    """All of `valid`, then as much of the pool as there is time for, by the teacher that is best on `valid`."""
+    trained = [name for name in ("agpo", "grpo") if "agpo/auc" in work.phases.get(name, {})]
+    best = max(trained, key=lambda name: work.phases[name]["agpo/auc"], default="warm_start")
+    limit = work.settings.annotate.limit or 10**9
+    splits = {split: _annotate(work, best, split, limit) for split in ("valid", "pool")}
+    unfinished = any(result["annotated"] < result["pairs"] for result in splits.values())
+    return {"teacher": best} | splits | ({"unfinished": "time was up"} if unfinished else {})
+
+
+def _annotate(work: Work, teacher: str, split: str, limit: int) -> dict[str, Any]:
+    """Annotate the first `limit` pairs of a split, in the order of their ids, as a worker of the annotation job does."""
+    config, folder, out = work.settings.annotate, work.state / teacher / "model", work.state / "annotations" / teacher
+    sampling = sampling_of(config, load_prompt(folder))
+    key, run = annotation_key(folder, sampling), take_over(out)
+    rows = (
+        read_table(work.pairs / "pairs", PAIRS, where=pads.field("split") == split).sort_by("pair_id").slice(0, limit)
+    )
+    total, done = rows.num_rows, _annotated(out, key)["pair_id"]
+    before = len(done)
+    rows = rows.filter(pc.invert(pc.is_in(rows["pair_id"], done)))
+    began = time.monotonic()
+    job = Job(key, str(folder), str(out), run, config, sampling, 1, _open)
+    for _ in annotate_partition(
+        job, _batches(work, rows, config.part_size, lambda: _write_annotations(work, teacher, key))
+    ):
+        pass
+    seconds = time.monotonic() - began
+    table = _write_annotations(work, teacher, key)
+    new = len(table) - before
+    return {
+        "pairs": total,
+        "annotated": total - rows.num_rows + new,
+        "ok": pc.sum(pc.equal(table["status"], "ok")).as_py(),
+        "pairs_per_s": round(new / seconds, 2),
+        "tokens_per_s": round(pc.mean(table["completion_tokens"]).as_py() * new / seconds, 1) if new else 0.0,
+    }
+
+
+def _open(job: Job) -> Annotator:
+    return open_annotator(Path(job.teacher), job.config.engine)
+
+
+def _batches(work: Work, rows: pa.Table, size: int, each_minute: Callable[[], Any]) -> Iterator[pa.RecordBatch]:
+    """`rows` as the annotation job's workers get them, part by part, until time is up."""
+    columns = rows.select(["pair_id", "query", "ad_title", "ad_text"])
+    attributes = [
+        None if value is None else json.dumps(list(map(list, value))) for value in rows["attributes"].to_pylist()
+    ]
+    columns = columns.append_column("attributes", pa.array(attributes, pa.string()))
+    written = time.monotonic()
+    for start in range(0, rows.num_rows, size):
+        if work.left < _ENDING:
+            logger.info("no more pairs are started: %.0f s are left", work.left)
+            return
+        if time.monotonic() - written > 60:
+            each_minute()
+            written = time.monotonic()
+            logger.info("%d of %d pairs are under way", start, rows.num_rows)
+        yield from columns.slice(start, size).combine_chunks().to_batches()
+
+
+def _annotated(out: Path, key: str) -> pa.Table:
+    files = files_of(out, key)
+    return (
+        pads.dataset([str(file) for file in files], format="parquet").to_table() if files else ANNOTATIONS.empty_table()
+    )
+
+
+def _write_annotations(work: Work, teacher: str, key: str) -> pa.Table:
+    """What a teacher has annotated, in files that are small enough to come back; returns all of it."""
+    table = _annotated(work.state / "annotations" / teacher, key)
+    for number, start in enumerate(range(0, table.num_rows, _FILE_ROWS)):
+        final = work.state / "results" / f"{key}-{teacher}-{number}.parquet"
+        temporary = final.with_name(f".{final.name}")
+        pq.write_table(table.slice(start, _FILE_ROWS), temporary, compression="zstd")
+        temporary.replace(final)
+    return table
+
+
+def _write_summary(work: Work) -> None:
+    machine = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "trl")},
+    }
+    settings = {name: getattr(work.settings, name).model_dump(mode="json") for name in ("teacher", "annotate")}
+    write_json(
+        work.state / "results" / "summary.json", {"machine": machine, "phases": work.phases, "settings": settings}
+    )
+
+
+PHASES: dict[str, Callable[[Work], dict[str, Any]]] = {
+    phase.__name__: phase
+    for phase in (model, warm_start, step_ours, step_stock, plan, agpo, grpo, annotate_test, annotate_pool)
+}
+
+if __name__ == "__main__":
+    main()

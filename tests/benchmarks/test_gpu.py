@@ -1,0 +1,118 @@
+"""The GPU package's commands on the CPU, with a tiny model: what is packed here works there, and comes back in time."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.gpu.pack import pack
+from benchmarks.gpu.report import report
+from data.contracts import ANNOTATIONS, PAIRS, ContractError, read_json
+from teacher.scratch import make_decoder
+from tests.teacher.conftest import write_pairs
+
+RECIPE = """
+[teacher]
+model = "scratch:tiny"
+dtype = "float32"
+gradient_checkpointing = false
+max_completion_tokens = 16
+[teacher.prompt]
+guideline = "Grade the ad."
+definitions = false
+[teacher.warm_start]
+examples = 32
+epochs = 1
+batch_size = 16
+learning_rate = 1e-3
+[teacher.agpo]
+steps = 2
+prompts_per_step = 2
+group_size = 4
+rollouts = "transformers"
+[teacher.evaluation]
+examples = 8
+samples = 2
+base = false
+test = false
+[annotate]
+n = 2
+limit = 40
+max_in_flight = 32
+[annotate.engine]
+kind = "transformers"
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folders `pairs`, `model` and `there`, which is what the GPU machine has of the parcels."""
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "pairs").mkdir()
+    pairs = write_pairs(folder / "pairs", rows=120)
+    table = pq.read_table(pairs / "pairs")
+    pool = [
+        {**row, "pair_id": f"p{row['pair_id']}", "split": "pool"}
+        for row in table.to_pylist()
+        if row["split"] == "train"
+    ]
+    pq.write_table(type(table).from_pylist(pool, schema=PAIRS), pairs / "pairs" / "pool.parquet")
+    make_decoder(pairs, folder / "model", "tiny", 0)
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+def run(place, seconds):
+    words = ["--out", place / "out", "--seconds", seconds, "--every", 1, "--config", place / "recipe.toml"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "run", place / "there", *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_packed_trained_annotated_and_measured(place, capsys):
+    pack(place / "there", place / "pairs", str(place / "model"), 200_000, wheels=False)
+    assert len(list((place / "there").glob("parcel-*"))) > 1
+    with pytest.raises(ContractError, match="holds parcels already"):
+        pack(place / "there", place / "pairs", str(place / "model"), 200_000, wheels=False)
+
+    began = time.monotonic()
+    assert "run it again" in run(place, 13)  # killed in the middle
+    assert time.monotonic() - began < 13
+
+    assert "all phases are done" in run(place, 500)
+    out = place / "out"
+    phases = read_json(out / "summary.json")["phases"]
+    assert not [name for name, result in phases.items() if "error" in result]
+    # The two trainers were measured on the same work.
+    assert phases["step_ours"]["completions"] == phases["step_stock"]["completions"]
+    assert 2 <= phases["agpo"]["steps"] <= phases["plan"]["steps"]
+    assert phases["agpo"]["warm_start/pass@1"] == phases["warm_start"]["warm_start/pass@1"]
+    assert phases["annotate_pool"]["pool"]["annotated"] == phases["annotate_pool"]["pool"]["pairs"] == 40
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"warm_start", "agpo", "grpo"} == {line["part"] for line in lines}
+    files = list(out.iterdir())
+    assert len(files) <= 8  # as many as come back from a call
+    tables = {file.stem.split("-")[1]: pq.read_table(file) for file in files if file.suffix == ".parquet"}
+    assert set(tables) == {"warm_start", "agpo", "grpo"}
+    assert all(table.schema.equals(ANNOTATIONS) for table in tables.values())
+    assert all(len(set(table["pair_id"].to_pylist())) == len(table) for table in tables.values())
+
+    report(out, place / "pairs")
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(measured["teachers"]) == {"warm_start", "agpo", "grpo"}
+    assert 0 <= measured["teachers"]["agpo"]["pass@1"] <= 1
+    assert "agpo - grpo" in measured["roc_auc"]
+
+
+def test_a_parcel_that_was_not_sent_is_named(tmp_path):
+    for number in (1, 3):
+        (tmp_path / f"parcel-{number}-of-3").write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "run", tmp_path, "--out", tmp_path / "out", "--seconds", "60"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "lacks parcel-2-of-3" in done.stderr
