@@ -82,7 +82,8 @@ def collect_reasons(config: TeacherConfig, model: Path, base: Path, pairs: Path,
         "sampling": [settings.reason_samples, settings.reason_temperature, config.max_completion_tokens, config.seed],
     }
     folder = cache / digest(content)
-    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, out):
+        place.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         there = {(row["pair_id"], row["grade"]) for row in _rows_of(folder)}
         missing = [row for row in rows if (row["pair_id"], row["grade"]) not in there]
