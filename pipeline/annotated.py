@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from data.contracts import ANNOTATIONS
+from data.contracts import ANNOTATIONS, KEY_FILE, read_json
 
 What = Literal["disagreements", "low-agreement", "all"]
 Row = dict[str, Any]
@@ -24,8 +24,12 @@ def usable_annotations(annotations: Path, pairs: Path, key: str) -> Iterator[pa.
     """The annotations with a grade under `key`, batch by batch, with the human grade of each pair (null without one).
 
     Columns: pair_id, teacher_grade, human_grade, agreement, votes, n_unparsed, reasoning. Human grades that are withheld
-    from training are only compared with. Memory holds the ids that have one, and a batch.
+    from training are only compared with. Rows of splits valid and test, which measure the teacher, are left out unless
+    theirs is the split that was annotated. Memory holds the ids that have a human grade, and a batch.
     """
+    split = read_json(note).get("split") if (note := annotations / KEY_FILE).exists() else "pool"
+    beside = pads.field("split").isin([other for other in ("valid", "test") if other != split])
+    left_out = _pairs(pairs).to_table(columns=["pair_id"], filter=beside)["pair_id"]
     human = _pairs(pairs).to_table(columns=["pair_id", "grade"], filter=pads.field("grade").is_valid())
     columns = ["pair_id", "grade", "agreement", "votes", "n_unparsed", "reasoning"]
     usable = (pads.field("annotation_key") == key) & (pads.field("status") == "ok")
@@ -33,6 +37,7 @@ def usable_annotations(annotations: Path, pairs: Path, key: str) -> Iterator[pa.
     nothing = pa.RecordBatch.from_pylist([], schema=pa.schema([ANNOTATIONS.field(name) for name in columns]))
     for batch in files.to_batches(columns=columns, filter=usable, batch_size=_BATCH) if files.files else [nothing]:
         table = pa.Table.from_batches([batch]).rename_columns({"grade": "teacher_grade"})
+        table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=left_out)))
         place = pc.index_in(table["pair_id"], value_set=human["pair_id"])
         yield table.append_column("human_grade", human["grade"].take(place))
 

@@ -34,7 +34,13 @@ def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Out
     from teacher.train import train_teacher
 
     config, pairs = settings.teacher, folders["data"]
-    output = train_teacher(config, _base(settings, config.model, "decoder", pairs, config.seed), pairs, out)
+    base, *reason_model = (
+        _base(settings, name, "decoder", pairs, config.seed)
+        for name in (config.model, config.warm_start.reason_model)
+        if name
+    )
+    cache = settings.weights_cache / "reasons"
+    output = train_teacher(config, base, pairs, out, reason_model=next(iter(reason_model), None), cache=cache)
     drift.remember(pairs, out)
     return output
 
@@ -129,10 +135,12 @@ TEACHER = Stage(
     work=_train_teacher,
     needs=(DATA,),
     reads_only_labelled=True,
-    reads_besides=lambda settings: _own_models(base=settings.teacher.model),
+    reads_besides=lambda settings: _own_models(
+        base=settings.teacher.model, reason_model=settings.teacher.warm_start.reason_model
+    ),
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
-    artifacts=("metrics.jsonl", "evaluation.json", "model/model_card.md"),
+    artifacts=("metrics.jsonl", "evaluation.json", "reasons.json", "model/model_card.md"),
     registers=Registered("teacher", "model"),
 )
 ANNOTATE = Stage(
@@ -140,6 +148,7 @@ ANNOTATE = Stage(
     folder="annotations",
     experiment="annotate",
     work=_annotate,
+    version=2,
     needs=(DATA, TEACHER),
     uses_gpus=lambda settings: settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local"),
     incremental=True,
@@ -159,8 +168,8 @@ STUDENT = Stage(
     ),
     uses_gpus=lambda settings: True,
     headline=(
-        *("below_floor", "test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc"),
-        *("warm_up_roc_auc", "test_f1", "test_ece"),
+        *("below_floor", "test_roc_auc", "gold_only_roc_auc", "teacher_roc_auc", "teacher_kept", "bm25_roc_auc"),
+        *("untrained_cosine_roc_auc", "warm_up_roc_auc", "test_f1", "test_ece"),
     ),
     artifacts=("metrics.jsonl", "evaluation.json", "curves.json", "test_predictions.parquet", "model/model_card.md"),
 )

@@ -284,12 +284,24 @@ def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[Sys
 
 
 def teacher_on_test(rows: Rows, scale: GradeScale) -> list[System]:
-    """The teacher's own grades of the test rows, where it was asked to annotate them; its threshold is 0.5."""
-    at = np.flatnonzero([pair_id in rows.annotations for pair_id in rows.test.pair_ids])
+    """The teacher's own grades of the test rows that it has annotated; its threshold is from those of valid, or 0.5."""
+
+    def graded(examples: Examples) -> tuple[Array, Array]:
+        at = np.flatnonzero([pair_id in rows.annotations for pair_id in examples.pair_ids])
+        return at, np.array([rows.annotations[pair_id].probs for pair_id in examples.pair_ids[at]]).reshape(
+            -1, scale.size
+        )
+
+    at, probs = graded(rows.test)
     if not len(at):
         return []
-    probs = np.array([rows.annotations[pair_id].probs for pair_id in rows.test.pair_ids[at]])
-    return [System("teacher", probs[:, scale.relevant_from :].sum(axis=1), 0.5, probs, at)]
+    on_valid, valid_probs = graded(rows.valid)
+    relevant, score = (
+        rows.valid.grade[on_valid] >= scale.relevant_from,
+        valid_probs[:, scale.relevant_from :].sum(axis=1),
+    )
+    threshold = best_f1_threshold(relevant, score) if len(score) else 0.5
+    return [System("teacher", probs[:, scale.relevant_from :].sum(axis=1), threshold, probs, at)]
 
 
 def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Examples) -> dict[str, Any]:
@@ -321,7 +333,7 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc:
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    metrics |= counts | fitted | before
+    metrics |= counts | fitted | before | {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
     return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 

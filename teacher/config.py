@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.contracts import Config
+from teacher.engines.config import EngineConfig, TransformersConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,34 @@ class WarmStartConfig(Config):
     """How often a pass has each labelled pair, so that few labels are not lost among many texts."""
     loss_on_prompt: bool = False
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
-    reasons: Literal["lexical", "none"] = "lexical"
-    """The reasons to learn from: `lexical` (the source's own, else the query's words that the ad covers), `none` (the grade
-    alone; `prompt.reason` is off)."""
+    reasons: Literal["lexical", "none", "self", "engine"] = "lexical"
+    """The reasons to learn from: `lexical` (the source's own, else the query's words that the ad covers), `self` (what the
+    model says itself when it grades right, or when it is given the grade: STaR, arXiv 2203.14465), `engine` (the same of
+    `reason_model`), `none` (the grade alone; `prompt.reason` is off)."""
+    reason_model: str = ""
+    """The stronger model of reasons = "engine", named like `teacher.model`; of a server's model, the tokenizer is read."""
+    reason_engine: EngineConfig = TransformersConfig()
+    """Which engine samples reasons for `self` and `engine`, and its memory."""
+    reason_samples: int = Field(default=4, ge=1, le=256)
+    """Completions sampled for each pair, and as many with the grade given where none of them is right."""
+    reason_temperature: float = Field(default=1.0, gt=0, le=5)
+    """Temperature of those samples."""
+
+    @field_validator("reasons", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        return "none" if value is None else value  # on a command line `none` is a value's absence
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether the reasons are those of a model, which must be asked first."""
+        return self.examples > 0 and self.reasons in ("self", "engine")
+
+    @model_validator(mode="after")
+    def _names_its_model(self) -> WarmStartConfig:
+        if (self.reasons == "engine") != bool(self.reason_model):
+            raise ValueError("reasons = 'engine' and `reason_model` go together: set both or neither")
+        return self
 
 
 class CollapseConfig(Config):
@@ -142,6 +168,13 @@ class AGPOConfig(Config):
     """Where `trl vllm-serve` listens, for rollouts = "vllm-server"."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which an interrupted training resumes."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the teacher gets: those with the best `metric` of all evaluations, the warm start's and the last among
+    them, or the last."""
+    metric: Literal["pass@1", "accuracy", "macro_f1", "kappa", "auc"] = "pass@1"
+    """The metric on split `valid` by which weights are compared."""
+    patience: int = Field(default=0, ge=0)
+    """End after so many evaluations in a row without a better `metric`; 0 trains all steps."""
     collapse: CollapseConfig = CollapseConfig()
     """When to stop a training that collapses; the teacher then gets the best evaluated weights."""
 
@@ -214,9 +247,13 @@ class TeacherConfig(Config):
     """Fixes the choice of examples, their order and, as far as the libraries allow, the sampling."""
 
     @model_validator(mode="after")
-    def _asks_for_what_it_teaches(self) -> TeacherConfig:
+    def _fits_together(self) -> TeacherConfig:
         if self.prompt.reason and self.warm_start.reasons == "none":
             raise ValueError("warm_start.reasons = 'none' teaches the grade alone: set prompt.reason = false too")
+        if self.agpo.patience and not self.evaluation.every:
+            raise ValueError("agpo.patience counts evaluations while training: set evaluation.every too")
+        if not self.prompt.reason and self.warm_start.asks_a_model:
+            raise ValueError("prompt.reason = false asks for the grade alone: set warm_start.reasons = 'none' too")
         return self
 
     @model_validator(mode="after")

@@ -31,18 +31,11 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     """
     # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
     dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
-    tokenizer.padding_side = "left"
-    if tokenizer.eos_token_id is None:
-        raise ContractError(f"the tokenizer in {folder} has no end-of-sequence token; choose another model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = plain_chat_template(tokenizer)
     # The model's own sampling settings are not ours, and some of them cannot even be saved again.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_tokens(folder, tokenizer)),
@@ -52,6 +45,22 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     if torch.cuda.is_available():
         model = model.to(f"cuda:{local_rank()}")
     return model, tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, with padding and a chat template; raises `ContractError` when there is none that can do."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+    tokenizer.padding_side = "left"
+    if tokenizer.eos_token_id is None:
+        raise ContractError(f"the tokenizer in {folder} has no end-of-sequence token; choose another model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = plain_chat_template(tokenizer)
+    return tokenizer
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

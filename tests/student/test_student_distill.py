@@ -233,7 +233,10 @@ def test_the_teacher_is_measured_where_it_annotated_test_rows(tiny, quick, tmp_p
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     teacher = next(s for s in evaluation["systems"] if s["name"] == "teacher")
     assert teacher["n"] == 20
-    assert teacher["metrics"]["accuracy"]["value"] == 1
+    assert teacher["metrics"]["accuracy"]["value"] == teacher["metrics"]["quadratic_kappa"]["value"] == 1
+    # This teacher's ROC-AUC is 1, ½ above chance.
+    (lost,) = [row for row in evaluation["comparisons"] if (row["b"], row["metric"]) == ("teacher", "roc_auc")]
+    assert evaluation["teacher_kept"] == {"n": 20, "share": pytest.approx(1 + 2 * lost["difference"])}
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -28,7 +28,7 @@ TINY = TeacherConfig(
     model="scratch:tiny",
     prompt=PromptConfig(guideline="Grade.", definitions=False),
     warm_start=WarmStartConfig(examples=16, epochs=2, batch_size=8, loss_on_prompt=True),
-    agpo=AGPOConfig(steps=4, group_size=4, prompts_per_step=2, checkpoint_every=2),
+    agpo=AGPOConfig(steps=4, group_size=4, prompts_per_step=2, checkpoint_every=2, keep="last"),
     evaluation=EvaluationConfig(examples=4, every=0, samples=2, test=False),
     max_completion_tokens=12,
 )

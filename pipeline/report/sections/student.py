@@ -47,6 +47,7 @@ def student_section(folder: Path, pairs: Path) -> dict[str, Any]:
         "n_suspects": len(suspects),
         "suspects": with_texts(suspects[:SUSPECTS], pairs),
         "metrics": _metrics(systems),
+        "teacher_kept": evaluation.get("teacher_kept"),  # not in evaluations of earlier versions
         "named_systems": [(_name(each["name"]), each) for each in systems],
         "named_slices": [(part["name"], part) for part in slices],
         "forest": forest([(_name(each["name"]), each["n"], each["metrics"].get("roc_auc")) for each in systems]),
