@@ -90,11 +90,12 @@ def run(options: argparse.Namespace, name: str) -> None:
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
     from student.dataset import read_annotated, read_examples, read_training
-    from student.distill import calibrate, cosine, measured, warmed_up
+    from student.distill import calibrate, measured
     from student.evaluation import write_predictions
     from student.fit import fit
     from student.metrics import Labels, evaluate
     from student.model import save_tokenizer
+    from student.peers import cosine, warmed_up
     from student.setup import Setup
     from student.warm_up import warm_up
 

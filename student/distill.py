@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 from pydantic import BaseModel
 
 from data.contracts import (
-    PAIRS,
     ContractError,
     GradeScale,
     MetricsLog,
@@ -23,11 +20,9 @@ from data.contracts import (
     digest_files,
     read_human_labels,
     read_json,
-    read_table,
     write_json,
     write_text,
 )
-from student.baselines import Bm25
 from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
 from student.card import student_card
 from student.config import StudentConfig
@@ -40,7 +35,8 @@ from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
-from student.scorer import ad_text, probabilities, softmax
+from student.peers import peers, without_labels
+from student.scorer import probabilities, softmax
 from student.setup import Setup
 from student.warm_up import warm_up
 
@@ -125,14 +121,14 @@ def distill(
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
-    free = without_labels(untrained, setup, rows)
+    free = without_labels(untrained, setup, rows.valid, rows.test)
     bound = {"floor": floor([*systems, *free])}
     if fault := floor_fault(bound):
         logger.warning("%s", fault)
     for name, other in taught_otherwise(config, rows.training, whole).items():
         systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
     systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
-    systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
+    systems += [*free, *peers(setup, pairs, rows.annotations, rows.valid, rows.test)]
     evaluation = evaluate(setup, systems, student, rows.test) | bound
     key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
@@ -242,66 +238,6 @@ def measured(setup: Setup, name: str, student: Calibrated, valid: Examples, test
     probs = probabilities(setup.logits(student.fitted.reader, test), student.temperature, student.isotonic)
     auc = student.valid_roc_auc
     return System(name, setup.p_relevant(probs), student.threshold, probs, valid_roc_auc=auc)
-
-
-def ranker(setup: Setup, name: str, score: Callable[[Examples], Array], valid: Examples, test: Examples) -> System:
-    """A system that has seen no label and gives a score (N,) only; its threshold comes from valid."""
-    on_valid, relevant = score(valid), setup.relevant(valid)
-    threshold = best_f1_threshold(relevant, on_valid)
-    return System(name, score(test), threshold, valid_roc_auc=roc_auc(relevant, on_valid))
-
-
-def cosine(setup: Setup, valid: Examples, test: Examples) -> System:
-    """The cosine of query and ad under the encoder in `setup.base`, which nothing was taught."""
-    encoder = setup.encoder()
-    return ranker(setup, "untrained_cosine", lambda rows: encoder.cosine(rows.queries, rows.ads), valid, test)
-
-
-def warmed_up(setup: Setup, valid: Examples, test: Examples) -> System:
-    """The classifier in `setup.base` as its warm-up left it."""
-    reader = setup.reader()
-    reader.model.eval()
-    return ranker(setup, "warm_up", lambda rows: setup.p_relevant(softmax(setup.logits(reader, rows))), valid, test)
-
-
-def without_labels(untrained: Setup, setup: Setup, rows: Rows) -> list[System]:
-    """What the student must be above: the encoder's cosine and, where there was one, the warm-up."""
-    free = [cosine(untrained, rows.valid, rows.test)]
-    return [*free, warmed_up(setup, rows.valid, rows.test)] if setup.config.warm_up.pairs else free
-
-
-def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[System]:
-    """BM25 over the ads of all splits, and BM25 as a share of the query's limit."""
-    columns = ["ad_title", "ad_text", "attributes"]
-    table = read_table(pairs / "pairs", PAIRS, columns=columns).to_pylist()
-    index = Bm25([ad_text(row["ad_title"], row["ad_text"], row["attributes"]) for row in table])
-
-    def scores(relative: bool, rows: Examples) -> Array:
-        return index.scores(rows.queries, rows.ads, relative=relative)
-
-    shares = {"bm25": False, "bm25_relative": True}
-    return [ranker(setup, name, partial(scores, share), valid, test) for name, share in shares.items()]
-
-
-def teacher_on_test(rows: Rows, scale: GradeScale) -> list[System]:
-    """The teacher's own grades of the test rows that it has annotated; its threshold is from those of valid, or 0.5."""
-
-    def graded(examples: Examples) -> tuple[Array, Array]:
-        at = np.flatnonzero([pair_id in rows.annotations for pair_id in examples.pair_ids])
-        return at, np.array([rows.annotations[pair_id].probs for pair_id in examples.pair_ids[at]]).reshape(
-            -1, scale.size
-        )
-
-    at, probs = graded(rows.test)
-    if not len(at):
-        return []
-    on_valid, valid_probs = graded(rows.valid)
-    relevant, score = (
-        rows.valid.grade[on_valid] >= scale.relevant_from,
-        valid_probs[:, scale.relevant_from :].sum(axis=1),
-    )
-    threshold = best_f1_threshold(relevant, score) if len(score) else 0.5
-    return [System("teacher", probs[:, scale.relevant_from :].sum(axis=1), threshold, probs, at)]
 
 
 def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Examples) -> dict[str, Any]:
