@@ -96,9 +96,10 @@ def result_file(folder: Path, method: str, seed: int) -> Path:
 def _train(task: Task, config: TeacherConfig, method: str, model: Any, tokenizer: Any, place: Path) -> dict[str, Any]:
     estimator, _, choices = method.partition(":")
     chosen = dict(choice.split("=") for choice in choices.split(",") if choice)
-    # Without the collapse detector: a collapse is a result here.
+    # Without the collapse detector, and with the last weights: a collapse is a result here.
     changed = {
         "estimator": estimator,
+        "keep": "last",
         "collapse": CollapseConfig(window=0),
         **{key: float(value) for key, value in chosen.items()},
     }
@@ -106,7 +107,7 @@ def _train(task: Task, config: TeacherConfig, method: str, model: Any, tokenizer
     name = result_file(Path(), method, 0).stem
     out, log = place / f"train-{name}", MetricsLog(place / f"{name}.jsonl")
     began = time.monotonic()
-    stopped = train_policy(
+    _, stopped = train_policy(
         config.model_copy(update={"agpo": settings}),
         model,
         tokenizer,

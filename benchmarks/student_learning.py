@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, name: str) -> None:
 def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
     """Write the oracle's annotations of `count` pairs of the pool; smaller counts are parts of larger ones."""
     from data.contracts import ANNOTATIONS, PAIRS, GradeScale, read_table
-    from student.baselines import words
+    from student.words import words
 
     scale = GradeScale.load(pairs)
     table = read_table(

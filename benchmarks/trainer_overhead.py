@@ -32,8 +32,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="in a step")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--tokens", type=int, default=40, help="of a completion at most")
-    parser.add_argument("--micro-batch", type=int, default=96, help="completions in a pass of TRL's")
-    parser.add_argument("--micro-batch-tokens", type=int, default=16_384, help="tokens in a pass of ours")
+    parser.add_argument("--micro-batch", type=int, default=96, help="completions at most in a pass of TRL's")
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens at most in a pass of ours")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     parser.add_argument("--steps", type=int, default=10, help="measured in a process, after one for warming up")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--side", choices=("ours", "stock"), help=argparse.SUPPRESS)
@@ -52,7 +53,11 @@ def main() -> None:
         medians = {side: statistics.median(value for run in runs[side] for value in run[name]) for side in runs}
         report[name] = {side: round(value, 4) for side, value in medians.items()}
         report[f"{name}_ratio"] = round(medians["ours"] / medians["stock"], 4)
-    report |= {"steps": options.steps * options.rounds, "completions_per_step": options.prompts * options.group}
+    report |= {
+        "lora": options.lora,
+        "steps": options.steps * options.rounds,
+        "completions_per_step": options.prompts * options.group,
+    }
     print(json.dumps(report | {name: runs["ours"][0][name] for name in ("completion_tokens", "device")}))
 
 
@@ -65,19 +70,19 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
     from teacher.advantages import agpo
     from teacher.config import TeacherConfig
-    from teacher.model import load_model
+    from teacher.model import add_adapters, load_model
     from teacher.trainer import AGPOTrainer
 
     cuda = torch.cuda.is_available()
     clock = time.perf_counter if cuda else time.process_time
-    began: list[float] = []
+    ended: list[float] = []
     sampling: list[float] = [0.0]
     lengths: list[int] = []
     digest = hashlib.sha256()
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *unused: Any, **more: Any) -> None:
-            began.append(clock())
+        def on_step_end(self, *unused: Any, **more: Any) -> None:
+            ended.append(clock())
             sampling.append(0.0)
 
     def reward(completions: list[str], completion_ids: list[list[int]], **unused: Any) -> list[float]:
@@ -96,9 +101,11 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         base, prompts = _work(options, Path(folder))
-        model, tokenizer = load_model(base, TeacherConfig())
+        config = TeacherConfig(lora_rank=options.lora)
+        model, tokenizer = load_model(base, config)
+        model = add_adapters(model, config)
         completions = options.prompts * options.group
-        micro = completions if side == "ours" else options.micro_batch
+        micro = completions if side == "ours" else min(options.micro_batch, completions)
         own = {"advantages": agpo, "micro_batch_tokens": options.micro_batch_tokens} if side == "ours" else {}
         trainer = Timed(
             model=model,
@@ -108,7 +115,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
                 gradient_accumulation_steps=completions // micro,
                 num_generations=options.group,
                 max_completion_length=options.tokens,
-                max_steps=options.steps + 2,
+                max_steps=options.steps + 1,
                 learning_rate=0.0,
                 use_cpu=not cuda,
                 bf16=cuda,
@@ -126,8 +133,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             **own,
         )
         trainer.train()
-    steps = [after - before for before, after in itertools.pairwise(began)][1:]
-    training = [whole - sampled for whole, sampled in zip(steps, sampling[2:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(ended)]
+    training = [whole - sampled for whole, sampled in zip(steps, sampling[1:], strict=False)]
     # ru_maxrss is in KiB on Linux
     peak = (
         torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -171,7 +178,7 @@ def _work(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
 
 
 def _child(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    names = ("prompts", "group", "tokens", "micro_batch", "micro_batch_tokens", "steps")
+    names = ("prompts", "group", "tokens", "micro_batch", "micro_batch_tokens", "lora", "steps")
     words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     model = ["--model", str(options.model)] if options.model else []
     return ask("benchmarks.trainer_overhead", "--side", side, *words, *model, environment=TORCH)

@@ -135,6 +135,9 @@ class DataConfig(Config):
     treated so in any case."""
     locale: Literal["us", "es", "jp"] | None = "us"
     """For `esci`: the shop whose queries and products are taken; empty takes all."""
+    texts: UserPath | None = None
+    """A text file (UTF-8, gzipped too) with a text on each line about what the ads sell, such as product descriptions. A
+    teacher can read them before it knows a label (`teacher.warm_start.texts`). The made-up shop has its own catalogue."""
     log: LogConfig | None = None
     """Unlabelled pairs that join the pool, beside any source."""
     columns: dict[Column, str] = Field(default_factory=dict)
@@ -246,7 +249,15 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 _FILLED_IN = {"rows": (20_000,)}  # the default of an older version, which its runs have on record
 
 
-def without_source(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The data settings of a preset, without its source where those `given` describe a table and name none."""
+def data_of_preset(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What of a preset's data settings holds beside those `given`.
+
+    A preset without a source describes the made-up shop, and none of it holds for another source. Where those given
+    describe a table and name no source, the preset's source does not hold.
+    """
     describes_table = "source" not in given and any(given.get(name) for name in _ON_A_TABLE)
+    if "source" not in preset and (
+        describes_table or given.get("path") or given.get("source", "synthetic") != "synthetic"
+    ):
+        return {}
     return {name: value for name, value in preset.items() if name != "source" or not describes_table}

@@ -23,11 +23,19 @@ from data.contracts import PAIRS, ContractError, GradeScale
 from data.merge import merged_pairs
 from data.profile import languages, profile
 from data.quality import split_fault, split_warnings, text_warnings
-from data.sources import Source, describe_source, input_files, read_source, source_label
+from data.sources import Source, describe_source, input_files, read_source, read_texts, source_label
 from data.sources.encodings import propose_encoding
 from data.split import within_limits
 from data.strata import sampled_log, strata_counts, with_stratum
-from data.tables import companion_rows, count_rows, materialised, tables_fingerprints, write_table, write_tables
+from data.tables import (
+    companion_rows,
+    count_rows,
+    materialised,
+    tables_fingerprints,
+    write_table,
+    write_tables,
+    write_texts,
+)
 from data.validation import DAMAGED, refuse_too_many, rejected_rows, validated
 
 if TYPE_CHECKING:
@@ -44,8 +52,8 @@ class DataResult(BaseModel):
 
 
 def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
-    """Write `pairs/`, its companions (`rationales/`, `disagreement/`, with a log `frequencies/`), `rejected/`, `scale.json`,
-    `card.json` and `card.md` into `out`; the tables are Parquet folders.
+    """Write `pairs/`, its companions (`rationales/`, `disagreement/`, `texts/`, with a log `frequencies/`), `rejected/`,
+    `scale.json`, `card.json` and `card.md` into `out`; the tables are Parquet folders.
 
     Every row of train, valid and test has a grade. Its query alone decides about a pair's split, so an unlabelled row is
     used where its query falls to the pool, and is left out (and counted) elsewhere.
@@ -63,6 +71,7 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
         pairs, limit_counts = _selected(usable, merge_counts["usable"], config)
         log.info("writing %d pairs from %d rows", limit_counts["rows"], rows_in)
         write_tables(pairs, config.source_name, out, limit_counts["rows"])
+        write_texts(read_texts(config), out)
         counts = split_counts(pairs, scale.size)
         metrics, described = profile(pairs, counts, scale)
         described["strata"] = {} if config.log is None else strata_counts(usable, pairs)
@@ -81,7 +90,7 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     if described["leakage"]["queries"]["in_several_splits"]:
         raise RuntimeError(f"queries are in more than one split of {out}: {described['leakage']['queries']}")
     scale.save(out)
-    fingerprints = tables_fingerprints(spark, out, scale)
+    fingerprints = tables_fingerprints(spark, out, scale, config.texts is not None)
     metrics = {"rows_in": rows_in, **account, **companion_rows(out), **metrics}
     metrics |= {"rejected_share": account["rejected"] / rows_in, "fingerprint_labelled": fingerprints["labelled"]}
     described["warnings"] = split_warnings(counts, described["balance"], config, scale)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 
-from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, RATIONALES, GradeScale, check_schema, digest_bytes
+from data.contracts import DISAGREEMENT, FREQUENCIES, PAIRS, RATIONALES, TEXTS, GradeScale, check_schema, digest_bytes
 from data.sources.paths import spark_paths
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
-_COMPANIONS = {"rationales": RATIONALES, "disagreement": DISAGREEMENT, "frequencies": FREQUENCIES}
+_COMPANIONS = {"rationales": RATIONALES, "disagreement": DISAGREEMENT, "frequencies": FREQUENCIES, "texts": TEXTS}
 _ROWS_PER_FILE = 250_000
 
 
@@ -45,6 +49,16 @@ def write_table(frame: DataFrame, folder: Path, rows: int) -> None:
     frame.write.mode("overwrite").parquet(f"file://{folder.resolve()}")
 
 
+def write_texts(texts: Iterable[dict[str, str]], out: Path) -> None:
+    """Write `texts/` into `out` when there are any, in their order."""
+    shutil.rmtree(out / "texts", ignore_errors=True)
+    chunks = iter(texts)
+    while chunk := list(islice(chunks, _ROWS_PER_FILE)):
+        (out / "texts").mkdir(exist_ok=True)
+        number = len(list((out / "texts").iterdir()))
+        pq.write_table(pa.Table.from_pylist(chunk, schema=TEXTS), out / "texts" / f"part-{number:05}.parquet")
+
+
 def materialised(frame: DataFrame, folder: Path) -> DataFrame:
     """`frame` as a table in `folder`, for what is read several times.
 
@@ -69,8 +83,9 @@ def companion_rows(out: Path) -> dict[str, int]:
     }
 
 
-def tables_fingerprints(spark: SparkSession, out: Path, scale: GradeScale) -> dict[str, str]:
-    """Hashes of the scale and of both tables that training reads, each as a sum of its rows' hashes: order plays no part.
+def tables_fingerprints(spark: SparkSession, out: Path, scale: GradeScale, texts: bool = False) -> dict[str, str]:
+    """Hashes of the scale and of the tables that training reads, each as a sum of its rows' hashes: order plays no part.
+    The texts are among them if `texts`; a made-up shop's follow from its seed.
 
     `all` is of everything, `labelled` leaves the rows of split pool out: what a teacher learns from and is measured on.
     """
@@ -88,6 +103,8 @@ def tables_fingerprints(spark: SparkSession, out: Path, scale: GradeScale) -> di
         return {row[0]: [int(number) for number in row[1:]] for row in sums.collect()}
 
     tables = [hash_sums("pairs", PAIRS), hash_sums("rationales", RATIONALES)]
+    if texts:
+        tables.append(hash_sums("texts", TEXTS))
 
     def fingerprint(*parts: bool) -> str:
         lines = [scale.model_dump_json()]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import cyclopts
 from cyclopts import Parameter
 
+from flows.audit import audit_export, audit_import
 from flows.catalog import FLOWS, Entry
 from flows.compare import compare
 from flows.environment import set_environment
@@ -130,7 +131,8 @@ def _command(entry: Entry) -> None:
 
 for _entry in FLOWS.values():
     _command(_entry)
-run_app.command(compare)
+for _command_line in (compare, audit_export, audit_import):
+    run_app.command(_command_line)
 
 
 @run_app.command

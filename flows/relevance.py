@@ -16,6 +16,7 @@ from typing import Any
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 from prefect.tasks import exponential_backoff
 
 from data.contracts import Unavailable
@@ -84,6 +85,7 @@ def _flow(entry: Entry) -> Any:
                     with progress_on_page(settings.run, name):
                         records.append(_stage_task(name)(settings))
                     show(name, "reused" if records[-1].reused else "done")
+                    _announce_drift(settings.run, records[-1])
                     spent.append(round(time.monotonic() - begin, 1))
                 summary = _finish(settings, entry.name, records, spent)
             except BaseException:
@@ -97,6 +99,17 @@ def _flow(entry: Entry) -> Any:
     run.__name__ = run.__qualname__ = entry.function
     run.__doc__ = f"`prefect run {entry.name}`: the content of `summary.json`."
     return flow(name=entry.name, description=entry.help, flow_run_name=_RUN_NAME)(run)
+
+
+def _announce_drift(run: str, record: StageRecord) -> None:
+    """An event for automations where a stage has found new pairs unlike those before."""
+    level = record.figures.get("drift", "fine")
+    if level == "fine" or record.reused:
+        return
+    logger.warning("%s: new pairs are unlike those before (%s); the report says how", record.stage, level)
+    resource = {"prefect.resource.id": f"ads-relevance.run.{run}", "prefect.resource.name": run}
+    payload = {"stage": record.stage, "psi": record.figures["drift_psi"]}
+    emit_event(f"ads-relevance.drift.{level}", resource, payload=payload)
 
 
 def _executing(entry: Entry, settings: PipelineConfig, stages: tuple[str, ...]) -> AbstractContextManager[Execution]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.contracts import ContractError, write_json
+from data.contracts import ContractError, read_json, write_json
 from pipeline.keys import nearest
 from pipeline.redact import flatten, hidden_keys, redact
 from pipeline.settings import PipelineConfig, build_settings, choose
@@ -35,6 +35,17 @@ def _of_one_kind(values: dict[str, Any]) -> dict[str, Any]:
 def started_runs(runs: Path) -> list[str]:
     """Names of the runs in a folder of runs that can be continued, sorted."""
     return sorted(file.parent.name for file in runs.glob(f"*/{FILE}"))
+
+
+def recorded_settings(folder: Path) -> PipelineConfig:
+    """The settings that a run was last started with, with its folder as it is now; secrets are not among them.
+
+    Raises `ContractError` when the folder holds none.
+    """
+    if not (folder / FILE).exists():
+        raise ContractError(f"{folder} has no {FILE}; run a flow there first")
+    values = _of_one_kind(read_json(folder / FILE)["settings"])
+    return build_settings(values | {"run": folder.name, "runs": str(folder.parent)})
 
 
 def resume(

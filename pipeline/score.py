@@ -96,14 +96,17 @@ def _scorer(export: str, precision: str, threads: int) -> Scorer:
 
 
 def _model_version(export: Path, precision: str) -> str:
-    from student.scorer import MODEL_FILES
+    from student.scorer import MODEL_FILES, VERSIONS
 
     if not (export / "student.json").exists():
         raise ContractError(f"{export} holds no exported student (no student.json); run student-export first")
     fingerprint = read_json(export / "student.json").get("fingerprint")
     if not fingerprint or not (export / MODEL_FILES[precision]).exists():
-        raise ContractError(f"{export} lacks {MODEL_FILES[precision]} or a fingerprint; run student-export again")
-    return f"{fingerprint}-{precision}"
+        raise ContractError(
+            f"{export} lacks {MODEL_FILES[precision]} or a fingerprint; run student-export again"
+            + (" with export.fp16=true" if precision == "fp16" else "")
+        )
+    return f"{fingerprint}-{VERSIONS[precision]}"
 
 
 def _log_progress(out: Path, version: str, before: int, rows: int, begin: float) -> None:

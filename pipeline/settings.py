@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from data.config import DataConfig, without_source
+from data.config import DataConfig, data_of_preset
 from data.contracts import Config, ContractError, UserPath
 from pipeline.annotation.config import AnnotateConfig
+from pipeline.drift import DriftConfig
 from pipeline.keys import explain, fields, merge, nearest, parse_overrides
 from pipeline.spark import SparkConfig
 from pipeline.tracking.config import TrackingConfig
@@ -62,6 +63,8 @@ class PipelineConfig(Config):
     """The deployable folder and the checks on it."""
     score: ScoreConfig = ScoreConfig()
     """Scoring whole tables with the exported student."""
+    drift: DriftConfig = DriftConfig()
+    """When new pairs are too unlike those that teacher and student learned from."""
     spark: SparkConfig = SparkConfig()
     """The Spark session of the data, annotation and scoring jobs."""
     tracking: TrackingConfig = TrackingConfig()
@@ -77,7 +80,7 @@ class PipelineConfig(Config):
         if isinstance(preset, str) and preset:
             filled = read_preset(preset)
             if isinstance(given_data := values.get("data"), dict):
-                filled["data"] = without_source(filled.get("data", {}), given_data)
+                filled["data"] = data_of_preset(filled.get("data", {}), given_data)
             values = merge(filled, values) | {"preset": preset}
             values.setdefault("run", preset)
         return values

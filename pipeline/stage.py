@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from data.contracts import Config, ContractError
 from pipeline.artifacts import Output, Recipe, StageRecord, read_record, run_stage
@@ -57,8 +57,8 @@ class Stage:
     """Those of them, by name, that it does without under these settings."""
     reads_only_labelled: bool = False
     """New pairs in the pool leave it as it is."""
-    reads_besides: Callable[[Any], dict[str, Input]] = lambda config: {}
-    """What it reads from outside the run, by its config."""
+    reads_besides: Callable[[PipelineConfig], dict[str, Input]] = lambda settings: {}
+    """What it reads beside the stages that it needs."""
     uses_gpus: Callable[[PipelineConfig], bool] = lambda settings: False
     """Whether it uses the GPUs of the machine that runs it, where there are any."""
     incremental: bool = False
@@ -101,7 +101,7 @@ class Stage:
                 )
             labelled = record.figures.get("fingerprint_labelled") if self.reads_only_labelled else None
             inputs[needed.name] = Input(str(labelled or record.fingerprint), folder)
-        return inputs | self.reads_besides(self.config(settings))
+        return inputs | self.reads_besides(settings)
 
     def recipe(self, settings: PipelineConfig, inputs: Mapping[str, Input]) -> Recipe:
         """What the output depends on."""

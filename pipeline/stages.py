@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.contracts import digest
+from data.contracts import HUMAN_LABELS_FILE, digest, read_human_labels, write_json
+from pipeline import drift
 from pipeline.artifacts import Output, StageRecord, read_record
 from pipeline.settings import PipelineConfig
 from pipeline.spark import spark_session
@@ -24,21 +25,33 @@ def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from data.prepare import prepare
 
     with spark_session(settings.spark) as spark:
-        return prepare(settings.data, out, spark)
+        output = prepare(settings.data, out, spark)
+    checks = drift.check_pairs(settings.drift, settings.folder, out)
+    return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
 def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from teacher.train import train_teacher
 
     config, pairs = settings.teacher, folders["data"]
-    return train_teacher(config, _base(settings, config.model, "decoder", pairs, config.seed), pairs, out)
+    base, *reason_model = (
+        _base(settings, name, "decoder", pairs, config.seed)
+        for name in (config.model, config.warm_start.reason_model)
+        if name
+    )
+    cache = settings.weights_cache / "reasons"
+    output = train_teacher(config, base, pairs, out, reason_model=next(iter(reason_model), None), cache=cache)
+    drift.remember(pairs, out)
+    return output
 
 
 def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from pipeline.annotation.job import annotate
 
     with spark_session(settings.spark) as spark:
-        return annotate(settings.annotate, folders["teacher"] / "model", folders["data"], out, spark)
+        output = annotate(settings.annotate, folders["teacher"] / "model", folders["data"], out, spark)
+    checks = drift.check_annotations(settings.drift, settings.folder, out, output.figures["annotation_key"])
+    return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
 def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -52,7 +65,12 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     base, cache = _base(settings, config.base, "encoder", pairs, config.seed), settings.weights_cache / "warm_up"
     scored_by = config.warm_up.encoder if config.warm_up.pairs else ""
     encoder = _base(settings, scored_by, "encoder", pairs, config.seed) if scored_by else None
-    return distill(config, base, pairs, annotations, out, cache, encoder)
+    human_labels = settings.folder / "audit" / HUMAN_LABELS_FILE
+    output = distill(config, base, pairs, annotations, out, cache, encoder, human_labels)
+    checks = [check for check in drift.load(annotations or out) if check.annotation_key == config.annotation_key]
+    level, sentence = drift.verdict(checks, settings.drift)
+    write_json(out / "drift.json", {"level": level, "sentence": sentence})
+    return output
 
 
 def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
@@ -74,9 +92,10 @@ def _base(settings: PipelineConfig, model: str, role: Any, pairs: Path, seed: in
     return resolve_model(model, role=role, pairs=pairs, cache=settings.weights_cache, seed=seed)
 
 
-def _source(config: Any) -> dict[str, Input]:
+def _source(settings: PipelineConfig) -> dict[str, Input]:
     from data.sources import input_fingerprint
 
+    config = settings.data
     return {"source": Input(input_fingerprint(config), config.path or config.source_name)}
 
 
@@ -92,6 +111,13 @@ def _own_models(**names: str) -> dict[str, Input]:
     return inputs
 
 
+def _human_labels(settings: PipelineConfig) -> dict[str, Input]:
+    """Labels that people gave since, where there are any."""
+    path = settings.folder / "audit" / HUMAN_LABELS_FILE
+    labels = read_human_labels(path)
+    return {"human_labels": Input(digest(labels), path)} if labels else {}
+
+
 DATA = Stage(
     name="data",
     folder="pairs",
@@ -99,7 +125,7 @@ DATA = Stage(
     work=_prepare,
     version=3,
     reads_besides=_source,
-    headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected"),
+    headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected", "drift"),
     artifacts=("card.json", "card.md", "scale.json"),
 )
 TEACHER = Stage(
@@ -109,10 +135,12 @@ TEACHER = Stage(
     work=_train_teacher,
     needs=(DATA,),
     reads_only_labelled=True,
-    reads_besides=lambda config: _own_models(base=config.model),
+    reads_besides=lambda settings: _own_models(
+        base=settings.teacher.model, reason_model=settings.teacher.warm_start.reason_model
+    ),
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
-    artifacts=("metrics.jsonl", "evaluation.json", "model/model_card.md"),
+    artifacts=("metrics.jsonl", "evaluation.json", "reasons.json", "model/model_card.md"),
     registers=Registered("teacher", "model"),
 )
 ANNOTATE = Stage(
@@ -120,10 +148,11 @@ ANNOTATE = Stage(
     folder="annotations",
     experiment="annotate",
     work=_annotate,
+    version=2,
     needs=(DATA, TEACHER),
     uses_gpus=lambda settings: settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local"),
     incremental=True,
-    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s"),
+    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s", "drift"),
 )
 STUDENT = Stage(
     name="student",
@@ -133,11 +162,14 @@ STUDENT = Stage(
     version=2,
     needs=(DATA, ANNOTATE),
     spares=lambda settings: () if settings.student.use_annotations else ("annotate",),
-    reads_besides=lambda config: _own_models(base=config.base, warm_up_encoder=config.warm_up.encoder),
+    reads_besides=lambda settings: (
+        _own_models(base=settings.student.base, warm_up_encoder=settings.student.warm_up.encoder)
+        | _human_labels(settings)
+    ),
     uses_gpus=lambda settings: True,
     headline=(
-        *("below_floor", "test_roc_auc", "gold_only_roc_auc", "bm25_roc_auc", "untrained_cosine_roc_auc"),
-        *("warm_up_roc_auc", "test_f1", "test_ece"),
+        *("below_floor", "test_roc_auc", "gold_only_roc_auc", "teacher_roc_auc", "teacher_kept", "bm25_roc_auc"),
+        *("untrained_cosine_roc_auc", "warm_up_roc_auc", "test_f1", "test_ece"),
     ),
     artifacts=("metrics.jsonl", "evaluation.json", "curves.json", "test_predictions.parquet", "model/model_card.md"),
 )
@@ -146,6 +178,7 @@ EXPORT = Stage(
     folder="export",
     experiment="student-export",
     work=_export,
+    version=2,
     needs=(DATA, STUDENT),
     reads_only_labelled=True,
     headline=("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,9 @@ from tokenizers import Tokenizer
 from student.dataset import Tokens
 from student.model import pad_token_id, quiet_transformers
 from student.scorer import batches_by_length
+from student.words import words
 
 Array = np.ndarray
-# Words, and single characters of scripts that are written without spaces.
-_ALONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words of a text; Chinese, Japanese and Korean characters stand alone."""
-    return _WORD.findall(text.lower())
 
 
 class Bm25:

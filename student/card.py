@@ -14,6 +14,7 @@ _TITLES = {
     "f1": "F1",
     "macro_f1": "macro-F1",
     "accuracy": "accuracy",
+    "quadratic_kappa": "quadratic κ",
     "ece": "ECE",
 }
 
@@ -55,6 +56,8 @@ raise its score.
 with 95 % bootstrap intervals resampled by query.
 
 {metrics_table(evaluation)}
+
+{decisions_table(evaluation, scale)}
 """
 
 
@@ -73,10 +76,28 @@ def metrics_table(evaluation: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def decisions_table(evaluation: dict[str, Any], scale: GradeScale) -> str:
+    """What decisions catch, as a Markdown table; empty without any."""
+    if not evaluation["decisions"]:
+        return ""
+    lines = [
+        "Decisions, at thresholds from split valid; `score.py --at DECISION` takes them, and any other.",
+        "",
+        "| decision | catches | precision | recall | share of all pairs | threshold |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in evaluation["decisions"]:
+        what = f"{_line(scale.grades[row['grade']].name)} or {'better' if row['or_better'] else 'worse'}"
+        cells = [_cell(row.get(name)) for name in ("precision", "recall", "caught")]
+        threshold = row["fault"] or f"{row['threshold']:.4f}"
+        lines.append(f"| `{_line(row['decision'])}` | {what} | {' | '.join(cells)} | {threshold} |")
+    return "\n".join(lines)
+
+
 def export_card(trained_card: str, parity: dict[str, Any]) -> str:
     """The card of an exported student: the trained one's, how to score with the folder, and what the export changed."""
     rows = []
-    for precision in ("fp32", "int8"):
+    for precision in (name for name in ("fp32", "int8", "fp16") if name in parity):
         measured = parity[precision]
         rows.append(
             f"| {precision} | {measured['file']} | {measured['megabytes']:.1f} | {measured['pairs_per_second']:,.0f} | "
@@ -100,12 +121,14 @@ probs = scorer.grade_probs(pairs)
 print(scorer.p_relevant(probs), scorer.p_relevant(probs) >= scorer.threshold)
 ```
 
-Or, JSON lines in and out: `python export/score.py int8 < pairs.jsonl > scores.jsonl`.
+Or, JSON lines in and out: `python export/score.py int8 < pairs.jsonl > scores.jsonl`; with `--at precision=0.95`, or
+`--at GRADE:precision=0.95`, each line also has a `decision`, at a threshold from the labels of split valid.
 
 ## Export
 
 Compared with the trained model on {parity["n"]:,} pairs; throughput on this build's machine with
-{parity["threads"]} threads, batches of {parity["batch_tokens"]} tokens.
+{parity["threads"]} threads, batches of {parity["batch_tokens"]} tokens. int8 decides otherwise than fp32 on
+{_changed(parity)} of the pairs of each grade.
 
 | precision | file | MB | pairs/s | max abs. Δp | ROC-AUC |
 |---|---|---|---|---|---|
@@ -119,6 +142,10 @@ def _cell(interval: dict[str, float | None] | None) -> str:
     if interval["low"] is None:
         return f"{interval['value']:.3f}"
     return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def _changed(parity: dict[str, Any]) -> str:
+    return ", ".join(f"{share['value']:.1%}" for share in parity["int8_decisions_changed"].values())
 
 
 def _number(value: float | None) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.contracts import Config
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "int8", "fp16"]
 
 
 class WarmUpConfig(Config):
@@ -141,6 +141,18 @@ class StudentConfig(Config):
     gold_only_baseline: bool = Field(default=True)
     """Also train the same student on the human grades alone, to show what the annotations add."""
 
+    decisions: tuple[str, ...] = Field(default=("0:precision=0.95", "0:precision=0.8", "precision=0.9", "recall=0.95"))
+    """Decisions to measure on test, at thresholds from valid: [GRADE:]precision=SHARE or recall=SHARE. GRADE is a name or
+    number: this grade or worse, or from the relevant ones this or better; without it, relevant."""
+
+    suspects: Literal["off", "features", "student"] = Field(default="off")
+    """Name the human labels that are probably wrong (arXiv 1911.00068), as judged by what has not learned from them: a
+    logistic regression on the encoder's vectors (`features`), or the student itself, in five more trainings (`student`)."""
+
+    drop_suspects: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the human labels that the student does not learn from, the most suspect first; above 0 another student is
+    trained on all of them, to show what leaving them out changes."""
+
     bootstrap_samples: int = Field(default=1000, ge=100, le=100_000)
     """Bootstrap resamples, by query, behind each 95 % interval."""
 
@@ -157,6 +169,12 @@ class StudentConfig(Config):
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of the head's weights, the data order, dropout and the bootstrap."""
 
+    @model_validator(mode="after")
+    def _suspects_are_named(self) -> Self:
+        if self.drop_suspects and self.suspects == "off":
+            raise ValueError("`drop_suspects` needs `suspects`: features or student")
+        return self
+
 
 class ExportConfig(Config):
     """How the student becomes a folder that scores with onnxruntime and tokenizers alone."""
@@ -172,8 +190,14 @@ class ExportConfig(Config):
     """The export fails if a probability of the fp32 model differs by more than this from the trained model's."""
 
     max_int8_auc_loss: float = Field(default=0.01, ge=0, le=1)
-    """The export fails if the int8 model loses more ROC-AUC than this against fp32 on the pairs compared, and the 95 %
-    interval of the loss, resampled by query, is above 0."""
+    """The export fails if the int8 or fp16 model loses more ROC-AUC than this against fp32 on the pairs compared, and the
+    95 % interval of the loss, resampled by query, is above 0."""
+
+    max_decisions_changed: float = Field(default=0.05, ge=0, le=1)
+    """The export fails if int8 or fp16 decides otherwise than fp32 (relevant or not) on a larger share of a grade."""
+
+    fp16: bool = Field(default=False)
+    """Also write model.fp16.onnx, for GPUs (package onnxruntime-gpu)."""
 
     batch_tokens: int = Field(default=384, ge=1, le=1_000_000)
     """Tokens, padding included, in one forward pass when throughput is measured; each thread has its own batch."""
@@ -189,7 +213,7 @@ class ScoreConfig(Config):
     """How a whole table is scored with Spark."""
 
     precision: Precision = Field(default="int8")
-    """Which exported model scores: fp32, or int8 (smaller and faster)."""
+    """Which exported model scores: fp32, int8 (smaller and faster), or fp16 (on a GPU, see `export.fp16`)."""
 
     batch_tokens: int = Field(default=384, ge=1, le=1_000_000)
     """Tokens, padding included, in one forward pass; each thread has its own batch."""

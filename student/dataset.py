@@ -1,7 +1,8 @@
 """From the pairs and annotations tables to token rows, and from token rows to batches.
 
 Which label a row may teach is decided here and nowhere else: split `train` gives human grades, split `pool` gives
-annotations only (its withheld human grades are not even read), and splits `valid` and `test` are never learned from.
+annotations only (its withheld human grades are not even read), and splits `valid` and `test` are never learned from. What
+people said of a pair later (`data.contracts.human_labels`) wins over both, in `train` and `pool`.
 """
 
 from __future__ import annotations
@@ -168,28 +169,52 @@ def read_texts(pairs: Path, where: pads.Expression, grades: int) -> Examples:
 
 def sample_texts(pairs: Path, count: int, seed: int, grades: int) -> Examples:
     """`count` pairs of splits pool and train, drawn by the seed, by pair_id; nothing of their grades."""
-    in_training = pads.field("split").isin(["pool", "train"])
-    ids = read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=in_training).column("pair_id").to_pylist()
+    ids = read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=_in_training()).column("pair_id").to_pylist()
     ids = np.random.default_rng(seed).permutation(np.sort(np.array(ids, dtype=object)))[:count]
     rows = read_texts(pairs, pads.field("pair_id").isin(pa.array(ids, pa.string())), grades)
     return rows.take(np.argsort(rows.pair_ids))
 
 
+def read_labelled(pairs: Path, labels: Mapping[str, list[int]], scale: GradeScale) -> Examples:
+    """The pairs of `train` and `pool` that people graded later, by the share of them that gave each grade.
+
+    Raises `ContractError` when a grade is not on the scale.
+    """
+    if any(not 0 <= grade < scale.size for grades in labels.values() for grade in grades):
+        raise ContractError(
+            f"the human labels have a grade that is not on the scale 0 … {scale.size - 1} of these pairs"
+        )
+    ids = pa.array(sorted(labels), pa.string())
+    rows = read_texts(pairs, _in_training() & pads.field("pair_id").isin(ids), scale.size)
+    counts = [np.bincount(labels[pair_id], minlength=scale.size) for pair_id in rows.pair_ids]
+    gold = np.array(counts, dtype=np.float64).reshape(rows.gold.shape)
+    gold /= gold.sum(axis=1, keepdims=True)
+    return replace(rows, grade=gold.argmax(axis=1), gold=gold)
+
+
 def read_training(
-    pairs: Path, annotated: Mapping[str, Annotated], scale: GradeScale, config: StudentConfig
+    pairs: Path,
+    annotated: Mapping[str, Annotated],
+    scale: GradeScale,
+    config: StudentConfig,
+    labels: Mapping[str, list[int]] = {},
 ) -> Examples:
     """What the student learns from: graded rows of `train`, and annotated rows of `train` and `pool`.
+
+    `labels` are the grades that people gave later, by pair_id: such a row of either split teaches them alone.
 
     `annotated` (see `read_annotated`) may be empty (human grades alone); `train` may be empty or without grades
     (annotations alone). Raises `ContractError` when neither gives a row, or when the annotations are of another scale.
     """
-    gold = read_examples(pairs, scale, "train", ratings=config.soft_gold)
+    gold, labelled = read_examples(pairs, scale, "train", ratings=config.soft_gold), read_labelled(pairs, labels, scale)
+    gold = gold.take(np.flatnonzero(~np.isin(gold.pair_ids, labelled.pair_ids)))
     _check_distributions(annotated, scale)
     taught = {pair_id: row for pair_id, row in annotated.items() if row.agreement >= config.min_agreement}
-    ids = pa.array(sorted(set(taught) - set(gold.pair_ids)), pa.string())  # the others come with `gold` and teach both
-    extra = read_texts(pairs, pads.field("split").isin(["train", "pool"]) & pads.field("pair_id").isin(ids), scale.size)
+    human = {*gold.pair_ids, *labelled.pair_ids}  # those come with `gold` and teach both, or the human label alone
+    ids = pa.array(sorted(set(taught) - human), pa.string())
+    extra = read_texts(pairs, _in_training() & pads.field("pair_id").isin(ids), scale.size)
 
-    gold.weight[:] = config.gold_weight
+    gold.weight[:] = labelled.weight[:] = config.gold_weight
     for i, pair_id in enumerate(gold.pair_ids):
         if pair_id in taught:
             gold.soft[i], gold.reasons[i], gold.mix[i] = (
@@ -206,7 +231,7 @@ def read_training(
         mix=np.zeros(len(rows)),
         weight=np.array([row.agreement for row in rows]) ** config.agreement_power,
     )
-    training = gold.joined(extra)
+    training = gold.joined(labelled).joined(extra)
     if not training.weight.sum() > 0:
         raise ContractError(
             "the student has nothing to learn from: no graded rows in split 'train' and no usable annotations; "
@@ -228,6 +253,10 @@ def query_grouped(query_id: Array, batch_size: int, rng: np.random.Generator) ->
     order = order[np.argsort(rng.permutation(len(queries))[number[order]], kind="stable")]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _in_training() -> pads.Expression:
+    return pads.field("split").isin(["train", "pool"])
 
 
 def _examples(table: pa.Table, grade: Array, gold: Array) -> Examples:

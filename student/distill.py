@@ -21,6 +21,7 @@ from data.contracts import (
     MetricsLog,
     digest,
     digest_files,
+    read_human_labels,
     read_json,
     read_table,
     write_json,
@@ -31,8 +32,10 @@ from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_
 from student.card import student_card
 from student.config import StudentConfig
 from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, sample_texts
+from student.decisions import bad_ad_rates, check_decisions, measure_decisions, operating_curves
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
+from student.label_errors import without_suspects
 from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
@@ -56,7 +59,8 @@ class StudentResult(BaseModel):
 class Calibrated:
     """A trained model with what was fitted on split valid; `shift` (K,) has been added to its logits.
 
-    `isotonic` has a curve for each grade, or none where temperature and offsets are all.
+    `isotonic` has a curve for each grade, or none where temperature and offsets are all; `decisions` are the
+    `operating_curves`.
     """
 
     fitted: Fitted
@@ -64,6 +68,7 @@ class Calibrated:
     shift: Array
     isotonic: Curves
     threshold: float
+    decisions: list[dict[str, list[float]]]
     valid_roc_auc: float
 
 
@@ -86,6 +91,7 @@ def distill(
     out: Path,
     cache: Path | None = None,
     scored_by: Path | None = None,
+    human_labels: Path | None = None,
 ) -> StudentResult:
     """Train, calibrate and evaluate a student into `out`.
 
@@ -93,13 +99,13 @@ def distill(
     `metrics.jsonl`. A second call after a kill goes on from the last epoch's checkpoint.
 
     Parameters: `base` the encoder's folder, `scored_by` that of `warm_up.encoder`, if any; `pairs` what data-prepare wrote;
-    `annotations` a table of them, None or empty for human grades alone; `cache` of warm-ups, `out/warm_up` if None.
+    `annotations` and `human_labels`, given later, None or empty for none; `cache` of warm-ups, `out/warm_up` if None.
     Raises `ContractError` when valid or test has no human grade, when there is nothing to learn from, or when the tables
     do not fit the scale.
     """
     out.mkdir(parents=True, exist_ok=True)
-    scale = GradeScale.load(pairs)
-    rows = read_rows(config, pairs, annotations, scale)
+    scale = check_decisions(config.decisions, GradeScale.load(pairs))
+    rows = read_rows(config, pairs, annotations, scale, human_labels)
     building = out / ".model"
     shutil.rmtree(building, ignore_errors=True)
     tokenizer = save_tokenizer(base, building, config.max_length)
@@ -114,6 +120,8 @@ def distill(
         fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
+    whole = rows.training
+    rows = replace(rows, training=without_suspects(setup, pairs, whole, rows.valid, rows.annotations, out, metrics))
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
@@ -121,16 +129,13 @@ def distill(
     bound = {"floor": floor([*systems, *free])}
     if fault := floor_fault(bound):
         logger.warning("%s", fault)
-    if config.gold_only_baseline and rows.training.n_annotated and rows.training.n_gold:
-        gold_only = train(rows.training.gold_only(), "gold_only")
-        systems.append(measured(setup, "gold_only", gold_only, rows.valid, rows.test))
-    systems += smaller_students(setup, student, rows, pairs, out, metrics)
+    for name, other in taught_otherwise(config, rows.training, whole).items():
+        systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
+    systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
     systems += [*bm25(setup, pairs, rows.valid, rows.test), *free, *teacher_on_test(rows, scale)]
     evaluation = evaluate(setup, systems, student, rows.test) | bound
     key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
-    for folder in (building, *out.glob(FOLDER.format("*"))):
-        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
     write_evaluation(out, systems, evaluation, rows.test, scale)
     metrics.rewind("test", -1)
     metrics.write("test", student.fitted.steps, {k: v for k, v in key.items() if isinstance(v, float)})
@@ -140,12 +145,21 @@ def distill(
     return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
+def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
+    """What the students learn from that the student is compared with, by name; `whole` has the suspect labels too."""
+    others = {"with_suspects": whole} if len(whole) > len(training) else {}
+    if config.gold_only_baseline and training.n_annotated and training.n_gold:
+        others["gold_only"] = training.gold_only()
+    return others
+
+
 def smaller_students(
-    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog
+    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog, free: list[System]
 ) -> list[System]:
     """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
 
-    They learn from the training rows and the pairs that a warm-up reads, which the trained student annotates.
+    They learn from the training rows and the pairs that a warm-up reads, which the trained student annotates. Each one's
+    folder also has what its promotion depends on: its test predictions, and its floor, made by the systems `free`.
     """
     config, reader, systems = setup.config, student.fitted.reader, []
     sizes = sorted(n for n in config.layers if n < layers_of(reader.model))
@@ -165,6 +179,11 @@ def smaller_students(
         smaller = calibrate(setup, fitted, rows.valid)
         save_student(setup, folder, smaller, rows)
         systems.append(measured(setup, phase, smaller, rows.valid, rows.test))
+        write_predictions(folder, rows.test, systems[-1].score)
+        bound = {"floor": floor([systems[-1], *free])}
+        write_json(folder / "evaluation.json", bound)
+        if fault := floor_fault(bound):
+            logger.warning("of %d layers: %s", layers, fault)
     return systems
 
 
@@ -174,14 +193,18 @@ def write_evaluation(
     """Write what the report and later comparisons read; the first system is the student."""
     write_predictions(out, test, systems[0].score)
     drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
+    for folder in (out / ".model", *out.glob(FOLDER.format("*"))):
+        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
     write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
     write_json(out / "evaluation.json", evaluation)
 
 
-def read_rows(config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale) -> Rows:
+def read_rows(
+    config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale, human_labels: Path | None = None
+) -> Rows:
     """All rows of the stage; raises `ContractError` as `distill` does."""
     key, annotated = read_annotated(annotations, config.annotation_key, reasons=config.contrastive_weight > 0)
-    training = read_training(pairs, annotated, scale, config)
+    training = read_training(pairs, annotated, scale, config, read_human_labels(human_labels))
     valid, test = read_examples(pairs, scale, "valid"), read_examples(pairs, scale, "test")
     for split, examples in (("valid", valid), ("test", test)):
         if not len(examples):
@@ -208,8 +231,10 @@ def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:
         logger.info("calibration: log loss on valid %.4f, with isotonic curves %.4f", alone, with_curves)
         if with_curves < alone:
             curves = fit_isotonic(softmax(logits + shift, temperature), valid.grade)
-    p, relevant = setup.p_relevant(probabilities(logits + shift, temperature, curves)), setup.relevant(valid)
-    return Calibrated(fitted, temperature, shift, curves, best_f1_threshold(relevant, p), roc_auc(relevant, p))
+    probs, relevant = probabilities(logits + shift, temperature, curves), setup.relevant(valid)
+    p, decisions = setup.p_relevant(probs), operating_curves(valid.grade, probs, setup.scale.relevant_from)
+    threshold, auc = best_f1_threshold(relevant, p), roc_auc(relevant, p)
+    return Calibrated(fitted, temperature, shift, curves, threshold, decisions, auc)
 
 
 def measured(setup: Setup, name: str, student: Calibrated, valid: Examples, test: Examples) -> System:
@@ -259,12 +284,24 @@ def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[Sys
 
 
 def teacher_on_test(rows: Rows, scale: GradeScale) -> list[System]:
-    """The teacher's own grades of the test rows, where it was asked to annotate them; its threshold is 0.5."""
-    at = np.flatnonzero([pair_id in rows.annotations for pair_id in rows.test.pair_ids])
+    """The teacher's own grades of the test rows that it has annotated; its threshold is from those of valid, or 0.5."""
+
+    def graded(examples: Examples) -> tuple[Array, Array]:
+        at = np.flatnonzero([pair_id in rows.annotations for pair_id in examples.pair_ids])
+        return at, np.array([rows.annotations[pair_id].probs for pair_id in examples.pair_ids[at]]).reshape(
+            -1, scale.size
+        )
+
+    at, probs = graded(rows.test)
     if not len(at):
         return []
-    probs = np.array([rows.annotations[pair_id].probs for pair_id in rows.test.pair_ids[at]])
-    return [System("teacher", probs[:, scale.relevant_from :].sum(axis=1), 0.5, probs, at)]
+    on_valid, valid_probs = graded(rows.valid)
+    relevant, score = (
+        rows.valid.grade[on_valid] >= scale.relevant_from,
+        valid_probs[:, scale.relevant_from :].sum(axis=1),
+    )
+    threshold = best_f1_threshold(relevant, score) if len(score) else 0.5
+    return [System("teacher", probs[:, scale.relevant_from :].sum(axis=1), threshold, probs, at)]
 
 
 def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Examples) -> dict[str, Any]:
@@ -273,6 +310,10 @@ def evaluate(setup: Setup, systems: list[System], student: Calibrated, test: Exa
     config = setup.config
     labels = Labels(test.grade, test.query_id, setup.scale.relevant_from, config.bootstrap_samples, config.seed)
     evaluation = evaluate_systems(systems, test, labels)
+    probs = systems[0].probs
+    assert probs is not None
+    evaluation["decisions"] = measure_decisions(config.decisions, setup.scale, student.decisions, labels, probs)
+    evaluation["bad_ad_rates"] = bad_ad_rates(labels, probs)
     probs = softmax(setup.logits(student.fitted.reader, test) - student.shift)
     before = expected_calibration_error(setup.relevant(test), setup.p_relevant(probs))
     fitted = {"threshold": student.threshold, "temperature": student.temperature}
@@ -292,7 +333,7 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc:
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    metrics |= counts | fitted | before
+    metrics |= counts | fitted | before | {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
     return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 
@@ -307,6 +348,7 @@ def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) ->
         "temperature": student.temperature,
         "head_shift": student.shift.tolist(),
         "threshold": student.threshold,
+        "decisions": student.decisions,
         "inputs": list(input_names(model)),
         "pad_token_id": pad_token_id(model.config),
     } | ({"isotonic": student.isotonic} if student.isotonic else {})

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
 from data.contracts import ContractError
-from student.baselines import overlap, words
+from student.baselines import overlap
 from student.dataset import Examples
-from student.metrics import ECE_BINS, Comparison, Evaluation, Labels, compare, evaluate
+from student.metrics import ECE_BINS, Comparison, Evaluation, Labels, compare, evaluate, roc_auc
+from student.words import words
 
 Array = np.ndarray
 MAX_POINTS = 200
@@ -72,7 +73,20 @@ def evaluate_systems(systems: list[System], test: Examples, labels: Labels) -> d
         "slices": [part.model_dump() for part in results[student.name].slices],
         "comparisons": [comparison.model_dump() for comparison in comparisons],
         "confusion": confusion.tolist(),
+        "teacher_kept": next((kept(student, system, labels) for system in systems if system.name == "teacher"), None),
     }
+
+
+def kept(student: System, teacher: System, labels: Labels) -> dict[str, Any]:
+    """How much of the teacher's ROC-AUC above chance the student keeps, on the `n` test rows that the teacher has graded.
+
+    `share` is (student − ½) / (teacher − ½), None where the teacher is not above chance.
+    """
+    rows = np.arange(len(labels.grade)) if teacher.rows is None else teacher.rows
+    relevant = labels.relevant[rows]
+    ours, theirs = roc_auc(relevant, student.score[rows]), roc_auc(relevant, teacher.score)
+    share = (ours - 0.5) / (theirs - 0.5) if theirs > 0.5 else None
+    return {"n": len(rows), "share": share}
 
 
 def floor(systems: list[System]) -> dict[str, Any]:

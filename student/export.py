@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel
+from scipy.stats import binomtest
 from transformers import PreTrainedModel
 
 from data.contracts import ContractError, GradeScale, digest_files, read_json, write_json, write_text
@@ -25,6 +27,7 @@ from student.dataset import Examples, read_examples, tokenize
 from student.first_token import first_token_only
 from student.metrics import Labels, compare, roc_auc
 from student.model import load_classifier, model_folder
+from student.quantise import write_int8
 from student.reader import Reader, predict_logits
 from student.scorer import MODEL_FILES, Scorer, load_tokenizer, probabilities
 
@@ -43,9 +46,10 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     """Write `model.onnx`, `model.int8.onnx`, tokenizer, scale, `student.json`, `score.py` and cards into `out`.
 
     `student` is the trained model's folder; `pairs` what data-prepare wrote, of which graded rows of test and valid are
-    scored by the trained and both exported models. Raises `ContractError`, and leaves no ONNX file behind, when a
-    probability of the fp32 model moved by more than `max_probability_difference`, or when the int8 model loses more
-    than `max_int8_auc_loss` of ROC-AUC against fp32 and more than chance: a few dozen pairs cannot say.
+    scored by the trained and all exported models. Raises `ContractError`, and leaves no ONNX file behind, when a
+    probability of the fp32 model moved by more than `max_probability_difference`, or when another precision loses more
+    than `max_int8_auc_loss` of ROC-AUC against fp32 or decides otherwise on more than `max_decisions_changed` of a grade's
+    pairs; and more than chance, since a few dozen pairs cannot say.
     """
     source = model_folder(student)
     out.mkdir(parents=True, exist_ok=True)
@@ -57,8 +61,11 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     shutil.copyfile(scorer.__file__, out / "score.py")
     model = load_classifier(source, scale, max_length=card["max_length"], seed=0)
     logger.info("export: tracing the model")
-    write_onnx(model, card["inputs"], card["max_length"], out / MODEL_FILES["fp32"])
-    write_int8(out / MODEL_FILES["fp32"], out / MODEL_FILES["int8"])
+    files = {name: out / file for name, file in MODEL_FILES.items() if name != "fp16" or config.fp16}
+    write_onnx(model, card["inputs"], card["max_length"], files["fp32"])
+    write_int8(files["fp32"], files["int8"])
+    if config.fp16:
+        write_onnx(copy.deepcopy(model).half(), card["inputs"], card["max_length"], files["fp16"])
 
     logger.info("export: comparing on %d pairs", len(rows))
     tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
@@ -75,22 +82,21 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
         "torch": {"pairs_per_second": torch_speed, "roc_auc": _auc(relevant, trained, scale)},
     }
     scores = {}
-    for precision in MODEL_FILES:
+    for precision in files:
         parity[precision], scores[precision] = _measure(out, precision, rows, trained, scale, config)
-    labels = Labels(rows.grade, rows.query_id, scale.relevant_from)
-    loss = compare(labels, scores["fp32"], scores["int8"])
-    parity["int8_auc_loss"] = {"value": loss.difference, "low": loss.low, "high": loss.high}
+        if precision != "fp32":
+            parity |= _losses(rows, precision, scores, card["threshold"], scale)
     fault = parity_fault(parity, config)
     parity["passed"] = fault is None
     write_json(out / "export.json", parity)
     if fault is not None:
-        for name in MODEL_FILES.values():
-            (out / name).unlink(missing_ok=True)
+        for path in files.values():
+            path.unlink(missing_ok=True)
         raise ContractError(fault)
     trained_card = (source / "model_card.md").read_text(encoding="utf-8")
     write_text(out / "model_card.md", export_card(trained_card, parity))
-    files = (*MODEL_FILES.values(), "tokenizer.json", "student.json", "scale.json")
-    return ExportResult(fingerprint=digest_files(out / name for name in files), figures=_key_metrics(parity))
+    served = (*files.values(), *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
+    return ExportResult(fingerprint=digest_files(served), figures=_key_metrics(parity))
 
 
 def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path: Path) -> None:
@@ -116,19 +122,6 @@ def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path:
         program.save(str(path), external_data=False)
 
 
-def write_int8(fp32: Path, int8: Path) -> None:
-    """Write a copy with int8 weights; activations are quantised as they come (dynamic quantisation)."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    model = onnx.load(str(fp32))
-    # The exporter notes shapes of weights that its own optimiser then transposes; the quantiser infers them afresh.
-    del model.graph.value_info[:]
-    # 7-bit weights: with 8 bits the products of CPUs without VNNI overflow, and the machine that serves is not known.
-    with _silent():
-        quantize_dynamic(model, str(int8), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
-
-
 @contextmanager
 def _silent() -> Iterator[None]:
     """Without the converters' notes on packages that are not installed, on axis names and on every tensor they see."""
@@ -150,7 +143,7 @@ class _Logits(torch.nn.Module):
         self.model, self.inputs = model, inputs
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return self.model(**dict(zip(self.inputs, tensors, strict=True))).logits
+        return self.model(**dict(zip(self.inputs, tensors, strict=True))).logits.float()
 
 
 def _sample(pairs: Path, scale: GradeScale, config: ExportConfig) -> Examples:
@@ -189,6 +182,23 @@ def _measure(
     return measured, probs[:, scale.relevant_from :].sum(axis=1)
 
 
+def _losses(
+    rows: Examples, precision: str, scores: dict[str, Array], threshold: float, scale: GradeScale
+) -> dict[str, Any]:
+    """ROC-AUC that `precision` loses against fp32, and by grade the share of its pairs that it decides otherwise."""
+    loss = compare(Labels(rows.grade, rows.query_id, scale.relevant_from), scores["fp32"], scores[precision])
+    changed = (scores["fp32"] >= threshold) != (scores[precision] >= threshold)
+    shares = {}
+    for grade in np.unique(rows.grade):
+        of_grade = changed[rows.grade == grade]
+        low = binomtest(int(of_grade.sum()), len(of_grade)).proportion_ci(0.95).low
+        shares[scale.grades[grade].name] = {"value": float(of_grade.mean()), "low": float(low)}
+    return {
+        f"{precision}_auc_loss": {"value": loss.difference, "low": loss.low, "high": loss.high},
+        f"{precision}_decisions_changed": shares,
+    }
+
+
 def parity_fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
     """Why the export must not be used, or None."""
     moved = parity["fp32"]["max_abs_dp"]
@@ -197,14 +207,24 @@ def parity_fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
             f"the exported fp32 model differs from the trained one by {moved:.1e} in a probability (limit "
             f"{config.max_probability_difference:.1e}); export again with the versions in the constraints file"
         )
-    loss = parity["int8_auc_loss"]
-    if loss["value"] is None:
-        return "graded rows of test and valid are all of one class, so int8 cannot be checked; label some of the other"
-    if loss["value"] > config.max_int8_auc_loss and (loss["low"] is None or loss["low"] > 0):
-        return (
-            f"the int8 model loses {loss['value']:.4f} ROC-AUC against fp32 (limit {config.max_int8_auc_loss}); raise "
-            "export.max_int8_auc_loss if that is acceptable, or train a larger student"
-        )
+    for precision in (name for name in ("int8", "fp16") if name in parity):
+        loss = parity[f"{precision}_auc_loss"]
+        if loss["value"] is None:
+            return (
+                "graded rows of test and valid are all of one class, so int8 cannot be checked; label some of the other"
+            )
+        if loss["value"] > config.max_int8_auc_loss and (loss["low"] is None or loss["low"] > 0):
+            return (
+                f"the {precision} model loses {loss['value']:.4f} ROC-AUC against fp32 (limit {config.max_int8_auc_loss}); "
+                "raise export.max_int8_auc_loss if that is acceptable, or train a larger student"
+            )
+        name, changed = max(parity[f"{precision}_decisions_changed"].items(), key=lambda grade: grade[1]["low"])
+        if changed["low"] > config.max_decisions_changed:
+            return (
+                f"the {precision} model decides otherwise than fp32 on {changed['value']:.1%} of grade '{name}' "
+                f"(limit {config.max_decisions_changed:.1%}); raise export.max_decisions_changed if that is acceptable, or "
+                "train another encoder"
+            )
     return None
 
 
@@ -214,9 +234,10 @@ def _key_metrics(parity: dict[str, Any]) -> dict[str, Any]:
         "fp32_max_abs_dp": parity["fp32"]["max_abs_dp"],
         "int8_max_abs_dp": parity["int8"]["max_abs_dp"],
         "int8_auc_loss": parity["int8_auc_loss"]["value"],
+        "int8_decisions_changed": max(grade["value"] for grade in parity["int8_decisions_changed"].values()),
         "torch_pairs_per_second": parity["torch"]["pairs_per_second"],
     }
-    for precision in MODEL_FILES:
+    for precision in (name for name in MODEL_FILES if name in parity):
         for name in ("pairs_per_second", "megabytes", "roc_auc"):
             metrics[f"{precision}_{name}"] = parity[precision][name]
     return metrics

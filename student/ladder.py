@@ -105,6 +105,12 @@ def export_sizes(config: ExportConfig, trained: Path, pairs: Path, out: Path) ->
     return result
 
 
+def evaluated(trained: Path, export: Path) -> Path:
+    """Where the predictions and the floor of the exported size lie, within the output of the student's stage."""
+    folder = trained / FOLDER.format(read_json(export / "student.json").get("layers"))
+    return folder if folder.is_dir() else trained
+
+
 def _stack(model: PreTrainedModel) -> str | None:
     """Name of the list of layers; None where they are shared, as ALBERT's are."""
     depth = layers_of(model)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from pydantic import BaseModel
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, roc_auc_score
 
 from data.contracts import ContractError
 from student.resampling import Measures, bootstrap, limits, limits_of, ranked, summed, sums_by_query
@@ -108,8 +108,8 @@ def evaluate(
     """Measure a system by its output: a score (N,), or grade probabilities (N, K).
 
     A score gives roc_auc, pr_auc, ndcg_at_10 and, with a `threshold`, f1. Probabilities, whose score is p_relevant, also
-    give macro_f1 (over grades), accuracy, and ece (of p_relevant, 15 bins of equal width; Naeini et al. 2015). What is
-    not defined on these rows has value None.
+    give macro_f1 (over grades), accuracy, quadratic_kappa (Cohen 1968) and ece (of p_relevant, 15 bins of equal width;
+    Naeini et al. 2015). What is not defined on these rows has value None.
     NDCG@10 (gain 2^grade − 1, ties averaged) is the mean over queries whose rows have at least two different grades.
 
     Parameters: slices: name → bool mask (N,), each with a row. Raises `ContractError` for output that is not finite, of
@@ -196,32 +196,38 @@ def score_measures(labels: Labels, score: Array, threshold: float | None = None)
 
 def grade_measures(labels: Labels, probs: Array, score: Array) -> Measures:
     """What grade probabilities (N, K) give beyond their score."""
-    grade, predicted, size = labels.grade, probs.argmax(axis=1), range(probs.shape[1])
-    place, gap = _bins(score), labels.relevant - score
-    columns = [
-        predicted == grade,
-        *((grade == k) & (predicted == k) for k in size),
-        *((grade == k).astype(int) + (predicted == k) for k in size),
-        *(gap * (place == b) for b in range(ECE_BINS)),
-        np.ones(len(grade)),
-    ]
+    grade, predicted, size = labels.grade, probs.argmax(axis=1), probs.shape[1]
+    place, gap, cell = _bins(score), labels.relevant - score, grade * size + predicted
+    columns = [*(cell == c for c in range(size**2)), *(gap * (place == b) for b in range(ECE_BINS))]
     values = {
         "macro_f1": float(f1_score(grade, predicted, average="macro", zero_division=0.0)),
         "accuracy": float((predicted == grade).mean()),
+        "quadratic_kappa": _kappa(grade, predicted, size),
         "ece": expected_calibration_error(labels.relevant, score),
     }
     sums = sums_by_query(columns, labels.query)
-    return Measures(values, lambda counts: _combine_graded(counts @ sums, len(size)))
+    return Measures(values, lambda counts: _combine_graded(counts @ sums, size))
+
+
+def _kappa(grade: Array, predicted: Array, size: int) -> float:
+    one_grade = len(np.unique([grade, predicted])) == 1
+    return float("nan") if one_grade else cohen_kappa_score(grade, predicted, labels=range(size), weights="quadratic")
 
 
 def _combine_graded(sums: Array, size: int) -> dict[str, Array]:
-    hit, total, rows = sums[:, 1 : 1 + size], sums[:, 1 + size : 1 + 2 * size], sums[:, -1]
+    cells, gaps = sums[:, : size**2], sums[:, size**2 :]
+    confusion = cells.reshape(len(sums), size, size)  # by human grade, then by predicted grade
+    human, predicted, rows = confusion.sum(axis=2), confusion.sum(axis=1), cells.sum(axis=1)
+    hit, total = np.diagonal(confusion, axis1=1, axis2=2), human + predicted
     # A grade that a resample neither holds nor predicts is left out of its mean, as scikit-learn leaves it out.
     f1 = np.where(total > 0, 2 * hit / np.maximum(total, 1.0), 0.0)
+    cost = np.subtract.outer(np.arange(size), np.arange(size)) ** 2.0  # Cohen 1968
+    by_chance = np.einsum("bi,ij,bj->b", human, cost, predicted) / rows
     return {
         "macro_f1": f1.sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1),
-        "accuracy": sums[:, 0] / rows,
-        "ece": sums[:, 1 + 2 * size : -1] / rows[:, None],  # the gap of each bin; see absolute_sum_limits
+        "accuracy": hit.sum(axis=1) / rows,
+        "quadratic_kappa": 1 - (confusion * cost).sum(axis=(1, 2)) / np.where(by_chance > 0, by_chance, np.nan),
+        "ece": gaps / rows[:, None],  # the gap of each bin; see absolute_sum_limits
     }
 
 
@@ -265,20 +271,27 @@ def ndcg_by_query(grade: Array, score: Array, query: Array, k: int = 10) -> tupl
     return dcg(score) / np.where(ideal > 0, ideal, 1.0), highest > lowest
 
 
-def _evaluation(labels: Labels, measured: Sequence[Measures]) -> Evaluation:
-    n_queries, metrics = labels.n_queries, {}
+def intervals(labels: Labels, measured: Sequence[Measures]) -> list[dict[str, Interval]]:
+    """For each of `measured`, its values with their intervals by name; all on the same resamples."""
+    n_queries, results = labels.n_queries, []
     for part, draws in zip(measured, bootstrap(measured, n_queries, labels.n_boot, labels.seed), strict=True):
+        metrics = {}
         for name, value in part.values.items():
             low, high = limits_of(part, name, draws[name], n_queries)
             if low is not None and high is not None:  # rounding may put the value just outside
                 low, high = min(low, value), max(high, value)
             metrics[name] = Interval(value=None) if np.isnan(value) else Interval(value=value, low=low, high=high)
+        results.append(metrics)
+    return results
+
+
+def _evaluation(labels: Labels, measured: Sequence[Measures]) -> Evaluation:
     return Evaluation(
         n=len(labels.grade),
-        n_queries=n_queries,
+        n_queries=labels.n_queries,
         n_relevant=int(labels.relevant.sum()),
         n_ranked_queries=int(ndcg_by_query(labels.grade, labels.grade.astype(float), labels.query)[1].sum()),
-        metrics=metrics,
+        metrics={name: value for part in intervals(labels, measured) for name, value in part.items()},
     )
 
 

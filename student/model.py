@@ -55,7 +55,29 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
         raise ContractError(
             f"student.max_length is {max_length}, but the encoder in {base} has {positions} positions; lower it to that"
         )
-    return model.eval()
+    _check_classifies(model.eval(), base)
+    return model
+
+
+def _check_classifies(model: PreTrainedModel, base: Path) -> None:
+    """Raises `ContractError` when `model` does not read a batch as an encoder does: one vector for each token, K logits."""
+    ids = torch.ones(2, 4, dtype=torch.long)
+    given = {name: ids if name != "token_type_ids" else torch.zeros_like(ids) for name in input_names(model)}
+    reason = ""
+    try:
+        with torch.inference_mode():
+            logits, vectors = model(**given).logits, model.base_model(**given).last_hidden_state
+        if logits.shape != (2, model.config.num_labels) or vectors.shape[:2] != ids.shape:
+            reason = (
+                f"it gives logits {tuple(logits.shape)} and vectors {tuple(vectors.shape)} for two texts of four tokens"
+            )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = first_line(error)
+    if reason:
+        raise ContractError(
+            f"the encoder in {base} is a {model.config.model_type}, which cannot grade pairs ({reason}); choose one like "
+            "BERT, RoBERTa, MPNet, DeBERTa or ModernBERT"
+        )
 
 
 @contextmanager

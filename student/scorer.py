@@ -4,11 +4,14 @@ This file is copied into every export as `score.py`, so it imports nothing of th
 their text and tokens from here too: one implementation, so what is served is what was measured.
 As a command it reads JSON lines ({"query": …, "ad_title": …, "ad_text": …, "attributes": {…}}) and writes JSON lines:
 
-    python score.py < pairs.jsonl > scores.jsonl
+    python score.py int8 --at irrelevant:precision=0.95 < pairs.jsonl > scores.jsonl
+
+With `--at`, each pair also has a `decision`: here whether it is one of those that are irrelevant with 95 % precision.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -20,7 +23,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-MODEL_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
+MODEL_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
+# What a score's model_version says of the precision; it changes with how the precision computes.
+VERSIONS = {"fp32": "fp32", "int8": "int8-by-token", "fp16": "fp16"}
 MAX_CHARACTERS = 4000  # of one side; far more than fits any max_length, so that a huge text costs no time
 
 
@@ -103,8 +108,51 @@ def probabilities(
     return probs
 
 
+def parse_decision(text: str, scale: Mapping[str, Any]) -> tuple[int, str, float]:
+    """Grade, metric and share of a decision: `irrelevant:precision=0.95`, or `recall=0.9` of what counts as relevant.
+
+    A grade is given by name or number. Raises ValueError with what is wrong.
+    """
+    names = [grade["name"] for grade in scale["grades"]]
+    name, _, rest = text.rpartition(":")
+    metric, _, number = rest.partition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = float("nan")
+    if metric not in ("precision", "recall") or not 0 < share <= 1:
+        raise ValueError(f"'{text}' is no decision; write precision=0.95 or recall=0.9, or {names[0]}:precision=0.95")
+    if not name:
+        return scale["relevant_from"], metric, share
+    if name in names:
+        return names.index(name), metric, share
+    if name.isdecimal() and int(name) < len(names):
+        return int(name), metric, share
+    raise ValueError(f"there is no grade '{name}'; the grades are {', '.join(names)}")
+
+
+def event_score(grade_probs: np.ndarray, grade: int, relevant_from: int) -> np.ndarray:
+    """Probability (N,) of a grade's event: this grade or better where it counts as relevant, else this grade or worse."""
+    return (grade_probs[:, grade:] if grade >= relevant_from else grade_probs[:, : grade + 1]).sum(axis=1)
+
+
+def decision_threshold(text: str, scale: Mapping[str, Any], curves: Sequence[Mapping[str, Sequence[float]]]) -> float:
+    """The threshold of `event_score` for a decision: the lowest with the precision, or the highest with the recall.
+
+    `curves` has for each grade the thresholds, falling, and the precision and recall at each on split valid. Raises
+    ValueError when no threshold has that precision.
+    """
+    grade, metric, share = parse_decision(text, scale)
+    curve = curves[grade]
+    reached = [i for i, value in enumerate(curve[metric]) if value >= share - 1e-12]
+    if not reached:
+        best = f"; the best has {max(curve['precision']):.3f}" if curve["precision"] else ""
+        raise ValueError(f"on the labels of split valid no threshold has {text}{best}")
+    return curve["threshold"][reached[-1] if metric == "precision" else reached[0]]
+
+
 class Scorer:
-    """An exported student. `threads` = 0 uses all cores.
+    """An exported student. `threads` = 0 uses all cores; `precision` fp16 uses a GPU where onnxruntime has one.
 
     Each thread computes batches of its own: with small batches that is faster than all threads on one large batch.
     """
@@ -119,15 +167,17 @@ class Scorer:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        # On the CPU the fused "add, then normalise" takes eight times as long as the two operations one after the other.
+        gpu = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
+        # On the CPU the fused "add, then normalise" takes eight times as long as the two operations one after the other,
+        # and the fused "add the bias, then GELU" half as long again.
         self.session = onnxruntime.InferenceSession(
             str(folder / MODEL_FILES[precision]),
             options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=["SkipLayerNormFusion"],
+            providers=[*(gpu if precision == "fp16" else ()), "CPUExecutionProvider"],
+            disabled_optimizers=["SkipLayerNormFusion", "BiasGeluFusion"],
         )
         self.threads = threads or os.cpu_count() or 1
-        self.version = f"{self.card['fingerprint']}-{precision}"
+        self.version = f"{self.card['fingerprint']}-{VERSIONS[precision]}"
         self.threshold: float = self.card["threshold"]
 
     def logits(self, texts: Sequence[tuple[str, str]], batch_tokens: int = 384) -> np.ndarray:
@@ -162,6 +212,13 @@ class Scorer:
         """Probability float64 (N,) that the grade is one that counts as relevant; compare it with `threshold`."""
         return grade_probs[:, self.scale["relevant_from"] :].sum(axis=1)
 
+    def decide(self, grade_probs: np.ndarray, at: str) -> np.ndarray:
+        """Whether each pair is caught, bool (N,), by a decision such as `irrelevant:precision=0.95`; raises ValueError."""
+        if "decisions" not in self.card:
+            raise ValueError("this student was trained by an earlier version, without thresholds; train it again")
+        threshold = decision_threshold(at, self.scale, self.card["decisions"])
+        return event_score(grade_probs, parse_decision(at, self.scale)[0], self.scale["relevant_from"]) >= threshold
+
 
 def _clean(text: str) -> str:
     # A lone surrogate (from a broken escape in JSON) cannot be encoded and would stop the tokenizer.
@@ -170,18 +227,31 @@ def _clean(text: str) -> str:
 
 def main() -> None:
     """Standard input to standard output, JSON lines, in windows of a thousand; ends at a line that is no pair."""
-    precision = sys.argv[1] if len(sys.argv) > 1 else "fp32"
-    if precision not in MODEL_FILES:
-        sys.exit(f"score.py: there is no precision '{precision}'; give {' or '.join(MODEL_FILES)}")
-    scorer = Scorer(Path(__file__).parent, precision)
+    parser = argparse.ArgumentParser(prog="score.py", description="Score pairs: JSON lines in, JSON lines out.")
+    parser.add_argument("precision", nargs="?", default="fp32", help=f"which model: {', '.join(MODEL_FILES)}")
+    parser.add_argument(
+        "--at", metavar="[GRADE:]precision=SHARE", help="also decide, at this precision (or recall=SHARE)"
+    )
+    options = parser.parse_args()
+    folder = Path(__file__).parent
+    there = [precision for precision, file in MODEL_FILES.items() if (folder / file).exists()]
+    if options.precision not in there:
+        sys.exit(f"score.py: there is no precision '{options.precision}'; give {' or '.join(there)}")
+    scorer = Scorer(folder, options.precision)
     window: list[dict[str, Any]] = []
 
     def flush() -> None:
-        probs = scorer.grade_probs(window) if window else np.zeros((0, 1))
-        for p, row in zip(scorer.p_relevant(probs), probs, strict=True):
-            print(json.dumps({"p_relevant": float(p), "relevant": bool(p >= scorer.threshold), "grades": row.tolist()}))
+        probs = scorer.grade_probs(window) if window else np.zeros((0, len(scorer.scale["grades"])))
+        decisions = scorer.decide(probs, options.at) if options.at else [None] * len(probs)
+        for p, row, decision in zip(scorer.p_relevant(probs), probs, decisions, strict=True):
+            line = {"p_relevant": float(p), "relevant": bool(p >= scorer.threshold), "grades": row.tolist()}
+            print(json.dumps(line if decision is None else line | {"decision": bool(decision)}))
         window.clear()
 
+    try:
+        flush()  # nothing yet, but a decision that cannot be taken
+    except ValueError as error:
+        sys.exit(f"score.py: {error}")
     for number, line in enumerate(sys.stdin.buffer, 1):
         if line.strip():
             try:

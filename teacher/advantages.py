@@ -168,3 +168,33 @@ class _Group:
 def _median(values: Tensor) -> Tensor:
     """(n, 1): the median without the NaNs of each row, the mean of the middle two in an even number; NaN where all are."""
     return torch.nanquantile(values, 0.5, dim=1, keepdim=True)
+
+
+def group_statistics(rewards: Tensor, advantages: Tensor) -> dict[str, float]:
+    """What a batch of groups looked like.
+
+    Args:
+        rewards: (num_groups, group_size), right where positive, NaN where unscorable.
+        advantages: of the same shape.
+
+    Returns:
+        accuracy; the shares of groups all right, all wrong and mixed (of scorable completions); the mass of positive and of
+        negative advantage per completion.
+    """
+    valid = ~torch.isnan(rewards)
+    right = valid & (rewards > 0)
+    any_right = right.any(dim=1)
+    any_wrong = (valid & ~right).any(dim=1)
+    return {
+        "accuracy": (right.sum() / valid.sum().clamp(min=1)).item(),
+        "groups/all_right": (any_right & ~any_wrong).float().mean().item(),
+        "groups/all_wrong": (any_wrong & ~any_right).float().mean().item(),
+        "groups/mixed": mixed(rewards).float().mean().item(),
+        "advantage/positive": advantages.clamp(min=0).mean().item(),
+        "advantage/negative": advantages.clamp(max=0).mean().item(),
+    }
+
+
+def mixed(rewards: Tensor) -> Tensor:
+    """(num_groups,) bool: the group has both a right and a wrong completion among its scorable ones."""
+    return ((rewards > 0).any(dim=1)) & ((rewards <= 0).any(dim=1))

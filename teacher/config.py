@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.contracts import Config
+from teacher.engines.config import EngineConfig, TransformersConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,41 @@ class WarmStartConfig(Config):
     """Examples in an optimiser step."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate (linear warm-up over 5 % of the steps, then cosine)."""
+    texts: int = Field(default=0, ge=0)
+    """At most so many texts beside the pairs (`data.texts`) to read in the same passes: what a model that is new to the
+    ads' world needs before labels mean something to it (domain-adaptive pretraining, arXiv 2004.10964)."""
+    repeats: int = Field(default=1, ge=1)
+    """How often a pass has each labelled pair, so that few labels are not lost among many texts."""
     loss_on_prompt: bool = False
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
-    reasons: Literal["lexical", "none"] = "lexical"
-    """The reasons to learn from: `lexical` (the source's own, else the query's words that the ad covers), `none` (the grade
-    alone; `prompt.reason` is off)."""
+    reasons: Literal["lexical", "none", "self", "engine"] = "lexical"
+    """The reasons to learn from: `lexical` (the source's own, else the query's words that the ad covers), `self` (what the
+    model says itself when it grades right, or when it is given the grade: STaR, arXiv 2203.14465), `engine` (the same of
+    `reason_model`), `none` (the grade alone; `prompt.reason` is off)."""
+    reason_model: str = ""
+    """The stronger model of reasons = "engine", named like `teacher.model`; of a server's model, the tokenizer is read."""
+    reason_engine: EngineConfig = TransformersConfig()
+    """Which engine samples reasons for `self` and `engine`, and its memory."""
+    reason_samples: int = Field(default=4, ge=1, le=256)
+    """Completions sampled for each pair, and as many with the grade given where none of them is right."""
+    reason_temperature: float = Field(default=1.0, gt=0, le=5)
+    """Temperature of those samples."""
+
+    @field_validator("reasons", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        return "none" if value is None else value  # on a command line `none` is a value's absence
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether the reasons are those of a model, which must be asked first."""
+        return self.examples > 0 and self.reasons in ("self", "engine")
+
+    @model_validator(mode="after")
+    def _names_its_model(self) -> WarmStartConfig:
+        if (self.reasons == "engine") != bool(self.reason_model):
+            raise ValueError("reasons = 'engine' and `reason_model` go together: set both or neither")
+        return self
 
 
 class CollapseConfig(Config):
@@ -110,6 +141,9 @@ class AGPOConfig(Config):
     none is given, it is that of the estimator: dr_grpo for dr_grpo, dapo for the others."""
     entropy_bonus: float = Field(default=0.0, ge=0)
     """Weight of the policy's mean entropy, which is added to what is maximised (arXiv 1602.01783)."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of an anchor: the loss of supervised fine-tuning on the rationales of the step's own prompts, a mean over their
+    tokens, is added to the policy's (arXiv 2508.11408)."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (DAPO); they count as wrong in their group either way."""
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -128,12 +162,19 @@ class AGPOConfig(Config):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     rollouts: Literal["transformers", "vllm", "vllm-server"] = "transformers"
-    """Who samples completions while training: the trained module itself, vLLM in the same process, or `trl vllm-serve`
-    at `rollout_server` (CUDA on both sides: its weights travel over NCCL)."""
+    """Who samples completions while training: the trained module itself, vLLM in the same process (which evaluates too), or
+    `trl vllm-serve` at `rollout_server` (CUDA on both sides: its weights travel over NCCL)."""
     rollout_server: str = "http://127.0.0.1:8000"
     """Where `trl vllm-serve` listens, for rollouts = "vllm-server"."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which an interrupted training resumes."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the teacher gets: those with the best `metric` of all evaluations, the warm start's and the last among
+    them, or the last."""
+    metric: Literal["pass@1", "accuracy", "macro_f1", "kappa", "auc"] = "pass@1"
+    """The metric on split `valid` by which weights are compared."""
+    patience: int = Field(default=0, ge=0)
+    """End after so many evaluations in a row without a better `metric`; 0 trains all steps."""
     collapse: CollapseConfig = CollapseConfig()
     """When to stop a training that collapses; the teacher then gets the best evaluated weights."""
 
@@ -206,9 +247,13 @@ class TeacherConfig(Config):
     """Fixes the choice of examples, their order and, as far as the libraries allow, the sampling."""
 
     @model_validator(mode="after")
-    def _asks_for_what_it_teaches(self) -> TeacherConfig:
+    def _fits_together(self) -> TeacherConfig:
         if self.prompt.reason and self.warm_start.reasons == "none":
             raise ValueError("warm_start.reasons = 'none' teaches the grade alone: set prompt.reason = false too")
+        if self.agpo.patience and not self.evaluation.every:
+            raise ValueError("agpo.patience counts evaluations while training: set evaluation.every too")
+        if not self.prompt.reason and self.warm_start.asks_a_model:
+            raise ValueError("prompt.reason = false asks for the grade alone: set warm_start.reasons = 'none' too")
         return self
 
     @model_validator(mode="after")

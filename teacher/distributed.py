@@ -38,6 +38,15 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
+def from_main(value: Any) -> Any:
+    """The main process's `value`, on every process; all must call it."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def launch(module: str, processes: int, arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run `python -m module TASK RESULT` in `processes` processes; returns the JSON object that they leave in RESULT.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
 from teacher.engines.base import Completion, Engine, Sampling
 from teacher.examples import Example
@@ -64,7 +64,8 @@ def label_metrics(
 ) -> dict[str, float]:
     """A teacher's grades and p(relevant) against human grades, all (N,); a row stands for as many pairs as `counts` says.
 
-    `accuracy`, `macro_f1` over the grades that humans gave, and `auc`, which is absent where all pairs are of one class.
+    `accuracy`, `macro_f1` over the grades that humans gave, `kappa` (Cohen's, quadratic weights, of answers that can be
+    read), and `auc`; the last two are absent where all pairs are of one grade or class.
     """
     labels = np.unique(gold)
     metrics = {
@@ -73,6 +74,17 @@ def label_metrics(
             f1_score(gold, grades, labels=labels, average="macro", zero_division=0, sample_weight=counts)
         ),
     }
+    answered = grades >= 0
+    if answered.any() and len(np.unique(gold[answered])) > 1:
+        metrics["kappa"] = float(
+            cohen_kappa_score(
+                gold[answered],
+                grades[answered],
+                labels=np.arange(1 + max(gold.max(), grades.max())),  # also grades that nobody gave: they are far apart
+                weights="quadratic",
+                sample_weight=None if counts is None else counts[answered],
+            )
+        )
     is_relevant = gold >= relevant_from
     if len(np.unique(is_relevant)) == 2:
         metrics["auc"] = float(roc_auc_score(is_relevant, relevant, sample_weight=counts))

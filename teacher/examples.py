@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, RATIONALES, ContractError, read_table
+from data.contracts import PAIRS, RATIONALES, TEXTS, ContractError, read_table
 from teacher.prompt import Prompt
 from teacher.rationale import lexical_rationale
 from teacher.verifier import ANSWER
@@ -32,19 +33,21 @@ class Example(Problem):
 
     target: str
     """A completion that is right: a reason (unless the prompt asks for none), then the answer tag."""
+    pair_id: str = ""
+
+
+def with_reasons(examples: Iterable[Example], reasons: Mapping[str, str]) -> list[Example]:
+    """The examples whose pair has one of these reasons, by pair_id, with it in their target."""
+    return [
+        replace(example, target=f"{reasons[example.pair_id]} {ANSWER.format(grade=example.gold)}")
+        for example in examples
+        if example.pair_id in reasons
+    ]
 
 
 def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit: int, seed: int) -> list[Example]:
-    """The first `limit` labelled pairs of `split` in an order that a hash of their ids and the seed fixes.
-
-    `pairs` is the folder that data-prepare wrote. Raises `ContractError` if the split has no labelled pair.
-    """
-    where = (pads.field("split") == split) & pads.field("grade").is_valid()
-    rows = read_table(pairs / "pairs", PAIRS, where=where).to_pylist()
-    if not rows:
-        raise ContractError(f"{pairs}: split '{split}' has no labelled pair; give the source more labels or shares")
-    rows.sort(key=lambda row: hashlib.sha256(f"{seed}:{row['pair_id']}".encode()).digest())
-    rows = rows[:limit]
+    """The rows of `labelled_rows` as examples, rendered by `prompt` for `tokenizer`."""
+    rows = labelled_rows(pairs, split, limit, seed)
     folder = pairs / "rationales"
     reasons: dict[str, str] = {}
     if split == "train" and folder.exists():
@@ -57,8 +60,30 @@ def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit
         if prompt.config.reason:
             reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
             target = f"{reason} {target}"
-        examples.append(Example(rendered, row["grade"], target))
+        examples.append(Example(rendered, row["grade"], target, row["pair_id"]))
     return examples
+
+
+def load_texts(pairs: Path, prompt: Prompt, tokenizer: Any, limit: int) -> list[Example]:
+    """The first `limit` texts beside the pairs, as examples that have no label; none where there are no texts."""
+    if not limit or not (pairs / "texts").exists():
+        return []
+    rows = read_table(pairs / "texts", TEXTS).slice(0, limit).to_pylist()
+    prompts = ("" if row["query"] is None else prompt.text(tokenizer, row["query"], row["ad_title"]) for row in rows)
+    return [Example(text, None, row["text"]) for text, row in zip(prompts, rows, strict=True)]
+
+
+def labelled_rows(pairs: Path, split: str, limit: int, seed: int) -> list[dict[str, Any]]:
+    """The first `limit` labelled pairs of `split` in an order that a hash of their ids and the seed fixes.
+
+    `pairs` is the folder that data-prepare wrote. Raises `ContractError` if the split has no labelled pair.
+    """
+    where = (pads.field("split") == split) & pads.field("grade").is_valid()
+    rows = read_table(pairs / "pairs", PAIRS, where=where).to_pylist()
+    if not rows:
+        raise ContractError(f"{pairs}: split '{split}' has no labelled pair; give the source more labels or shares")
+    rows.sort(key=lambda row: hashlib.sha256(f"{seed}:{row['pair_id']}".encode()).digest())
+    return rows[:limit]
 
 
 def drop_too_long(

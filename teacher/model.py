@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,11 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     """
     # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
     dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
-    tokenizer.padding_side = "left"
-    if tokenizer.eos_token_id is None:
-        raise ContractError(f"the tokenizer in {folder} has no end-of-sequence token; choose another model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = plain_chat_template(tokenizer)
     # The model's own sampling settings are not ours, and some of them cannot even be saved again.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_tokens(folder, tokenizer)),
@@ -51,6 +45,22 @@ def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     if torch.cuda.is_available():
         model = model.to(f"cuda:{local_rank()}")
     return model, tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, with padding and a chat template; raises `ContractError` when there is none that can do."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+    tokenizer.padding_side = "left"
+    if tokenizer.eos_token_id is None:
+        raise ContractError(f"the tokenizer in {folder} has no end-of-sequence token; choose another model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = plain_chat_template(tokenizer)
+    return tokenizer
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -73,6 +83,19 @@ def add_adapters(model: Any, config: TeacherConfig) -> Any:
 def merge_adapters(model: Any) -> Any:
     """The plain model, with what its adapters learnt added to its weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a model's weights as its folder has them, with what adapters have learnt so far."""
+    adapted = hasattr(model, "merge_adapter")
+    base = model.get_base_model() if adapted else model
+    if adapted:
+        model.merge_adapter()
+    for name, parameter in base.named_parameters():
+        if not (adapted and model.prefix in name):
+            yield name.replace(".base_layer", ""), parameter.data
+    if adapted:
+        model.unmerge_adapter()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

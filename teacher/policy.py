@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,16 +21,27 @@ from data.contracts import ContractError, MetricsLog
 from teacher.advantages import ESTIMATORS, agpo
 from teacher.collapse_detector import collapse, idle_steps
 from teacher.config import AGPOConfig, TeacherConfig
-from teacher.distributed import is_main, wait_for_all, world_size
+from teacher.distributed import from_main, is_main, wait_for_all, world_size
+from teacher.engines.config import VLLMConfig
 from teacher.examples import Problem
 from teacher.loop import StepLog, shared_arguments, train
 from teacher.trainer import Advantages, AGPOTrainer
 from teacher.verifier import Judge, reward
 
+if TYPE_CHECKING:
+    from teacher.engines.vllm_engine import VLLMEngine
+
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[Any, int], float]
 """From the live model and its step to the metric by which weights are compared, the higher the better."""
+
+
+class PolicyResult(NamedTuple):
+    """The step whose weights the model holds after training, and why the collapse detector stopped it, if it did."""
+
+    step: int
+    stopped: str | None
 
 
 def require_rollouts(settings: AGPOConfig) -> None:
@@ -40,6 +51,24 @@ def require_rollouts(settings: AGPOConfig) -> None:
             "teacher.agpo.rollouts = 'vllm-server' needs a CUDA GPU here and at the server, since the weights travel over "
             "NCCL; use 'vllm' (in this process) or 'transformers'"
         )
+
+
+def open_rollout_engine(config: TeacherConfig, folder: Path) -> VLLMEngine | None:
+    """vLLM in this process for rollouts and evaluations, if the config asks for it; begins with the model in `folder`."""
+    if config.agpo.rollouts != "vllm":
+        return None
+    from teacher.engines.vllm_engine import VLLMEngine
+
+    state = PartialState(cpu=not torch.cuda.is_available())  # first, so that the trainers' process group is theirs
+    options: dict[str, Any] = {
+        "logprobs_mode": "processed_logprobs",  # TRL's correction of the importance ratio compares with them
+        "seed": state.process_index,
+    }
+    if world_size() > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # each process has an engine of its own
+    # The folder's own number format may be float32, for the sake of training.
+    settings = VLLMConfig(dtype=config.dtype, gpu_memory_utilization=0.3)
+    return VLLMEngine(settings, folder, updatable=True, **options)
 
 
 def estimator(config: AGPOConfig) -> Advantages:
@@ -60,41 +89,46 @@ def train_policy(
     log: MetricsLog,
     evaluate: Evaluate,
     initial_metric: float,
-) -> str | None:
+    engine: VLLMEngine | None = None,
+) -> PolicyResult:
     """Train `model` in place with AGPO on problems whose answers `judge` can verify.
 
-    `evaluate` is called every `evaluation.every` steps; `initial_metric` is its value for the weights given. Checkpoints
-    go to `out`; an interrupted run continues from the last one.
-
-    Returns:
-        None, or why the collapse detector stopped the training: `model` then holds the best evaluated weights.
+    `evaluate` is called every `evaluation.every` steps and, where the best weights are kept, at the end; `initial_metric` is
+    its value for the weights given. Checkpoints go to `out`; an interrupted run continues from the last one. After a
+    collapse `model` holds the best evaluated weights, whatever `agpo.keep` says. `engine` is that of `open_rollout_engine`.
     """
-    best = BestWeights(out / "best.safetensors", keep=config.agpo.collapse.window > 0)
+    settings = config.agpo
+    compared = settings.keep == "best" or settings.patience > 0 or settings.collapse.window > 0
+    best = BestWeights(out / "best.safetensors", keep=compared)
     watch = _Watch(config, log, evaluate, best, initial_metric)
     trainer = AGPOTrainer(
         model=model,
-        args=_arguments(config, out),
+        args=_arguments(config, out, engine),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": p.prompt, "gold": p.gold} for p in problems]),
+        train_dataset=Dataset.from_list([vars(problem) for problem in problems]),
         reward_funcs=_verifier(frozenset(model.generation_config.eos_token_id), judge),
         advantages=estimator(config.agpo),
         dynamic_sampling=config.agpo.dynamic_sampling,
         shared_prefix=config.agpo.shared_prefix,
         micro_batch_tokens=config.agpo.micro_batch_tokens,
+        sft_weight=config.agpo.sft_weight,
         callbacks=[watch],
     )
     train(trainer, log, "agpo")
+    step = trainer.state.global_step
+    if settings.keep == "best" and not (watch.collapsed or watch.gains_no_more):
+        watch.evaluate_at(model, step)
     wait_for_all()
-    if watch.collapsed:
-        best.restore(model)
-    return watch.collapsed
+    if settings.keep == "best" or watch.collapsed:
+        step = best.restore(model)
+    return PolicyResult(step, watch.collapsed)
 
 
-def _arguments(config: TeacherConfig, out: Path) -> GRPOConfig:
+def _arguments(config: TeacherConfig, out: Path, engine: VLLMEngine | None) -> GRPOConfig:
     settings = config.agpo
     return GRPOConfig(
         **shared_arguments(config, out),
-        **_rollout_arguments(config),
+        **_rollout_arguments(config, engine),
         **_loss_arguments(settings),
         per_device_train_batch_size=settings.prompts_per_step * settings.group_size // world_size(),
         steps_per_generation=settings.generation_batches,
@@ -128,28 +162,18 @@ def _loss_arguments(settings: AGPOConfig) -> dict[str, Any]:
     }
 
 
-def _rollout_arguments(config: TeacherConfig) -> dict[str, Any]:
-    """GRPOConfig's settings for who samples; vLLM in this process also works with the CPU build."""
+def _rollout_arguments(config: TeacherConfig, engine: VLLMEngine | None) -> dict[str, Any]:
+    """GRPOConfig's settings for who samples."""
     settings = config.agpo
     if settings.rollouts == "transformers":
         return {}
     if settings.rollouts == "vllm-server":
         return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": settings.rollout_server}
-    # The folder's own number format may be float32, for the sake of training.
-    options: dict[str, Any] = {"dtype": config.dtype}
-    if not torch.cuda.is_available():
-        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        import vllm._custom_ops as ops
-
-        # oneDNN packs the weights when the engine starts, so later updates would silently not arrive.
-        ops._supports_onednn = False
-        options["enforce_eager"] = True
+    # TRL's own engine would be a second one.
     import trl.generation.vllm_generation as generation
-    from vllm import LLM
 
-    generation.LLM = partial(LLM, **options)
-    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
+    generation.LLM = lambda **unused: engine.llm if engine else None
+    return {"use_vllm": True, "vllm_mode": "colocate"}
 
 
 def _verifier(ends: frozenset[int], judge: Judge) -> Callable[..., list[float]]:
@@ -176,7 +200,7 @@ def _verifier(ends: frozenset[int], judge: Judge) -> Callable[..., list[float]]:
 
 
 class BestWeights:
-    """The trained weights that did best in an evaluation so far, in a file; what a collapsed training goes back to."""
+    """The trained weights that did best in an evaluation so far, the first of equals, in a file."""
 
     def __init__(self, path: Path, keep: bool) -> None:
         self.path, self.keep = path, keep
@@ -190,13 +214,19 @@ class BestWeights:
         save_file(_trained(model), temporary, metadata={"step": str(step), "figure": repr(metric)})
         temporary.replace(self.path)
 
-    def restore(self, model: Any) -> None:
-        """Load them (the first ones, if training never made better ones) into `model`."""
+    @property
+    def step(self) -> int:
+        """The step that the weights in the file are of."""
+        return int(self._note()["step"])
+
+    def restore(self, model: Any) -> int:
+        """Load them (the first ones, if training never made better ones) into `model`; returns their step."""
         best = load_file(self.path)
         with torch.no_grad():
             for name, parameter in _trained(model).items():
                 parameter.copy_(best[name])
-        logger.warning("the teacher gets the weights of step %s, the best that were evaluated", self._note()["step"])
+        logger.info("the teacher gets the weights of step %d, the best that were evaluated", self.step)
+        return self.step
 
     def _note(self) -> dict[str, str]:
         """`step` and `figure` (their metric) of the weights in the file."""
@@ -205,7 +235,8 @@ class BestWeights:
 
 
 class _Watch(StepLog):
-    """Evaluates at intervals, keeps the best weights, and stops a training that collapses or reaches its token limit."""
+    """Evaluates at intervals, keeps the best weights, and stops a training that collapses, that no longer gains, or that
+    reaches its token limit."""
 
     shown = ("accuracy", "parse_rate", "entropy")
 
@@ -217,13 +248,17 @@ class _Watch(StepLog):
         self.evaluate, self.best, self.initial_metric = evaluate, best, initial_metric
         self.history: list[dict[str, float]] = []
         self.collapsed: str | None = None
+        self.gains_no_more = False
+        self._evaluated = 0
         self._clock = (time.monotonic(), 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         self.history = self.log.read("agpo")
+        self.log.rewind("valid_agpo", min(state.global_step, state.max_steps - 1))  # the others are evaluated again
         self._clock = (time.monotonic(), float(state.num_input_tokens_seen))
         if not self.best.path.exists():
             self.best.offer(model, 0, self.initial_metric)
+        self._check_patience(state.global_step, control)
 
     def on_values(self, state: Any, control: Any, values: dict[str, float]) -> None:
         now, tokens = time.monotonic(), values.get("num_tokens", 0.0)
@@ -243,9 +278,26 @@ class _Watch(StepLog):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        due = self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps
-        if due and is_main():
-            self.best.offer(model, state.global_step, self.evaluate(model, state.global_step))
+        step = state.global_step
+        if not self.every or step % self.every or step >= state.max_steps:
+            return
+        self.evaluate_at(model, step)
+        self._check_patience(step, control)
+
+    def _check_patience(self, step: int, control: Any) -> None:
+        """Stop if the last evaluations were no better; also asked after a resume, which may begin right behind them."""
+        if not self.settings.patience:
+            return
+        best = from_main(self.best.step if is_main() else 0)
+        if step // self.every * self.every - best >= self.settings.patience * self.every:
+            logger.info("AGPO ends at step %d: no better %s since step %d", step, self.settings.metric, best)
+            self.gains_no_more = control.should_training_stop = True
+
+    def evaluate_at(self, model: Any, step: int) -> None:
+        """Compare the weights of `step` with the best so far, unless that is done."""
+        if is_main() and self._evaluated != step:
+            self.best.offer(model, step, self.evaluate(model, step))
+        self._evaluated = step
 
 
 def _trained(model: Any) -> dict[str, Any]:

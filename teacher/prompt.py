@@ -18,7 +18,7 @@ from typing import Any
 
 from data.contracts import ContractError, GradeScale, digest
 from teacher.chat_template import render, special_tokens
-from teacher.config import PromptConfig
+from teacher.config import PromptConfig, TeacherConfig
 from teacher.rationale import compare_words
 
 TEACHER_FILE = "teacher.json"
@@ -37,6 +37,11 @@ class Prompt:
     config: PromptConfig
     scale: GradeScale
     max_completion_tokens: int
+
+    @classmethod
+    def of(cls, config: TeacherConfig, pairs: Path) -> Prompt:
+        """The prompt of a training on the folder that data-prepare wrote."""
+        return cls(config.prompt, GradeScale.load(pairs), config.max_completion_tokens)
 
     @property
     def version(self) -> str:

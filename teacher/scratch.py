@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.contracts import PAIRS, RATIONALES, ContractError, read_table
+from data.contracts import PAIRS, RATIONALES, TEXTS, ContractError, read_table
 from teacher.rationale import lexical_rationale
 from teacher.verifier import ANSWER
 
@@ -89,6 +89,8 @@ def _corpus(pairs: Path) -> Iterator[str]:
     if (pairs / "rationales").exists():
         for reason in read_table(pairs / "rationales", RATIONALES)["reasoning"].to_pylist()[:20_000]:
             yield f"{reason} {ANSWER.format(grade=0)}"
+    if (pairs / "texts").exists():
+        yield from read_table(pairs / "texts", TEXTS)["text"].to_pylist()[:20_000]
 
 
 def train_tokenizer(corpus: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.contracts import first_line
+from teacher.cpu_kernels import Layout, attach, install, lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def micro_batches(
     """Groups for one forward and backward pass each, of at most `budget` tokens with padding, the longest first.
 
     A group is cut where it is larger than that, or where its branches would spend more on attending to places that the mask
-    hides than the prefix costs again. A single sequence longer than `budget` is a micro-batch by itself. There are
-    `at_least` micro-batches if there are as many sequences.
+    hides than the prefix costs again (see `masked_hidden_size`). A single sequence longer than `budget` is a micro-batch by
+    itself. There are `at_least` micro-batches if there are as many sequences.
     """
     cut = [piece for group in groups for piece in _cut(group, lengths, budget, hidden_size)]
     cut.sort(key=lambda group: -group.tokens(lengths))
@@ -102,11 +103,15 @@ def token_log_probs(
         (N,) for all those tokens, sequence after sequence in the order of the groups; no entropy if the head has none.
     """
     base = causal_lm(model)
+    if base.device.type == "cpu":
+        install()
     if all(group.shared == 0 for group in groups):
         inputs, predictors = _separate_rows(sequences, starts, groups, pad)
     else:
-        inputs, predictors = _shared_rows(sequences, starts, groups, pad)
-        if base.config._attn_implementation != "sdpa":  # the others add a mask to the scores
+        inputs, predictors, layout = _shared_rows(sequences, starts, groups, pad)
+        if _skips_masked(base):
+            attach(inputs["attention_mask"], layout)
+        elif base.config._attn_implementation != "sdpa":  # the others add a mask to the scores
             visible = inputs["attention_mask"]
             inputs["attention_mask"] = torch.zeros(visible.shape, dtype=base.dtype).masked_fill_(
                 ~visible, torch.finfo(base.dtype).min
@@ -117,6 +122,15 @@ def token_log_probs(
     with _only(base.base_model, predictors.to(base.device)):
         output = model(**inputs, shift_labels=targets, fused_lm_head=True)
     return output.log_probs[0], None if output.entropy is None else output.entropy[0]
+
+
+def masked_hidden_size(model: Any) -> int:
+    """The hidden size of a model whose attention computes what a mask hides; 0 if it does not."""
+    return 0 if _skips_masked(causal_lm(model)) else causal_lm(model).config.get_text_config().hidden_size
+
+
+def _skips_masked(base: Any) -> bool:
+    return base.device.type == "cpu" and base.config._attn_implementation == "sdpa"
 
 
 def causal_lm(model: Any) -> Any:
@@ -176,7 +190,9 @@ def _cut(group: Group, lengths: Sequence[int], budget: int, hidden_size: int) ->
         tokens = group.shared + size * branch
         return math.ceil(len(rows) / size) * tokens * (6 * hidden_size + tokens)
 
-    size = min(range(1, len(rows) + 1), key=lambda size: (cost(size), -size)) if group.shared else 1
+    size = len(rows) if group.shared else 1
+    if hidden_size and group.shared:
+        size = min(range(1, len(rows) + 1), key=lambda size: (cost(size), -size))
     size = math.ceil(len(rows) / math.ceil(len(rows) / size))
     piece: tuple[int, ...] = ()
     for row in rows:
@@ -200,11 +216,12 @@ def _separate_rows(
 
 def _shared_rows(
     sequences: Sequence[Sequence[int]], starts: Sequence[int], groups: Sequence[Group], pad: int
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Layout]:
     """Input ids and positions (groups, width), attention mask (groups, 1, width, width), predictors (N, 2): row, column."""
-    ids, positions, branches, predictors = [], [], [], []
+    ids, positions, branches, predictors, rows = [], [], [], [], []
     for i, group in enumerate(groups):
-        shared = group.shared
+        shared = group.shared or starts[group.rows[0]]  # a single sequence may be cut anywhere
+        rows.append((shared, [len(sequences[row]) - shared for row in group.rows]))
         line = list(sequences[group.rows[0]][:shared])
         places, owners = list(range(shared)), [0] * shared
         for branch, row in enumerate(group.rows, 1):
@@ -228,7 +245,7 @@ def _shared_rows(
         "position_ids": _padded(positions, 0),
         "attention_mask": visible[:, None],
     }
-    return inputs, torch.tensor(predictors, dtype=torch.long).view(-1, 2)
+    return inputs, torch.tensor(predictors, dtype=torch.long).view(-1, 2), lay_out(rows, owner.size(1))
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -14,25 +14,27 @@ import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from data.contracts import GradeScale, MetricsLog, read_json, write_json
+from data.contracts import ContractError, MetricsLog, read_json, write_json
 from teacher.card import write_card
 from teacher.checks import check_decoder, check_tokenizer
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, launch, wait_for_all, world_size
-from teacher.engines.base import position_limit
+from teacher.engines.base import Engine, position_limit
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import evaluate
-from teacher.examples import Example, drop_too_long, load_examples
+from teacher.examples import Example, drop_too_long, load_examples, load_texts, with_reasons
 from teacher.model import (
     add_adapters,
     load_model,
     merge_adapters,
+    plain_weights,
     save_model,
     stored_dtype,
     weights_fingerprint,
 )
-from teacher.policy import require_rollouts, train_policy
+from teacher.policy import PolicyResult, open_rollout_engine, require_rollouts, train_policy
 from teacher.prompt import Prompt, save_prompt
+from teacher.reasons import REASONS_FILE, collect_reasons, funnel_metrics, read_reasons
 from teacher.verifier import grade_judge
 from teacher.warm_start import warm_start
 
@@ -50,17 +52,30 @@ class TeacherResult:
     figures: dict[str, Any]
 
 
-def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path) -> TeacherResult:
+def train_teacher(
+    config: TeacherConfig,
+    base: Path,
+    pairs: Path,
+    out: Path,
+    *,
+    reason_model: Path | None = None,
+    cache: Path | None = None,
+) -> TeacherResult:
     """Train a teacher from the model folder `base` on the labelled pairs, into `out/model`.
 
-    `out` also gets `metrics.jsonl` (every logged step), `evaluation.json` and, while training, `checkpoints/`, from which an
-    interrupted call resumes: a complete warm start is not repeated, AGPO continues with step, optimiser, RNG and data order.
+    `reason_model` is the folder of the model that gives the reasons of the warm start, `base` itself unless it is given;
+    `cache` keeps what models were asked (in `out` without one). `out` also gets `metrics.jsonl` (every logged step),
+    `evaluation.json` and, while training, `checkpoints/`, from which an interrupted call resumes: a complete warm start is
+    not repeated, AGPO continues with step, optimiser, RNG and data order.
 
     Raises:
         ContractError: the split `train` or `valid` has no labelled pair, `base` is no causal language model, or this machine
             cannot sample rollouts as the config asks.
     """
     require_rollouts(config.agpo)
+    if config.warm_start.asks_a_model and not (out / REASONS_FILE).exists():
+        # By one process, before there are several, and before a model that is trained takes the memory.
+        collect_reasons(config, reason_model or base, base, pairs, out, cache or out / "reasons")
     if config.processes > 1 and world_size() == 1:
         paths = {"base": str(base.resolve()), "pairs": str(pairs.resolve()), "out": str(out.resolve())}
         task = {"config": config.model_dump(mode="json"), **paths}
@@ -71,9 +86,11 @@ def train_teacher(config: TeacherConfig, base: Path, pairs: Path, out: Path) -> 
     training.warm_start()
     stopped = training.agpo()
     wait_for_all()
+    fingerprint = training.save() if is_main() else ""
+    if training.engine:
+        training.engine.close()
     if not is_main():
         return TeacherResult("", {})
-    fingerprint = training.save()
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     metrics = training.metrics()
     return TeacherResult(fingerprint, metrics | ({"stopped": stopped} if stopped else {}))
@@ -84,8 +101,8 @@ class _Training:
 
     def __init__(self, config: TeacherConfig, base: Path, pairs: Path, out: Path) -> None:
         self.config, self.base, self.pairs, self.out = config, base, pairs, out
-        self.scale = GradeScale.load(pairs)
-        self.prompt = Prompt(config.prompt, self.scale, config.max_completion_tokens)
+        self.prompt = Prompt.of(config, pairs)
+        self.scale = self.prompt.scale
         self.log = MetricsLog(out / "metrics.jsonl")
         self.warm = out / "checkpoints" / "warm_start_done"
         self.model, self.tokenizer = load_model(self.warm if self.warm.exists() else base, config)
@@ -94,6 +111,7 @@ class _Training:
         # Examples longer than the model's positions are left out by now; the longest completion must still have its place.
         check_decoder(self.model, self.tokenizer, longest=1 + config.max_completion_tokens)
         check_tokenizer(self.tokenizer, [example.target for example in self.train[:_CHECKED]])
+        self.engine = open_rollout_engine(config, self.warm if self.warm.exists() else base)
         self.evaluations = out / "evaluation.json"
         self.by_phase: dict[str, dict[str, float]] = read_json(self.evaluations) if self.evaluations.exists() else {}
 
@@ -106,6 +124,9 @@ class _Training:
             if settings.examples:
                 self.model = add_adapters(self.model, self.config)
                 examples = self.train[: settings.examples]
+                if settings.asks_a_model:
+                    examples = with_reasons(examples, read_reasons(self.out))
+                examples = examples * settings.repeats + self._texts()
                 warm_start(self.config, self.model, self.tokenizer, examples, out, self.log)
                 self.model = merge_adapters(self.model)
             save_model(self.model, self.tokenizer, self.warm)
@@ -115,17 +136,22 @@ class _Training:
 
     def agpo(self) -> str | None:
         """Train the policy; returns why the training was stopped before its end, if it was."""
-        warm, steps = self.by_phase.get("warm_start", {}), self.config.agpo.steps
-        if steps and warm.get("parse_rate", 1.0) < _LOW_PARSE_RATE:
+        warm, settings = self.by_phase.get("warm_start", {}), self.config.agpo
+        if settings.steps and warm.get("parse_rate", 1.0) < _LOW_PARSE_RATE:
             logger.warning(
                 "only %.0f %% of the answers after the warm start can be read, and AGPO needs right ones to learn from: "
                 "give the warm start more examples, epochs or min_steps, or begin with a stronger model",
                 100 * warm["parse_rate"],
             )
-        stopped = None
-        if steps:
+        if settings.steps and warm and settings.metric not in warm:
+            raise ContractError(
+                f"teacher.agpo.metric = '{settings.metric}' is not defined on the {len(self.valid)} pairs of split 'valid': "
+                "they are of one kind, or no answer can be read; raise teacher.evaluation.examples, or choose 'pass@1'"
+            )
+        result = PolicyResult(0, None)
+        if settings.steps:
             self.model = add_adapters(self.model, self.config)
-            stopped = train_policy(
+            result = train_policy(
                 self.config,
                 self.model,
                 self.tokenizer,
@@ -133,12 +159,23 @@ class _Training:
                 grade_judge(self.scale.size),
                 self.out / "checkpoints" / "agpo",
                 self.log,
-                lambda live, step: self._validate(live, "agpo", step)["pass@1"],
-                warm.get("pass@1", 0.0),
+                lambda live, step: self._validate(live, "agpo", step).get(settings.metric, 0.0),
+                warm.get(settings.metric, 0.0),
+                self.engine,
             )
             self.model = merge_adapters(self.model)
-        self._evaluate_phase("agpo", steps)
-        return stopped
+        if is_main():
+            self._record("agpo", self._metrics_at(result.step) | {"step": result.step})
+        return result.stopped
+
+    def _metrics_at(self, step: int) -> dict[str, float]:
+        """On split valid, of the weights that AGPO had at a step and the model has now."""
+        if not step:
+            return self.by_phase["warm_start"]
+        for line in self.log.read("valid_agpo"):
+            if line["step"] == step:
+                return {name: value for name, value in line.items() if name not in ("step", "time")}
+        return self._validate(self.model, "agpo", step)
 
     def save(self) -> str:
         """Write `out/model` and evaluate it on split test; returns the fingerprint of the weights."""
@@ -163,7 +200,7 @@ class _Training:
     def metrics(self) -> dict[str, Any]:
         """The stage's metrics: counts of the pairs, and `phase/name` of every evaluation."""
         named = {f"{phase}/{name}": value for phase, values in self.by_phase.items() for name, value in values.items()}
-        return {"train_pairs": len(self.train), "valid_pairs": len(self.valid), **named}
+        return {"train_pairs": len(self.train), "valid_pairs": len(self.valid), **funnel_metrics(self.out), **named}
 
     def _evaluate_phase(self, phase: str, step: int) -> None:
         if phase not in self.by_phase and is_main():
@@ -182,9 +219,16 @@ class _Training:
         return metrics
 
     def _measure(self, model: Any, examples: list[Example]) -> dict[str, float]:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        engine: Engine
+        if self.engine:
+            self.engine.load_weights(plain_weights(model))
+            engine, autocast = self.engine, False
+        else:
+            engine = TransformersEngine(model, self.tokenizer, batch_size=self.config.evaluation.batch)
+            autocast = self.config.dtype == "bfloat16"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             return evaluate(
-                TransformersEngine(model, self.tokenizer, batch_size=self.config.evaluation.batch),
+                engine,
                 self.tokenizer,
                 examples,
                 num_grades=self.scale.size,
@@ -194,8 +238,13 @@ class _Training:
                 seed=self.config.seed,
             )
 
+    def _texts(self) -> list[Example]:
+        return self._fitting(load_texts(self.pairs, self.prompt, self.tokenizer, self.config.warm_start.texts))
+
     def _examples(self, split: str, limit: int) -> list[Example]:
-        examples = load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed)
+        return self._fitting(load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed))
+
+    def _fitting(self, examples: list[Example]) -> list[Example]:
         max_positions = position_limit(self.model.config)
         return drop_too_long(examples, self.tokenizer, max_positions, self.config.max_completion_tokens)
 

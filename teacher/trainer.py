@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from teacher.rollouts import sample_completions
+from teacher.advantages import group_statistics, mixed
+from teacher.decoding import sample_completions
 from teacher.shared_prefix import (
     Group,
     can_share,
+    common_prefix,
     group_by_prefix,
+    masked_hidden_size,
     micro_batches,
     token_log_probs,
 )
@@ -37,6 +41,8 @@ class AGPOTrainer(GRPOTrainer):
             (arXiv 2503.14476); 0 keeps such groups. Needs a dataset of known length, and whole groups on each process.
         shared_prefix: compute a prompt once for all its completions in a micro-batch, if the model allows it.
         micro_batch_tokens: tokens, padding included, in one forward and backward pass.
+        sft_weight: weight of the mean negative log probability of the `target` (a column of the dataset) of every prompt,
+            which is added to the loss.
         **options: everything else is GRPOTrainer's. Exactly one reward function is expected.
     """
 
@@ -47,6 +53,7 @@ class AGPOTrainer(GRPOTrainer):
         dynamic_sampling: int = 0,
         shared_prefix: bool = True,
         micro_batch_tokens: int = 16_384,
+        sft_weight: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
@@ -56,8 +63,11 @@ class AGPOTrainer(GRPOTrainer):
         self.dynamic_sampling = dynamic_sampling
         self.shared_prefix = shared_prefix
         self.micro_batch_tokens = micro_batch_tokens
+        self.sft_weight = sft_weight
         self._gathered_rewards: Tensor | None = None
         self._sampled_tokens = 0.0
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self.vllm_generation.llm.generate = self._with_hit_rate(self.vllm_generation.llm.generate)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """See `Trainer.train`. First sees whether this model's prompts can be shared."""
@@ -77,8 +87,8 @@ class AGPOTrainer(GRPOTrainer):
         """
         if not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs)
+        total = self._anchor_loss(model, inputs) if self.sft_weight else 0.0
         *others, last = self._micro_batches(inputs)
-        total = 0.0
         for part, weight in others:
             with self.accelerator.no_sync(model):
                 loss = weight * super().compute_loss(model, part, return_outputs)
@@ -111,12 +121,29 @@ class AGPOTrainer(GRPOTrainer):
             parts.append((part, weight))
         return parts
 
+    def _anchor_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The supervised loss of the batch's prompts, whose gradient is already there, times its weight."""
+        prompts, targets = (_unpadded(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for name in ("prompt", "target"))
+        examples = {tuple(prompt): target for prompt, target in zip(prompts, targets, strict=True)}
+        sequences = [[*prompt, *target] for prompt, target in examples.items()]
+        starts, lengths = [len(prompt) for prompt in examples], [len(sequence) for sequence in sequences]
+        group = Group(tuple(range(len(sequences))), common_prefix(sequences) if self.shared_prefix else 0)
+        total = inputs["prompt_ids"].new_zeros((), dtype=torch.float32)
+        for groups in micro_batches([group], lengths, self.micro_batch_tokens, masked_hidden_size(self.model)):
+            with self.accelerator.no_sync(model), self.accelerator.autocast():
+                log_probs, _ = token_log_probs(model, sequences, starts, groups, self._tokenizer.pad_token_id)
+                loss = -self.sft_weight * log_probs.sum() / (sum(lengths) - sum(starts))
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self._metrics["train"]["sft_loss"].append((total / self.sft_weight).item())
+        return total
+
     def _plan(self, sequences: list[list[int]], starts: list[int], at_least: int = 1) -> list[list[Group]]:
         if self.shared_prefix:
             groups = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
         else:
             groups = [Group((row,), 0) for row in range(len(sequences))]
-        hidden_size = self.model.config.get_text_config().hidden_size
+        hidden_size = masked_hidden_size(self.model)
         return micro_batches(groups, [len(ids) for ids in sequences], self.micro_batch_tokens, hidden_size, at_least)
 
     def _get_per_token_logps_and_entropies(
@@ -186,6 +213,18 @@ class AGPOTrainer(GRPOTrainer):
             )
         return completions, None
 
+    def _with_hit_rate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` of vLLM's `LLM`, which logs the share of prompt tokens that its prefix cache had."""
+
+        def logged(*arguments: Any, **options: Any) -> Any:
+            outputs = generate(*arguments, **options)
+            cached = sum(output.num_cached_tokens or 0 for output in outputs)
+            tokens = sum(len(output.prompt_token_ids) for output in outputs)
+            self._metrics["train"]["prefix_cache_hit_rate"].append(cached / tokens)
+            return outputs
+
+        return logged
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._gathered_rewards = rewards[:, 0]  # (all completions of all processes,)
@@ -218,6 +257,11 @@ class AGPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self._gathered_rewards is None:
             raise RuntimeError("TRL no longer calls _calculate_rewards: its private surface has moved")
+        if self.sft_weight:
+            targets = self._tokenizer([row["target"] for row in inputs], add_special_tokens=False)["input_ids"]
+            ids = [torch.tensor([*target, self._tokenizer.eos_token_id]) for target in targets]
+            for name, rows in (("ids", ids), ("mask", [torch.ones_like(row) for row in ids])):
+                output[f"target_{name}"] = pad_sequence(rows, batch_first=True).to(output["prompt_ids"].device)
         mode = "train" if self.model.training else "eval"
         self._sampled_tokens += self._metrics[mode]["completions/mean_length"][-1] * len(self._gathered_rewards)
         return output, self._gathered_rewards.view(-1, group_size)
@@ -233,7 +277,7 @@ class AGPOTrainer(GRPOTrainer):
             )
         first = self.accelerator.process_index * local_groups
         for round_ in range(self.dynamic_sampling):
-            if _mixed(rewards).all():
+            if mixed(rewards).all():
                 break
             # The same draw on every process, and again after a resume: it depends on seed, step and round alone.
             generator = torch.Generator().manual_seed(hash((self.args.seed, self.state.global_step, round_)) % 2**63)
@@ -247,15 +291,15 @@ class AGPOTrainer(GRPOTrainer):
             fresh = other_rewards.view_as(by_process)
             takes: list[tuple[int, int]] = []
             for process in range(len(by_process)):
-                spare = _mixed(fresh[process]).nonzero().flatten().tolist()
-                places = (~_mixed(by_process[process])).nonzero().flatten().tolist()
+                spare = mixed(fresh[process]).nonzero().flatten().tolist()
+                places = (~mixed(by_process[process])).nonzero().flatten().tolist()
                 for place, source in zip(places, spare, strict=False):
                     by_process[process, place] = fresh[process, source]
                     if process == self.accelerator.process_index:
                         takes.append((place, source))
             rewards = by_process.view_as(rewards)
             output = self._with_groups_of(output, others, takes)
-        self._metrics["train"]["dynamic_sampling/kept_uniform"].append((~_mixed(rewards)).float().mean().item())
+        self._metrics["train"]["dynamic_sampling/kept_uniform"].append((~mixed(rewards)).float().mean().item())
         output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
         return output, rewards
 
@@ -283,41 +327,15 @@ class AGPOTrainer(GRPOTrainer):
 
 def _sequences(input_ids: Tensor, mask: Tensor, completion_length: int) -> tuple[list[list[int]], list[int]]:
     """The tokens of every row where the mask is 1, and at which of them its completion starts; from (B, P + C)."""
-    lengths = mask.sum(dim=1).tolist()
     starts = mask[:, : mask.size(1) - completion_length].sum(dim=1).tolist()
-    return [ids.tolist() for ids in input_ids[mask.bool()].split(lengths)], starts
+    return _unpadded(input_ids, mask), starts
 
 
-def _mixed(rewards: Tensor) -> Tensor:
-    """(num_groups,) bool: the group has both a right and a wrong completion among its scorable ones."""
-    return ((rewards > 0).any(dim=1)) & ((rewards <= 0).any(dim=1))
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of every row where the mask is 1; both (rows, width)."""
+    return [row.tolist() for row in ids[mask.bool()].split(mask.sum(dim=1).tolist())]
 
 
 def _padded(tensor: Tensor, width: int, fill: float, left: bool) -> Tensor:
     missing = width - tensor.size(1)
     return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=fill)
-
-
-def group_statistics(rewards: Tensor, advantages: Tensor) -> dict[str, float]:
-    """What a batch of groups looked like.
-
-    Args:
-        rewards: (num_groups, group_size), right where positive, NaN where unscorable.
-        advantages: of the same shape.
-
-    Returns:
-        accuracy; the shares of groups all right, all wrong and mixed (of scorable completions); the mass of positive and of
-        negative advantage per completion.
-    """
-    valid = ~torch.isnan(rewards)
-    right = valid & (rewards > 0)
-    any_right = right.any(dim=1)
-    any_wrong = (valid & ~right).any(dim=1)
-    return {
-        "accuracy": (right.sum() / valid.sum().clamp(min=1)).item(),
-        "groups/all_right": (any_right & ~any_wrong).float().mean().item(),
-        "groups/all_wrong": (any_wrong & ~any_right).float().mean().item(),
-        "groups/mixed": _mixed(rewards).float().mean().item(),
-        "advantage/positive": advantages.clamp(min=0).mean().item(),
-        "advantage/negative": advantages.clamp(max=0).mean().item(),
-    }

@@ -19,7 +19,15 @@ from teacher.config import TeacherConfig
 from teacher.distributed import world_size
 from teacher.examples import Example
 from teacher.loop import StepLog, shared_arguments, train
-from teacher.shared_prefix import Group, can_share, causal_lm, common_prefix, micro_batches, token_log_probs
+from teacher.shared_prefix import (
+    Group,
+    can_share,
+    causal_lm,
+    common_prefix,
+    masked_hidden_size,
+    micro_batches,
+    token_log_probs,
+)
 
 
 def warm_start(
@@ -80,7 +88,7 @@ class _SharedPrefixTrainer(Trainer):
         counts = (labels != -100).sum(dim=1).tolist()
         starts = [max(1, length - count) for length, count in zip(lengths, counts, strict=True)]
         shared = common_prefix(sequences) if self.shared_prefix else 0
-        hidden_size = self.model.config.get_text_config().hidden_size
+        hidden_size = masked_hidden_size(self.model)
         (groups,) = micro_batches([Group(tuple(range(len(sequences))), shared)], lengths, 10**9, hidden_size)
         log_probs, _ = token_log_probs(model, sequences, starts, groups, self.processing_class.pad_token_id)
         if num_items_in_batch is None:

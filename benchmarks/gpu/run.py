@@ -82,11 +82,12 @@ def _unpacked(place: Path) -> Path:
 
 def _site(place: Path, payload: Path) -> Path:
     """A folder with the packages that were sent along, for PYTHONPATH."""
-    site = place / "site"
+    # By this name dill knows modules that are installed from others, which it would pickle, and pyarrow cannot be.
+    site = place / "site-packages"
     wheels = [*payload.glob("wheels/*.whl"), *place.glob("extra/*.whl")]
     if wheels and not site.exists():
         options = ["-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
-        temporary = place / "site.tmp"
+        temporary = place / "site-packages.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "install", *options, "--target", str(temporary), *map(str, wheels)]
         subprocess.run(command, check=True)

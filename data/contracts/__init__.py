@@ -7,6 +7,7 @@ from data.contracts.annotations import KEY_FILE, annotation_key_of, read_annotat
 from data.contracts.config import Config, UserPath
 from data.contracts.errors import ContractError, Unavailable, first_line
 from data.contracts.files import digest, digest_bytes, digest_files, read_json, write_json, write_text
+from data.contracts.human_labels import HUMAN_LABELS, HUMAN_LABELS_FILE, read_human_labels
 from data.contracts.metrics_log import MetricsLog, metric_lines
 from data.contracts.progress import OnProgress, log_progress, on_progress
 from data.contracts.scale import Grade, GradeScale
@@ -16,9 +17,11 @@ from data.contracts.tables import (
     FREQUENCIES,
     PAIRS,
     RATIONALES,
+    REASONS,
     SCORES,
     SPLITS,
     STRATA,
+    TEXTS,
     check_schema,
     read_table,
 )
@@ -27,12 +30,16 @@ __all__ = [
     "ANNOTATIONS",
     "DISAGREEMENT",
     "FREQUENCIES",
+    "HUMAN_LABELS",
+    "HUMAN_LABELS_FILE",
     "KEY_FILE",
     "PAIRS",
     "RATIONALES",
+    "REASONS",
     "SCORES",
     "SPLITS",
     "STRATA",
+    "TEXTS",
     "Config",
     "ContractError",
     "Grade",
@@ -51,6 +58,7 @@ __all__ = [
     "metric_lines",
     "on_progress",
     "read_annotations",
+    "read_human_labels",
     "read_json",
     "read_table",
     "write_json",

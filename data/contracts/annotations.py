@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 
 from data.contracts.errors import ContractError
 from data.contracts.files import read_json
-from data.contracts.tables import ANNOTATIONS, check_schema, read_table
+from data.contracts.tables import ANNOTATIONS, open_table, read_table
 
 KEY_FILE = "_annotations.json"
 """The file in which the annotation job notes the key that it annotated a folder under."""
@@ -43,9 +43,8 @@ def read_annotations(
     key = key or annotation_key_of(folder)
     if not key:
         raise ContractError(f"{folder} holds no annotations; run annotate first")
-    dataset = pads.dataset(folder, format="parquet")
+    dataset = open_table(folder, ANNOTATIONS)
     if dataset.files:
-        check_schema(dataset.schema, ANNOTATIONS, str(folder))
         chosen = pads.field("annotation_key") == key
         yield from dataset.to_batches(
             columns=columns, filter=chosen if where is None else chosen & where, batch_size=_BATCH

@@ -35,6 +35,29 @@ RATIONALES = pa.schema(
     ]
 )
 
+# Optional companion of `pairs`: what there is to read about the ads' world, none of it a label. A text with a query and a
+# title is what can be said of them.
+TEXTS = pa.schema(
+    [
+        pa.field("query", pa.string()),
+        pa.field("ad_title", pa.string()),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+
+# What a model said when it was asked for reasons of human grades. `outcome` is right (graded so by itself), hinted (the
+# grade was given, and the reason leads there) or dropped; `reasoning` is then null, and `dropped` says why.
+REASONS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("grade", pa.int32(), nullable=False),
+        pa.field("reasoning", pa.string()),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("dropped", pa.string(), nullable=False),
+        pa.field("n_right", pa.int32(), nullable=False),
+    ]
+)
+
 # Optional companion of `pairs`: what is left of several labels of one pair, or of a source that publishes their variance.
 DISAGREEMENT = pa.schema(
     [
@@ -61,6 +84,7 @@ ANNOTATIONS = pa.schema(
         pa.field("annotation_key", pa.string(), nullable=False),
         pa.field("grade", pa.int32()),
         pa.field("grade_probs", pa.list_(pa.float64())),
+        pa.field("grade_probs_raw", pa.list_(pa.float64())),
         pa.field("reasoning", pa.string()),
         pa.field("votes", pa.list_(pa.int32()), nullable=False),
         pa.field("agreement", pa.float64()),
@@ -84,6 +108,10 @@ SCORES = pa.schema(
 )
 
 
+# Columns that tables of earlier versions lack; they are then null.
+_OPTIONAL = frozenset({"grade_probs_raw"})
+
+
 def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
     """Raise `ContractError` naming the first column of `expected` that `found` lacks or holds with another type.
 
@@ -94,6 +122,8 @@ def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
         index = found.get_field_index(field.name)
         if index < 0 and field.name == "query_id":
             raise ContractError(f"{where} is from a version without the column 'query_id'; run data-prepare again")
+        if index < 0 and field.name in _OPTIONAL:
+            continue
         if index < 0:
             raise ContractError(f"{where}: column '{field.name}' is missing (expected {field.type})")
         actual = found.field(index).type
@@ -113,12 +143,23 @@ def read_table(
     """
     if not path.exists():
         raise ContractError(f"{path} does not exist")
-    # Names starting with "_" or "." are markers and files being written; Arrow skips them.
-    dataset = pads.dataset(path, format="parquet")
+    dataset = open_table(path, schema)
     if not dataset.files:
         return schema.empty_table().select(columns or schema.names)
-    check_schema(dataset.schema, schema, str(path))
     return dataset.to_table(columns=columns or schema.names, filter=where)
+
+
+def open_table(path: Path, schema: pa.Schema) -> pads.FileSystemDataset:
+    """A Parquet file or folder that must match `schema`, as a dataset; raises `ContractError` otherwise."""
+    # Names starting with "_" or "." are markers and files being written; Arrow skips them.
+    dataset = pads.dataset(path, format="parquet")
+    if dataset.files:
+        check_schema(dataset.schema, schema, str(path))
+        # Its schema is that of its first file, which may be an older one.
+        for field in schema:
+            if field.name not in dataset.schema.names:
+                dataset = dataset.replace_schema(dataset.schema.append(field))
+    return dataset
 
 
 def _same_up_to_child_names(a: pa.DataType, b: pa.DataType) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from data.config import DataConfig
 from data.contracts import ContractError, GradeScale, digest_files
 from data.sources import synthetic, table
 from data.sources.labels import Labels, grade_numbers, json_attributes, named_values
-from data.sources.paths import list_files
+from data.sources.paths import list_files, open_bytes
 from data.sources.public import public_files, public_set, read_public
 from data.sources.table import read_log, read_table, table_labels, table_scale
 
@@ -84,6 +85,21 @@ def source_label(config: DataConfig) -> str:
     return label if config.log is None else f"{label}, log {config.log.path}"
 
 
+def read_texts(config: DataConfig) -> Iterator[dict[str, str]]:
+    """The rows of `TEXTS`: the configured file's lines, without blank ones, or the made-up shop's catalogue.
+
+    Raises `ContractError` when the file is not there or is not UTF-8.
+    """
+    if config.texts is None:
+        yield from synthetic.catalogue(config.seed) if config.source_name == "synthetic" else ()
+        return
+    try:
+        with open_bytes(config.texts) as file:
+            yield from ({"text": text} for line in io.TextIOWrapper(file, "utf-8-sig") if (text := line.strip()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContractError(f"`data.texts`: {config.texts} cannot be read as UTF-8 text ({error})") from None
+
+
 def input_files(config: DataConfig) -> list[Path]:
     """The files that source and log read; raises `ContractError` when one is not there."""
     files: list[Path] = []
@@ -91,6 +107,10 @@ def input_files(config: DataConfig) -> list[Path]:
         files = list_files(config.path, config.format)
     elif config.source_name != "synthetic":
         files = public_files(config)
+    if config.texts is not None:
+        if not config.texts.is_file():
+            raise ContractError(f"there is no file {config.texts}; check `data.texts`")
+        files.append(config.texts)
     return files + ([] if config.log is None else list_files(config.log.path, config.log.format))
 
 

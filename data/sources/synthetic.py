@@ -35,6 +35,7 @@ SCALE = GradeScale(
 # How often each grade is drawn, from 0 to 3.
 GRADE_SHARES = (0.26, 0.24, 0.24, 0.26)
 MISSPELT_SHARE = 0.06
+CATALOGUE = 12_000
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,43 @@ def generate(rows: int, seed: int) -> Iterator[dict[str, Any]]:
             made += 1
 
 
+def catalogue(seed: int) -> Iterator[dict[str, str]]:
+    """Yield CATALOGUE facts about the shop's products, as rows of `TEXTS`, the same for the same seed; none is a label.
+
+    They are what a shop knows before anyone has judged an ad: which kind of product a search means and a listing offers
+    (any search beside any listing), and of kinds, which is an accessory or a substitute of which.
+    """
+    rng = random.Random(f"catalogue:{seed}")
+    kinds = {kind.name: kind for kind in shop().types}
+    owners = {accessory: kind for kind in shop().types for accessory in kind.accessories}
+    offers = sorted({*kinds, *owners})
+    for _ in range(CATALOGUE):
+        wish, offer = _wish(rng), rng.choice(offers)
+        if rng.random() < 0.6:
+            kind = kinds.get(offer) or owners[offer]
+            words = (offer, *kind.synonyms) if offer in kinds else (offer, _for_product(offer, kind))
+            offered = {name: rng.choice(values) for name, values in shop().options(kind).items() if values}
+            query, title = _query(rng, wish), _title(rng, offered, rng.choice(words))
+            yield {"query": query, "ad_title": title, "text": f"Asked: {wish.kind.name}. Offered: {offer}."}
+        else:
+            if rng.random() < 0.6:
+                offer = rng.choice([wish.kind.name, *wish.kind.accessories, *wish.kind.substitutes])
+            text = f"Asked: {wish.kind.name}. Offered: {offer}. Relation: {_relation(wish.kind, offer)}."
+            yield {"query": wish.kind.name, "ad_title": offer, "text": text}
+
+
+def _for_product(accessory: str, kind: ProductType) -> str:
+    return accessory if kind.name in accessory else f"{accessory} for {kind.name}"
+
+
+def _relation(kind: ProductType, offer: str) -> str:
+    if offer == kind.name:
+        return "same product"
+    if offer in kind.accessories:
+        return "accessory"
+    return "substitute" if offer in kind.substitutes else "something else"
+
+
 def _wish(rng: random.Random) -> Wish:
     kind = rng.choice(shop().types)
     options = shop().options(kind)
@@ -136,8 +174,8 @@ def _pair(rng: random.Random, wish: Wish, query: str) -> dict[str, Any]:
     elif grade == 1 and rng.random() < 0.5:
         offered_type = noun = rng.choice(wish.kind.accessories)
         # An accessory often names what it is for, in full.
-        if rng.random() < 0.5 and wish.kind.name not in noun:
-            noun = f"{noun} for {wish.kind.name}"
+        if rng.random() < 0.5:
+            noun = _for_product(noun, wish.kind)
         relation = "accessory"
     elif grade == 1:
         offered_type = rng.choice(wish.kind.substitutes)

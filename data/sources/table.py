@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LICENCE = "the owner's"
 GRADING = "as the settings `grade_thresholds` or `grade_labels` say; without them the label is the grade"
+_NO_LABEL = ", and for what means that there is no label `data.missing_labels`"
 
 
 def read_table(spark: SparkSession, config: DataConfig) -> DataFrame:
@@ -33,12 +34,16 @@ def table_labels(config: DataConfig) -> Labels:
     """How the settings make grades of labels. An empty label or one of `missing_labels` is none."""
     missing = tuple(label.upper() for label in config.missing_labels)
     if config.grade_labels:
-        return Labels(words=config.grade_labels, missing=missing, fault="the label is not one of `data.grade_labels`")
+        return Labels(
+            words=config.grade_labels,
+            missing=missing,
+            fault=f"the label is not one of `data.grade_labels` (case matters){_NO_LABEL}",
+        )
     if config.grade_thresholds:
-        fault = "the label is not a number; words need `data.grade_labels`"
+        fault = f"the label is not a number with a decimal point; words need `data.grade_labels`{_NO_LABEL}"
         return Labels(thresholds=config.grade_thresholds, missing=missing, fault=fault)
     highest = len(config.grades) - 1
-    remedy = "for ratings set `data.grade_thresholds`, for words `data.grade_labels`"
+    remedy = f"for ratings set `data.grade_thresholds`, for words `data.grade_labels`{_NO_LABEL}"
     return grade_numbers(highest, f"the grade is not on the scale 0 … {highest}: {remedy}", missing)
 
 

@@ -17,6 +17,11 @@ class AnnotateConfig(Config):
     """Which pairs the teacher labels."""
     limit: int = Field(default=0, ge=0)
     """At most so many pairs, the first in the order of their ids; 0 takes all."""
+    valid_pairs: int = Field(default=1000, ge=0)
+    """Labelled pairs of split `valid` that the teacher labels too, the first in the order of their ids: its probabilities
+    are calibrated on them. 0 leaves the probabilities as they are."""
+    test_pairs: int = Field(default=1000, ge=0)
+    """Labelled pairs of split `test` that the teacher labels too, for its own row in the student's evaluation."""
     n: int = Field(default=4, ge=1, le=256)
     """Completions sampled for a pair; their grades are its votes. With `confidence` the first of them."""
     n_max: int = Field(default=8, ge=1, le=256)

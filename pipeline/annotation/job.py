@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from data.contracts import KEY_FILE, ContractError, GradeScale, Unavailable, digest, log_progress, read_json, write_json
+from pipeline.annotation.calibration import calibration_of, recalibrate
 from pipeline.annotation.config import AnnotateConfig
-from pipeline.annotation.metrics import Reasons, table_metrics
-from pipeline.annotation.plan import in_order, missing
+from pipeline.annotation.metrics import Reasons, annotated, measured_beside, table_metrics
+from pipeline.annotation.plan import chosen_pairs, in_order, measured_ids, missing, pairs_of
 from pipeline.annotation.store import compact, disk_errors, drop_failed, files_of, take_over
 from pipeline.annotation.worker import Job, annotate_partition, start_annotator
 from pipeline.artifacts import StageOutput
@@ -51,7 +53,8 @@ def annotate(
     spark: SparkSession,
     load: Callable[[Job], Annotator] = start_annotator,
 ) -> StageOutput:
-    """Label the pairs of `config.split` that `out` does not have yet under this teacher, prompt and sampling.
+    """Label the pairs of `config.split` that `out` does not have yet under this teacher, prompt and sampling; before them
+    the labelled pairs of splits valid and test that the teacher is calibrated and measured on.
 
     `teacher` is a teacher's model folder, `pairs` the folder that data-prepare wrote, `out` the annotations' folder;
     `load` starts the teacher in a worker (a function of a module that workers can import).
@@ -59,7 +62,8 @@ def annotate(
     pairs have different scales, when the disk is full, when no engine can be had, when a worker died more often than Spark
     tries again, or when another run takes the folder over.
     """
-    begin = time.monotonic()
+    from pyspark.sql import functions as F
+
     prompt = load_prompt(teacher)
     sampling = sampling_of(config, prompt)
     key = annotation_key(teacher, config)
@@ -68,14 +72,18 @@ def annotate(
     run = take_over(out)
     if config.retry_failed:
         drop_failed(out, key, run)
-    todo, total, count = missing(spark, config, prompt.config, pairs, out, key)
-    log.info("annotate: %d pairs in all, %d there already, %d to do (key %s)", total, total - count, count, key)
-    if count:
-        engines = min(config.engines, math.ceil(count / config.part_size))
-        if spark.sparkContext.master.startswith("local"):
-            config = config.model_copy(update={"engine": _with_threads(config.engine, engines)})
-        job = Job(key, str(teacher.resolve()), str(out.resolve()), run, config, sampling, engines, load)
-        _run(job, in_order(todo, max(engines, config.partitions)), count)
+    job = Job(key, str(teacher.resolve()), str(out.resolve()), run, config, sampling, config.engines, load)
+    chosen, ids = chosen_pairs(spark, config, pairs), measured_ids(config, pairs)
+    if measured := ids["valid"] + ids["test"]:
+        done = annotated(spark, out, key).where(F.col("pair_id").isin(measured)) if files_of(out, key) else None
+        label(job, *missing(pairs_of(spark, pairs, measured), done, prompt.config), "valid and test")
+    calibration = recalibrate(out, key, run, pairs, ids["valid"])
+    log.info("annotate: probabilities calibrated by %s, on %d pairs", calibration.method, calibration.rows)
+    begin = time.monotonic()
+    beside = measured_beside(spark, pairs, config.split)
+    done = annotated(spark, out, key, beside) if files_of(out, key) else None
+    todo, total, count = missing(chosen, done, prompt.config)
+    label(job, todo, total, count, config.split)
     if len(files_of(out, key)) > config.max_files:
         compact(out, key, run, config.file_rows)
     with disk_errors(out):
@@ -84,7 +92,21 @@ def annotate(
     fingerprint, metrics, reasons = table_metrics(spark, out, key, pairs, config.split)
     _check_shares(config, metrics, reasons)
     metrics |= {"n_new": count, "n_reused": total - count, "pairs_per_s": round(count / seconds, 3) if count else 0.0}
+    metrics |= {"calibration": calibration.method, "n_calibration": calibration.rows}
+    metrics |= {f"valid_log_loss_{method}": value for method, value in calibration.log_loss.items()}
     return StageOutput(fingerprint=fingerprint, figures=metrics)
+
+
+def label(job: Job, todo: DataFrame, total: int, count: int, what: str) -> None:
+    """Label the `count` pairs `todo` that are missing of `total` ones."""
+    log.info("annotate: %s: %d pairs, %d there already, %d to do (key %s)", what, total, total - count, count, job.key)
+    if not count:
+        return
+    config, engines = job.config, min(job.config.engines, math.ceil(count / job.config.part_size))
+    if todo.sparkSession.sparkContext.master.startswith("local"):
+        config = config.model_copy(update={"engine": _with_threads(config.engine, engines)})
+    job = replace(job, config=config, engines=engines, calibration=calibration_of(Path(job.out), job.key))
+    _run(job, in_order(todo, max(engines, config.partitions)), count)
 
 
 def sampling_of(config: AnnotateConfig, prompt: Prompt) -> Sampling:

@@ -24,13 +24,23 @@ Reasons = dict[str, Counter[str]]
 """For the statuses `failed` and `unparsed`: how often each error occurs."""
 
 
-def annotated(spark: SparkSession, out: Path, key: str) -> DataFrame:
-    """The rows of `out` under `key`."""
+def annotated(spark: SparkSession, out: Path, key: str, others: DataFrame | None = None) -> DataFrame:
+    """The rows of `out` under `key`, but those of the ids `others`, which are few."""
+    from pyspark.sql import functions as F
     from pyspark.sql.pandas.types import from_arrow_schema
 
     # The schema is given so that Spark need not open every file to find it.
     schema = from_arrow_schema(ANNOTATIONS)
-    return spark.read.schema(schema).option("pathGlobFilter", f"{key}-*.parquet").parquet(str(out))
+    rows = spark.read.schema(schema).option("pathGlobFilter", f"{key}-*.parquet").parquet(str(out))
+    return rows if others is None else rows.join(F.broadcast(others), "pair_id", "left_anti")
+
+
+def measured_beside(spark: SparkSession, pairs: Path, split: str) -> DataFrame:
+    """The ids of the splits `valid` and `test` that are not `split`: their rows measure the teacher, and do not count."""
+    from pyspark.sql import functions as F
+
+    beside = [other for other in ("valid", "test") if other != split]
+    return spark.read.parquet(str(pairs / "pairs")).where(F.col("split").isin(beside)).select("pair_id")
 
 
 def hash_sums(*columns: str) -> list[Column]:
@@ -50,20 +60,23 @@ def table_metrics(
 ) -> tuple[str, dict[str, Any], Reasons]:
     """Fingerprint, metrics and the counted errors of the rows of `out` under `key`.
 
-    The fingerprint depends on the rows only, not on their files or order, nor on when they were made. Quality is measured on
+    The fingerprint depends on the rows only, not on their files or order, nor on when they were made; counts leave out the
+    rows that only measure the teacher. Quality is measured on
     the pairs of `split` that have a human grade and an annotation with status ok; those metrics are absent without any.
     """
     from pyspark.sql import functions as F
 
-    rows = annotated(spark, out, key)
+    everything = annotated(spark, out, key)
+    rows = annotated(spark, out, key, measured_beside(spark, pairs, split))
     total = rows.agg(
         F.count("*").alias("pairs"),
         *[F.count_if(F.col("status") == status).alias(status) for status in ("ok", "unparsed", "failed")],
         *[F.sum(name).alias(name) for name in ("prompt_tokens", "completion_tokens", "n_samples", "n_unparsed")],
         F.avg("agreement").alias("agreement"),
-        *hash_sums(*_HASHED),
     ).first()
+    sums = everything.agg(*hash_sums(*_HASHED)).first()
     assert total is not None  # an aggregate without groups has one row
+    assert sums is not None
     metrics: dict[str, Any] = {
         "annotation_key": key,
         **{name: total[name] for name in ("pairs", "ok", "unparsed", "failed")},
@@ -79,7 +92,7 @@ def table_metrics(
         for row in errors.orderBy(F.desc("count"), "reason").limit(100).collect():
             reasons[row["status"]][row["reason"]] = row["count"]
     metrics |= _quality(spark, rows, pairs, split)
-    hashes = [int(total[f"hash{i}"] or 0) % 2**64 for i in range(2)]
+    hashes = [int(sums[f"hash{i}"] or 0) % 2**64 for i in range(2)]
     return f"{hashes[0]:016x}{hashes[1]:016x}", metrics, reasons
 
 

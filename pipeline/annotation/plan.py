@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, ContractError, check_schema
+from data.contracts import PAIRS, ContractError, check_schema, read_table
 from pipeline.annotation.config import AnnotateConfig
-from pipeline.annotation.metrics import annotated, hash_sums
-from pipeline.annotation.store import files_of
+from pipeline.annotation.metrics import hash_sums
 from pipeline.rows import attributes_as_json
 from teacher.config import PromptConfig
 from teacher.prompt import used_chars
@@ -21,30 +21,47 @@ if TYPE_CHECKING:
 _LONGEST = 2**20  # bytes; texts beyond this count as equally long
 
 
-def missing(
-    spark: SparkSession, config: AnnotateConfig, prompt: PromptConfig, pairs: Path, out: Path, key: str
-) -> tuple[DataFrame, int, int]:
-    """The pairs of `config` that have no row under `key` yet (the id, and as much text as the prompt uses), how many pairs
-    `config` names, and how many of them are missing.
-
-    Raises `ContractError` when there is no table of pairs, or none of its pairs is meant.
-    """
+def chosen_pairs(spark: SparkSession, config: AnnotateConfig, pairs: Path) -> DataFrame:
+    """The pairs that `config` names; raises `ContractError` when there is no table of pairs, or none of them is meant."""
     from pyspark.sql import functions as F
 
     source = pairs / "pairs"
     if not source.is_dir():
         raise ContractError(f"{source} does not exist; run data-prepare first")
     check_schema(pads.dataset(source, format="parquet").schema, PAIRS, str(source))
-    meant = spark.read.parquet(str(source)).where(F.col("split") == config.split)
+    chosen = spark.read.parquet(str(source)).where(F.col("split") == config.split)
+    if chosen.isEmpty():
+        raise ContractError(f"split '{config.split}' of {source} has no pairs; choose another split")
     if config.limit:
-        first = meant.select("pair_id").distinct().orderBy("pair_id").limit(config.limit)
-        meant = meant.join(first, "pair_id", "left_semi")
+        first = chosen.select("pair_id").distinct().orderBy("pair_id").limit(config.limit)
+        chosen = chosen.join(first, "pair_id", "left_semi")
+    return chosen
+
+
+def measured_ids(config: AnnotateConfig, pairs: Path) -> dict[str, list[str]]:
+    """The ids of the labelled pairs that the teacher is measured on, for the splits `valid` and `test`."""
+    ids = {}
+    for split, limit in (("valid", config.valid_pairs), ("test", config.test_pairs)):
+        where = (pads.field("split") == split) & pads.field("grade").is_valid()
+        found = read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=where)["pair_id"]
+        ids[split] = sorted(found.to_pylist())[:limit]
+    return ids
+
+
+def pairs_of(spark: SparkSession, pairs: Path, ids: Sequence[str]) -> DataFrame:
+    """The pairs with these ids."""
+    from pyspark.sql import functions as F
+
+    return spark.read.parquet(str(pairs / "pairs")).where(F.col("pair_id").isin(list(ids)))
+
+
+def missing(meant: DataFrame, done: DataFrame | None, prompt: PromptConfig) -> tuple[DataFrame, int, int]:
+    """Those of the pairs `meant` whose id is not in `done` (the id, and as much text as the prompt uses), how many pairs are
+    meant, and how many of them are missing."""
     todo = meant.select("pair_id", *_texts(prompt))
     # These passes read the ids alone; the texts are read once, when the job runs.
-    done = annotated(spark, out, key).select("pair_id") if files_of(out, key) else None
+    done = done.select("pair_id") if done is not None else None
     sums = _id_sums(meant)
-    if not sums["rows"]:
-        raise ContractError(f"split '{config.split}' of {source} has no pairs; choose another split")
     if done is not None and sums == _id_sums(done):  # the same ids: known without a join
         return todo.limit(0), sums["rows"], 0
     # Spread first: removing repeats within every task beforehand, as Spark would, gains nothing where hardly an id repeats.

@@ -13,7 +13,7 @@ import fcntl
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +39,11 @@ _MERGE_THREADS = 4
 def files_of(out: Path, key: str) -> list[Path]:
     """The files with rows of an annotation key, sorted by name."""
     return sorted(out.glob(f"{key}-*.parquet"))
+
+
+def read_file(file: Path) -> pa.Table:
+    """The rows of a file, as `ANNOTATIONS`."""
+    return pq.read_table(file, schema=ANNOTATIONS)
 
 
 def part_path(out: Path, key: str, pair_ids: Sequence[str]) -> Path:
@@ -88,7 +93,7 @@ def drop_failed(out: Path, key: str, run: str) -> int:
     """Take the failed rows of `key` out of their files, one file at a time; returns how many they were."""
     dropped = 0
     for file in files_of(out, key):
-        table = pq.read_table(file, schema=ANNOTATIONS)
+        table = read_file(file)
         remaining = table.filter(pc.not_equal(table["status"], "failed"))
         dropped += table.num_rows - remaining.num_rows
         # Under the old name, by one rename: no row is ever there twice. A new part cannot have this name, as its pairs
@@ -157,7 +162,7 @@ def _note_merge(out: Path, key: str, sources: Sequence[Path]) -> Path:
     name = digest([file.name for file in sources])
     # Threads of Arrow's own would read no faster and have their allocator keep 40 MiB more.
     readers = (pq.ParquetFile(file).iter_batches(_ROW_GROUP, use_threads=False) for file in sources)
-    _write(out / f"{_MERGED}{name}.parquet", (batch for batches in readers for batch in batches))
+    _write(out / f"{_MERGED}{name}.parquet", (_complete(batch) for batches in readers for batch in batches))
     note = out / f"{_MERGED}{name}.json"
     write_json(note, {"target": f"{key}-{name}.parquet", "sources": [file.name for file in sources]})
     return note
@@ -172,7 +177,7 @@ def _finish_merge(note: Path) -> None:
     note.unlink()
 
 
-def _write(path: Path, tables: Iterator[pa.RecordBatch] | Sequence[pa.Table]) -> None:
+def _write(path: Path, tables: Iterable[pa.Table]) -> None:
     """Write annotations and sync them: a name must not outlive a power cut that its bytes do not."""
     with path.open("wb") as sink:
         with pq.ParquetWriter(sink, ANNOTATIONS, compression="zstd") as writer:
@@ -180,6 +185,15 @@ def _write(path: Path, tables: Iterator[pa.RecordBatch] | Sequence[pa.Table]) ->
                 writer.write(table.cast(ANNOTATIONS))
         sink.flush()
         os.fsync(sink.fileno())
+
+
+def _complete(batch: pa.RecordBatch) -> pa.Table:
+    """With the columns that files of earlier versions lack, null."""
+    table = pa.Table.from_batches([batch])
+    for place, field in enumerate(ANNOTATIONS):
+        if field.name not in table.column_names:
+            table = table.add_column(place, field, pa.nulls(len(table), field.type))
+    return table
 
 
 def _check_owner(out: Path, run: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data.contracts import ANNOTATIONS, ContractError, digest
+from pipeline.annotation.calibration import Calibration, calibrated
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.stopping import further_samples
 from pipeline.annotation.store import commit, part_path
@@ -39,8 +40,8 @@ Prompt = tuple[int, ...]
 class Job:
     """What a worker needs to know; plain values, as it travels to other machines. `teacher` and `out` are folders.
 
-    `run` owns `out` (see `store`); `engines` are at work on this job; `load` is named by its module, so that module must be
-    installed there too.
+    `run` owns `out` (see `store`); `engines` are at work on this job; `calibration` is that of the rows in `out`; `load` is
+    named by its module, so that module must be installed there too.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Job:
     sampling: Sampling
     engines: int
     load: Callable[[Job], Annotator]
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 class Answer(NamedTuple):
@@ -159,7 +161,8 @@ class Stream:
         if len(self._recent) > self._job.config.max_in_flight:
             self._recent, self._older = {}, self._recent
         for part in self._done:
-            commit(part.path, table_of(self._job.key, part.pair_ids, part.answers), self._job.run)
+            table = table_of(self._job.key, part.pair_ids, part.answers)
+            commit(part.path, calibrated(table, self._job.calibration), self._job.run)
             self.in_flight -= len(part.pair_ids)
         self._done = []
 
@@ -198,14 +201,14 @@ class Stream:
 
 
 def table_of(key: str, pair_ids: Sequence[str], answers: Sequence[Answer]) -> pa.Table:
-    """One `ANNOTATIONS` row for each pair, in their order."""
+    """One `ANNOTATIONS` row for each pair, in their order, not calibrated yet."""
     columns: dict[str, Any] = dict(zip(Answer._fields, zip(*answers, strict=True), strict=True))
     columns |= zip(Aggregate._fields, zip(*columns["aggregate"], strict=True), strict=True)
     # An error may quote what it failed on, and a lone surrogate is no UTF-8.
     errors = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in columns["error"]]
     now = pa.scalar(datetime.now(UTC), ANNOTATIONS.field("created_at").type)
     columns |= {"annotation_key": pa.repeat(key, len(pair_ids)), "created_at": pa.repeat(now, len(pair_ids))}
-    columns |= {"pair_id": pair_ids, "error": errors}
+    columns |= {"pair_id": pair_ids, "error": errors, "grade_probs_raw": columns["grade_probs"]}
     return pa.Table.from_pydict(columns, schema=ANNOTATIONS)
 
 

@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from data.contracts import ContractError, first_line, read_json, write_json, write_text
+from pipeline import drift
 from pipeline.artifacts import StageRecord
 from pipeline.executions import attach
 from pipeline.report.sections.annotation import annotation_section
@@ -84,6 +85,11 @@ def write_report(folder: Path) -> Path:
         stages=[(STAGES[name], stage, headline(name, stage["figures"])) for name, stage in summary["stages"].items()],
         sections=sections,
         command=shell_lines(summary["command"]),
+        drifted=[
+            (STAGES[name].title, stage["figures"]["drift"])
+            for name, stage in summary["stages"].items()
+            if stage["figures"].get("drift", "fine") != "fine"
+        ],
         settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
         style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
     )
@@ -130,7 +136,13 @@ def _sections(folder: Path, environment: jinja2.Environment) -> list[dict[str, A
 def _content(place: Path, record: StageRecord) -> dict[str, Any]:
     if record.stage == "annotate":
         pairs = place.with_name(STAGES["data"].folder)
-        return annotation_section(place, pairs, metrics_of(record), record.config)
+        audit = place.parent / "audit" / "audit.json"
+        content = annotation_section(place, pairs, metrics_of(record), record.config)
+        return content | {"audit": read_json(audit) if audit.exists() else None, "drift": drift.load(place)}
     if record.stage == "export":
         return export_section(place)
-    return {"data": pairs_section, "teacher": teacher_section, "student": student_section}[record.stage](place)
+    if record.stage == "student":
+        return student_section(place, place.with_name(STAGES["data"].folder))
+    if record.stage == "data":
+        return pairs_section(place) | {"drift": drift.load(place)}
+    return teacher_section(place)

@@ -1,7 +1,8 @@
 """Versions of the teacher and the student in MLflow's model registry, and which of them is champion.
 
 A new version gets the alias `candidate`. A teacher is `champion` while there is none. A student becomes champion when a
-paired bootstrap on human labels finds it no worse than the champion before it; the reason is a tag of the version
+paired bootstrap on human labels finds it no worse than the champion before it, unless it learned from pairs that have
+drifted (`pipeline.drift`); the reason is a tag of the version
 (`promotion`), whatever was decided. Rolling back is moving the alias, see docs/operations.md. A registration may come long
 after the stage, and twice.
 """
@@ -19,7 +20,7 @@ import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Map
 
 from data.contracts import ContractError, GradeScale, read_json
@@ -42,7 +43,10 @@ _INPUTS = [ColSpec("string", "query"), ColSpec("string", "ad_title"), ColSpec("s
 _OUTPUTS = [ColSpec("double", "p_relevant"), ColSpec("boolean", "relevant")]
 SIGNATURE = ModelSignature(
     inputs=Schema([*_INPUTS, ColSpec(Map(DataType.string), "attributes", required=False)]),
-    outputs=Schema([*_OUTPUTS, ColSpec(Array(DataType.double), "grade_probs")]),
+    outputs=Schema(
+        [*_OUTPUTS, ColSpec(Array(DataType.double), "grade_probs"), ColSpec("boolean", "decision", required=False)]
+    ),
+    params=ParamSchema([ParamSpec("at", DataType.string, default="")]),
 )
 EXAMPLE = {"query": ["red running shoes"], "ad_title": ["Velora red running shoes"], "ad_text": ["Free delivery."]}
 
@@ -122,13 +126,17 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
     client.set_registered_model_alias(name, "candidate", number)
     if student is not None:
         from student.evaluation import PREDICTIONS
+        from student.ladder import evaluated
 
+        student = evaluated(student, export)
         client.log_artifact(version.run_id, str(student / PREDICTIONS), f"predictions/{number}")
     champion = client.get_registered_model(name).aliases.get("champion")
     promoted, reason = champion is None, "champion: the first version"
     if champion is not None and student is None:
         reason = f"not champion: version {champion} is, until the alias is moved by hand"
-    elif student is not None and (fault := _floor_fault(student)):
+    elif (student is not None and (fault := _floor_fault(student))) or (
+        student is not None and (fault := _drift_fault(student))
+    ):
         promoted, reason = False, f"not champion: {fault}"
     elif champion is not None and student is not None:
         try:
@@ -149,6 +157,17 @@ def _floor_fault(student: Path) -> str | None:
 
     path = student / "evaluation.json"
     return floor_fault(read_json(path)) if path.exists() else None
+
+
+def _drift_fault(student: Path) -> str | None:
+    """Why what a student learned from must be looked at first: pairs too unlike those before, see `pipeline.drift`."""
+    path = student / "drift.json"
+    drift = read_json(path) if path.exists() else {"level": "fine"}
+    if drift["level"] != "stop":
+        return None
+    return (
+        f"new pairs are unlike those before: {drift['sentence']}; if that is meant, move the alias, or raise drift.stop"
+    )
 
 
 def _against(client: Any, name: str, champion: str, student: Path, export: Path, margin: float) -> tuple[bool, str]:

@@ -2,7 +2,7 @@
 
 MLflow copies this file and the exported folder into the model, so it uses the folder's own `score.py` and imports nothing
 of the product. Input: columns `query`, `ad_title` and, if known, `ad_text`, `attributes`; output: `p_relevant`,
-`relevant` and `grade_probs`.
+`relevant`, `grade_probs` and, with the parameter `at` (such as "irrelevant:precision=0.95"), `decision`.
 """
 
 import importlib.util
@@ -32,13 +32,15 @@ class Student(mlflow.pyfunc.PythonModel):
             rows.append(known)
         probabilities = self.scorer.grade_probs(rows)
         relevant = self.scorer.p_relevant(probabilities)
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "p_relevant": relevant,
                 "relevant": relevant >= self.scorer.threshold,
                 "grade_probs": probabilities.tolist(),
             }
         )
+        at = (params or {}).get("at")
+        return frame.assign(decision=self.scorer.decide(probabilities, at)) if at else frame
 
 
 mlflow.models.set_model(Student())

@@ -1,7 +1,6 @@
-"""`transformers.generate` as an engine: slower than vLLM, and it runs wherever torch does.
+"""A transformers module as an engine: slower than vLLM, and it runs wherever torch does.
 
-Sampling is done here rather than by `generate`, whose single random stream would make a prompt's completions depend on
-the batch it happens to be in.
+Every completion has a random stream of its own, so that it does not depend on the batch it happens to be in.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.contracts import ContractError
+from teacher.decoding import decode, draw
 from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
 from teacher.engines.config import TransformersConfig
 
@@ -26,7 +26,7 @@ MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine wo
 class TransformersEngine(Engine):
     """Batched generation with a causal language model that is already loaded; the model stays the caller's.
 
-    Its mode (train or eval) and its generation config are put back after every call.
+    Its mode (train or eval) is put back after every call.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 32, max_model_len: int = 0) -> None:
@@ -49,10 +49,8 @@ class TransformersEngine(Engine):
         places = sorted(range(len(requests)), key=lambda place: -len(requests[place][0]))
         work = [(place, number) for place in places for number in range(requests[place][1].copies)]
         results: list[list[Completion]] = [[] for _ in requests]
-        training, kept = self._model.training, self._model.generation_config
+        training = self._model.training
         self._model.eval()
-        # Only the end tokens: a model's own repetition penalty or top-k would change the distribution.
-        self._model.generation_config = GenerationConfig(eos_token_id=self._end, pad_token_id=self._pad)
         try:
             for start in range(0, len(work), self._batch_size):
                 batch = work[start : start + self._batch_size]
@@ -60,7 +58,6 @@ class TransformersEngine(Engine):
                 for (place, _), completion in zip(batch, completions, strict=True):
                     results[place].append(completion)
         finally:
-            self._model.generation_config = kept
             self._model.train(training)
         return [row * (sampling.n // sampling.copies) for row, (_, sampling) in zip(results, requests, strict=True)]
 
@@ -96,81 +93,58 @@ class TransformersEngine(Engine):
         """Let the model go; one that the caller still holds stays loaded."""
         self._model = None
 
-    @torch.inference_mode()
     def _batch(self, batch: list[tuple[list[int], Sampling, int]]) -> list[Completion]:
-        device, sampling = self._model.device, batch[0][1]
-        rows = [torch.tensor(prompt) for prompt, _, _ in batch]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self._pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        prompts, sampling = [prompt for prompt, _, _ in batch], batch[0][1]
         seeds = [prompt_seed(asked.seed, prompt) + asked.first + number for prompt, asked, number in batch]
-        sampler = _Sampler(sampling, seeds, device)
-        limits = [min(sampling.max_tokens, self.max_model_len - len(row)) for row in rows]
-        output = self._model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max(limits),
-            do_sample=False,
-            use_cache=True,
-            logits_processor=[sampler],
-        )
-        # generate returns one tensor unless its config asks for more
-        sampled = output[:, ids.shape[1] :].tolist()
-        return [self._completion(sampled[row][:limit], sampler, row) for row, limit in enumerate(limits)]
+        sampler = _Sampler(sampling, seeds, self._model.device)
+        limits = [min(sampling.max_tokens, self.max_model_len - len(prompt)) for prompt in prompts]
+        sampled = decode(self._model, prompts, limits, ends=self._end, pad=self._pad, choose=sampler)
+        return [self._completion(tokens, sampler.top_logprobs[row]) for row, tokens in enumerate(sampled)]
 
-    def _completion(self, tokens: list[int], sampler: _Sampler, row: int) -> Completion:
-        end = next((t for t, token in enumerate(tokens) if token in self._end), None)
-        tokens = tokens[: None if end is None else end + 1]
+    def _completion(self, tokens: list[int], top_logprobs: list[dict[int, float]] | None) -> Completion:
+        stopped = tokens[-1] in self._end
+        # An end token may be an ordinary one, and is no text either way.
+        text = tokens[:-1] if stopped else tokens
         return Completion(
-            # An end token may be an ordinary one, and is no text either way.
-            text=self._tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            text=self._tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             token_ids=tokens,
-            finish_reason="length" if end is None else "stop",
-            top_logprobs=sampler.top_logprobs(row, tokens),
+            finish_reason="stop" if stopped else "length",
+            top_logprobs=top_logprobs[: len(tokens)] if top_logprobs else None,
         )
 
 
-class _Sampler(LogitsProcessor):
-    """Chooses each row's next token with that row's own generator, and keeps the likeliest tokens' log probabilities.
-
-    `generate` then takes the argmax of what is returned, which is the chosen token.
-    """
+class _Sampler:
+    """Chooses each row's next token with that row's own generator, and keeps the likeliest tokens' log probabilities."""
 
     def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device) -> None:
         self._sampling = sampling
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._steps: list[tuple[list[list[int]], list[list[float]], list[float]]] = []
+        self.top_logprobs: list[list[dict[int, float]]] = [[] for _ in seeds]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` (B, V) are logits; the result (B, V) is 0 at the chosen token and −inf elsewhere."""
-        chosen = scores.argmax(-1) if self._sampling.temperature == 0 else self._sample(scores)
+    def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The next tokens (len(rows),) from `logits` (len(rows), vocabulary)."""
+        logits = logits.float()
+        chosen = logits.argmax(-1) if self._sampling.temperature == 0 else self._sample(logits, rows)
         if self._sampling.logprobs:
-            logprobs = torch.log_softmax(scores, -1)
-            top = logprobs.topk(min(self._sampling.logprobs, MAX_LOGPROBS, scores.shape[-1]), -1)
+            logprobs = torch.log_softmax(logits, -1)
+            top = logprobs.topk(min(self._sampling.logprobs, MAX_LOGPROBS, logits.size(-1)), -1)
             picked = logprobs.gather(-1, chosen[:, None])[:, 0]
-            self._steps.append((top.indices.tolist(), top.values.tolist(), picked.tolist()))
-        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen[:, None], 0.0)
+            steps = zip(*(values.tolist() for values in (rows, chosen, picked, top.indices, top.values)), strict=True)
+            for row, token, logprob, tokens, values in steps:
+                self.top_logprobs[row].append({token: logprob} | dict(zip(tokens, values, strict=True)))
+        return chosen
 
-    def _sample(self, scores: torch.Tensor) -> torch.Tensor:
-        probabilities = torch.softmax(scores / self._sampling.temperature, -1)
+    def _sample(self, logits: Tensor, rows: Tensor) -> Tensor:
+        probabilities = torch.softmax(logits / self._sampling.temperature, -1)
         if self._sampling.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
             # A token stays while those before it have not reached top_p.
             ordered[ordered.cumsum(-1) - ordered >= self._sampling.top_p] = 0.0
             probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-        # argmax(p / Exp(1)) is an exact draw from p (the exponential form of the Gumbel-max trick).
         noise = torch.empty_like(probabilities)
-        for row, generator in enumerate(self._generators):
-            noise[row].exponential_(generator=generator)
-        return (probabilities / noise).argmax(-1)
-
-    def top_logprobs(self, row: int, tokens: list[int]) -> list[dict[int, float]] | None:
-        """The kept log probabilities of one row, for as many steps as it has tokens."""
-        if not self._sampling.logprobs:
-            return None
-        return [
-            {token: picked[row]} | dict(zip(indices[row], values[row], strict=True))
-            for token, (indices, values, picked) in zip(tokens, self._steps, strict=False)
-        ]
+        for i, row in enumerate(rows.tolist()):
+            noise[i].exponential_(generator=self._generators[row])
+        return draw(probabilities, noise)
 
 
 def load_transformers(config: TransformersConfig, folder: Path) -> TransformersEngine:

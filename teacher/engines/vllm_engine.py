@@ -1,8 +1,6 @@
 """vLLM inside this process, on a GPU or (the CPU build) without one.
 
-What was left out: weight updates. vLLM's CPU build packs float32 weights when it loads them, so later updates do not
-arrive unless `vllm._custom_ops._supports_onednn = False` is set before the engine is built; the trainer does that for
-its own engine, and this one only ever reads a finished folder.
+vLLM's CPU build packs float32 weights when it loads them, so that later updates would not arrive: `updatable` prevents it.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import itertools
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,8 @@ _ENVIRONMENT = {
 class VLLMEngine(Engine):
     """See `Engine`. Prefixes that prompts share (the guideline) are computed once, where the architecture allows it."""
 
-    def __init__(self, config: VLLMConfig, model: Path) -> None:
+    def __init__(self, config: VLLMConfig, model: Path, *, updatable: bool = False, **options: Any) -> None:
+        """`updatable`: `load_weights` will be called; `options`: further ones of vLLM's `EngineArgs`."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about its own code
@@ -53,7 +53,7 @@ class VLLMEngine(Engine):
                 "`transformers` or `openai`"
             ) from error
         on_cpu = current_platform.is_cpu()
-        options: dict[str, Any] = {
+        options = {
             "model": str(model),
             "load_format": "safetensors",  # never a pickle
             "trust_remote_code": False,
@@ -63,7 +63,7 @@ class VLLMEngine(Engine):
             "scheduling_policy": "priority",
             "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
             "gpu_memory_utilization": config.gpu_memory_utilization,
-        }
+        } | options
         set_num_threads = torch.set_num_threads
         if config.threads:
             set_num_threads(config.threads)
@@ -72,6 +72,10 @@ class VLLMEngine(Engine):
         registry.addHandler(logged)  # it only logs why a model's class cannot be had, and then raises "check the logs"
         try:
             if on_cpu:
+                if updatable:
+                    import vllm._custom_ops as ops
+
+                    ops._supports_onednn = False
                 # A prompt is never prefilled in parts: after a part vLLM 0.31 rewinds the request's own generator, which a
                 # CPU generator cannot do ("CPU Generator does not use offset"), and the whole batch is lost.
                 options |= {"kv_cache_memory_bytes": config.kv_cache_gib << 30, "enable_chunked_prefill": False}
@@ -88,6 +92,17 @@ class VLLMEngine(Engine):
         self._numbers = itertools.count()
         self._running: dict[str, tuple[Any, list[int], Sampling]] = {}
         self._refused: list[tuple[Any, Result]] = []
+        self._tokens, self._cached = 0, 0
+
+    @property
+    def llm(self) -> Any:
+        """vLLM's own `LLM`, for a trainer that samples with it."""
+        return self._llm
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Go on with other weights of the same model: names and tensors as in its folder. Needs `updatable`."""
+        self._llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(weights)
+        self._llm.reset_prefix_cache()
 
     def submit(self, tag: Any, prompt: list[int], sampling: Sampling) -> None:
         from vllm import SamplingParams
@@ -126,11 +141,16 @@ class VLLMEngine(Engine):
         return done
 
     def cancel(self) -> None:
+        if self._tokens:
+            log.info("prefix cache: %.0f %% of %d prompt tokens", 100 * self._cached / self._tokens, self._tokens)
+            self._tokens, self._cached = 0, 0
         self._llm.llm_engine.abort_request(list(self._running))
         self._running, self._refused = {}, []
 
     def _take(self, output: Any) -> tuple[Any, Result]:
-        tag, _, sampling = self._running.pop(output.request_id)
+        tag, prompt, sampling = self._running.pop(output.request_id)
+        self._tokens += len(prompt)
+        self._cached += output.num_cached_tokens or 0
         unfinished = [
             sample.finish_reason for sample in output.outputs if sample.finish_reason not in ("stop", "length")
         ]

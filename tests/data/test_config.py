@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from data.config import DataConfig, without_source
+from data.config import DataConfig, data_of_preset
 from data.contracts import ContractError
 from data.sources import input_fingerprint, source_label
 
@@ -76,9 +76,21 @@ def test_a_path_without_a_source_means_a_table() -> None:
 
 def test_a_preset_names_the_source_only_where_none_is_described() -> None:
     preset = {"source": "home_depot", "max_train": 5}
-    assert without_source(preset, {"columns": LOG["columns"], "path": "a.csv"}) == {"max_train": 5}
-    assert without_source(preset, {"seed": 1, "path": "train.csv"}) == preset
-    assert without_source(preset, {"columns": {}, "source": "table"}) == preset
+    assert data_of_preset(preset, {"columns": LOG["columns"], "path": "a.csv"}) == {"max_train": 5}
+    assert data_of_preset(preset, {"seed": 1, "path": "train.csv"}) == preset
+    assert data_of_preset(preset, {"columns": {}, "source": "table"}) == preset
+
+
+def test_a_file_of_texts_is_missed_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"no file .*texts\.txt; check `data\.texts`"):
+        input_fingerprint(DataConfig(texts=tmp_path / "texts.txt"))
+
+
+@pytest.mark.parametrize("given", [{"path": "a.csv"}, {"columns": LOG["columns"]}, {"source": "home_depot"}])
+def test_what_a_preset_says_of_the_made_up_shop_holds_for_no_other_source(given: dict[str, Any]) -> None:
+    shop = {"max_train": 5, "shares": {"train": 0.1}}
+    assert data_of_preset(shop, given) == {}
+    assert data_of_preset(shop, {"seed": 1}) == data_of_preset(shop, {"source": "synthetic"}) == shop
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The data stage on the synthetic source and on the real files of public sets."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
-from data.contracts import PAIRS, RATIONALES, SPLITS, ContractError, GradeScale, read_table
+from data.contracts import PAIRS, RATIONALES, SPLITS, TEXTS, ContractError, GradeScale, read_table
 from data.prepare import prepare
 from data.sources.paths import public_file
+from data.sources.synthetic import catalogue
 from data.text import near_key, normalise_key
 
 pytestmark = pytest.mark.spark
@@ -33,6 +35,7 @@ def test_synthetic(spark: Any, tmp_path: Path) -> None:
     reasons = read_table(tmp_path / "rationales", RATIONALES)["pair_id"].to_pylist()
     assert set(reasons) == train
     assert len(reasons) == len(train) == figures["rationales"]
+    assert read_table(tmp_path / "texts", TEXTS).num_rows == figures["texts"] == len(list(catalogue(1)))
 
     other = tmp_path / "again"
     other.mkdir()
@@ -42,6 +45,21 @@ def test_synthetic(spark: Any, tmp_path: Path) -> None:
         assert prepare(config, other, spark).fingerprint == result.fingerprint
     finally:
         spark.conf.set("spark.sql.shuffle.partitions", before)
+
+
+def test_texts_of_a_file_are_part_of_what_a_teacher_reads(spark: Any, tmp_path: Path) -> None:
+    file, prints = tmp_path / "texts.txt.gz", set()
+    for content in ("A kettle boils water.\n\n  Trainers are shoes. \n", "A kettle boils water.\n"):
+        file.write_bytes(gzip.compress(content.encode()))
+        out = tmp_path / str(len(prints))
+        out.mkdir()
+        figures = prepare(DataConfig(rows=600, seed=1, texts=file), out, spark).figures
+        prints.add(figures["fingerprint_labelled"])
+    assert read_table(tmp_path / "0" / "texts", TEXTS)["text"].to_pylist() == [
+        "A kettle boils water.",
+        "Trainers are shoes.",
+    ]
+    assert len(prints) == 2
 
 
 def is_there(name: str) -> bool:

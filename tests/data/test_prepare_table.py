@@ -17,6 +17,7 @@ from data.config import DataConfig
 from data.contracts import PAIRS, RATIONALES, ContractError, GradeScale, read_table
 from data.prepare import prepare
 from data.sources import input_fingerprint
+from data.sources.table import table_labels
 from data.text import key_id, normalise_key, pair_id
 
 pytestmark = pytest.mark.spark
@@ -101,7 +102,7 @@ def test_faults_are_named_and_every_row_is_accounted_for(spark: Any, tmp_path: P
         "the ad title is empty or has no visible character": [["q", "\x07", "", 1, ""]],
         "the ad title is longer than 20000 characters": [["q", "t" * 20_001, "", 1, ""]],
         "the ad text is longer than 20000 characters": [["q", "t", "x" * 20_001, 1, ""]],
-        "the grade is not on the scale 0 … 2: for ratings set `data.grade_thresholds`, for words `data.grade_labels`": [
+        table_labels(config(tmp_path)).fault: [
             ["q", "t", "", 3, ""],
             ["q", "t", "", "good", ""],
             ["q", "t", "", 1.5, ""],
@@ -217,7 +218,7 @@ def test_labels_as_words_and_a_changed_file(spark: Any, tmp_path: Path) -> None:
 
 def test_the_literal_example_of_the_docs_leads_to_thresholds(spark: Any, tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text()
-    example = tomllib.loads(page.partition("```toml")[2].partition("```")[0])["data"]
+    example = tomllib.loads(page.partition("```toml\n# shop.toml")[2].partition("```")[0])["data"]
     names = ("query", "ad_title", "ad_text", "grade")
     lines = [";".join(example["columns"][name] for name in names)]
     lines += [f"red shoes {i};shoe {i};text;{1 + i % 9 / 4}" for i in range(90)]
@@ -225,7 +226,7 @@ def test_the_literal_example_of_the_docs_leads_to_thresholds(spark: Any, tmp_pat
     example |= {"path": tmp_path / example["path"]}
     with pytest.raises(ContractError, match=r"for ratings set `data\.grade_thresholds`"):
         prepare(DataConfig.model_validate(example), tmp_path, spark)
-    row = next(line for line in page.splitlines() if "grade_thresholds" in line)
+    row = next(line for line in page.splitlines() if line.startswith("| ratings"))
     example |= tomllib.loads(row.split("`")[1])
     figures = prepare(DataConfig.model_validate(example | {"shares": ALL_TO_POOL}), tmp_path, spark).figures
     assert (figures["rejected"], figures["rows"]) == (0, 90)

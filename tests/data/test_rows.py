@@ -46,7 +46,8 @@ def check(cells: dict[str, str | None], settings: DataConfig | None = None, **mo
         ({"problem": "no row", "detail": "the line", "grade": "9"}, "no row", "the line"),
         # The first check that fails gives the reason.
         ({"grade": "9", "attributes": "[]", "ad_title": ""},
-         "the grade is not on the scale 0 … 2: for ratings set `data.grade_thresholds`, for words `data.grade_labels`", "9"),
+         "the grade is not on the scale 0 … 2: for ratings set `data.grade_thresholds`, for words `data.grade_labels`, "
+         "and for what means that there is no label `data.missing_labels`", "9"),
     ],
 )  # fmt: skip
 def test_faults(cells: dict[str, str | None], reason: str, detail: str | None) -> None:

@@ -163,6 +163,18 @@ def test_only_a_service_that_was_away_is_tried_again(
         cli.run_here("data-prepare", apply_overrides(settings, ["data.seed=1"]))
 
 
+def test_drift_is_an_event_once(settings: PipelineConfig, works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(relevance, "emit_event", lambda *given, **payload: events.append((*given, payload)))
+    works("data", lambda *_: StageOutput(fingerprint="f", figures={"rows": 3, "drift": "look", "drift_psi": 0.2}))
+    for _ in range(2):  # the second time it is reused
+        cli.run_here("data-prepare", settings)
+    ((event, resource, payload),) = events
+    assert (event, resource["prefect.resource.name"]) == ("ads-relevance.drift.look", "sample")
+    assert payload == {"payload": {"stage": "data", "psi": 0.2}}
+    assert "Pairs: look." in (settings.folder / "report.html").read_text()
+
+
 def test_a_run_goes_on_by_its_name(settings: PipelineConfig, calls: list[str], tmp_path: Path) -> None:
     begun = load_preset("sample", [f"runs={tmp_path}", "run=trial", "tracking.enabled=false", "teacher.seed=4"])
     cli.run_here("annotate", begun)
@@ -363,6 +375,9 @@ def test_two_trainings_do_not_share_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
+STEPS = ("flows.deploy.fill", "flows.deploy.end_silent_runs")
+
+
 def test_deployments_are_valid() -> None:
     content = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
     deployments = {each["name"]: each for each in content["deployments"]}
@@ -377,8 +392,8 @@ def test_deployments_are_valid() -> None:
         flow = load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"]))
         assert flow.name in FLOWS
         # As `prefect deploy` does: the step's output is the parameters, so that the form shows the values that will run.
-        ((step, chosen),) = deployment["build"][0].items()
-        assert step == "flows.deploy.fill"
+        chosen, silence = (deployment["build"][i][step] for i, step in enumerate(STEPS))
+        assert silence == {"minutes": 5}
         assert deployment["parameters"] == {"settings": "{{ settings }}"}
         filled = fill(**chosen)
         assert filled["settings"]["data"]["rows"] == load_preset("sample").data.rows

@@ -28,7 +28,7 @@ TINY = [
     "teacher.evaluation.examples=4", "teacher.evaluation.samples=2", "teacher.max_completion_tokens=16",
     "annotate.engine.kind=openai", "annotate.engine.max_model_len=0", "annotate.n=4", "annotate.max_failed_share=1.0",
     "student.base=scratch:tiny", "student.epochs=1", "student.log_every=1", "student.bootstrap_samples=100",
-    "student.layers=[1]", "export.max_int8_auc_loss=1.0",
+    "student.layers=[1]", "export.max_int8_auc_loss=1.0", "export.max_decisions_changed=1.0",
 ]  # fmt: skip
 
 

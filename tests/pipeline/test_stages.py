@@ -163,3 +163,22 @@ def test_the_student_learns_from_this_runs_annotations_not_the_newest(
     )
     STAGES["student"].run(chosen)
     assert keys == ["k7", "mine"]
+
+
+def test_the_teacher_stage_hands_over_the_model_that_gives_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("pipeline.weights.resolve_model", lambda spec, **_: Path(spec))
+    monkeypatch.setattr(
+        "teacher.train.train_teacher", lambda config, base, pairs, out, **more: given.update(base=base, **more)
+    )
+    model = tmp_path / "large"
+    model.mkdir()
+    asked = ("teacher.warm_start.reasons=engine", f"teacher.warm_start.reason_model=path:{model}")
+    for overrides, expected in (((), None), (asked, Path(f"path:{model}"))):
+        settings = load_preset("sample", [*overrides, f"weights_cache={tmp_path}"])
+        STAGES["teacher"].work(settings, {"data": tmp_path}, tmp_path)
+        assert given == {"base": Path("scratch:small"), "reason_model": expected, "cache": tmp_path / "reasons"}
+        inputs = STAGES["teacher"].reads_besides(settings.teacher)
+        assert [each.place for each in inputs.values()] == ([model] if overrides else [])

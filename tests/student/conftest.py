@@ -38,6 +38,7 @@ FAMILIES = {
     "modernbert": SIZES,
     "qwen2": SIZES | {"num_key_value_heads": 2},
 }
+PADDED = {"deberta", "deberta-v2", "qwen2"}  # those that cannot read packed pairs
 
 
 def make_rows(n_queries: int = 48, seed: int = 0) -> list[dict[str, Any]]:

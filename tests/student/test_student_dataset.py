@@ -173,3 +173,25 @@ def test_batches_by_tokens_hold_every_row_once_and_their_limit():
     assert all(len(rows) == 1 or lengths[rows].max() * len(rows) <= 48 for rows in found)
     assert [len(rows) for rows in found] == [1, 1, 4, 1]
     assert list(batches_by_tokens([], 48)) == []
+
+
+def test_what_people_said_later_wins_and_moves_no_pair(tmp_path):
+    rows = make_rows()
+    by_split = {
+        split: [row["pair_id"] for row in rows if row["split"] == split] for split in ("train", "pool", "valid", "test")
+    }
+    labels = {ids[0]: [2, 1, 2] for ids in by_split.values()} | {by_split["pool"][1]: [0]}
+    pairs = write_pairs(tmp_path / "pairs", rows)
+    annotated = read_annotated(write_annotations(tmp_path / "annotations", annotate_pool(rows)), "")[1]
+    scale, config = GradeScale.load(pairs), StudentConfig(gold_weight=2)
+    plain, examples = (read_training(pairs, annotated, scale, config, given) for given in ({}, labels))
+    assert sorted(examples.pair_ids) == sorted(plain.pair_ids)
+    at = {pair_id: i for i, pair_id in enumerate(examples.pair_ids)}
+    for pair_id in (by_split["train"][0], by_split["pool"][0]):
+        i = at[pair_id]
+        assert (examples.grade[i], examples.mix[i], examples.weight[i], examples.soft[i].sum()) == (2, 1, 2, 0)
+        assert examples.gold[i] == pytest.approx([0, 1 / 3, 2 / 3])
+    assert by_split["pool"][1] in examples.gold_only().pair_ids
+    assert by_split["valid"][0] not in at
+    with pytest.raises(ContractError, match="not on the scale"):
+        read_training(pairs, annotated, scale, config, {by_split["pool"][0]: [7]})

@@ -14,7 +14,8 @@ from data.contracts import ContractError, GradeScale, MetricsLog, metric_lines
 from student import checkpoint
 from student import distill as distill_module
 from student import fit as fit_module
-from student.baselines import Bm25, words
+from student.baselines import Bm25
+from student.config import StudentConfig
 from student.dataset import read_examples, tokenize
 from student.distill import distill
 from student.evaluation import compare_students
@@ -22,6 +23,7 @@ from student.model import load_classifier
 from student.reader import Reader, predict_logits
 from student.scorer import load_tokenizer, softmax
 from student.scratch import make_encoder, on_other_side
+from student.words import words
 
 from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 
@@ -33,7 +35,7 @@ def test_the_model_folder_is_complete_and_the_metrics_add_up(distilled, tiny):
     assert not list(distilled.rglob("*.bin")) + list(distilled.rglob("*.pt")) + list(distilled.rglob("*.pkl"))
     loaded = AutoModelForSequenceClassification.from_pretrained(model)
     assert loaded.config.num_labels == 3
-    evaluation = json.loads((distilled / "evaluation.json").read_text())
+    evaluation, card = json.loads((distilled / "evaluation.json").read_text()), (model / "model_card.md").read_text()
     systems = {s["name"]: s for s in evaluation["systems"]}
     assert list(systems) == ["student", "gold_only", "bm25", "bm25_relative", "untrained_cosine"]
     assert "ece" not in systems["bm25"]["metrics"]
@@ -44,6 +46,9 @@ def test_the_model_folder_is_complete_and_the_metrics_add_up(distilled, tiny):
     assert {c["b"] for c in evaluation["comparisons"]} == set(systems) - {"student"}
     assert np.sum(evaluation["confusion"]) == evaluation["n"] == 48
     assert {s["name"] for s in evaluation["slices"]} >= {"source: synthetic", "query words in the ad: none"}
+    assert [row["decision"] for row in evaluation["decisions"]] == list(StudentConfig().decisions)
+    assert all(f"| `{row['decision']}` | grade " in card for row in evaluation["decisions"])
+    assert len(evaluation["bad_ad_rates"]) == 10
     metrics = json.loads((model / "metrics.json").read_text())
     assert metrics["test_roc_auc"] == systems["student"]["metrics"]["roc_auc"]["value"]
     assert metrics["n_gold"] == metrics["n_annotated"] == 48
@@ -228,7 +233,10 @@ def test_the_teacher_is_measured_where_it_annotated_test_rows(tiny, quick, tmp_p
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     teacher = next(s for s in evaluation["systems"] if s["name"] == "teacher")
     assert teacher["n"] == 20
-    assert teacher["metrics"]["accuracy"]["value"] == 1
+    assert teacher["metrics"]["accuracy"]["value"] == teacher["metrics"]["quadratic_kappa"]["value"] == 1
+    # This teacher's ROC-AUC is 1, ½ above chance.
+    (lost,) = [row for row in evaluation["comparisons"] if (row["b"], row["metric"]) == ("teacher", "roc_auc")]
+    assert evaluation["teacher_kept"] == {"n": 20, "share": pytest.approx(1 + 2 * lost["difference"])}
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -30,7 +30,8 @@ from .conftest import make_rows
 @pytest.fixture(scope="module")
 def exported(distilled, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
-    result = export_student(ExportConfig(max_int8_auc_loss=0.2, threads=1), distilled / "model", tiny["pairs"], out)
+    limits = ExportConfig(max_int8_auc_loss=0.2, max_decisions_changed=0.2, threads=1)
+    result = export_student(limits, distilled / "model", tiny["pairs"], out)
     return out, result
 
 
@@ -111,7 +112,7 @@ def test_the_folder_scores_without_the_product(exported, tmp_path):
     assert re.match(r"\[0\.\d+\] \[ ?(True|False)\]", done.stdout.strip())
     lines = '{"query": "red kettle", "ad_title": "red kettle"}\n\n{"query": "red kettle", "ad_title": "blue sofa \\ud800"}\n'
     piped = subprocess.run(
-        [sys.executable, str(tmp_path / "export" / "score.py"), "int8"],
+        [sys.executable, str(tmp_path / "export" / "score.py"), "int8", "--at", "grade 0:recall=0.9"],
         input=lines,
         capture_output=True,
         text=True,
@@ -121,6 +122,9 @@ def test_the_folder_scores_without_the_product(exported, tmp_path):
     scored = [json.loads(line) for line in piped.stdout.splitlines()]
     assert len(scored) == 2
     assert all(sum(row["grades"]) == pytest.approx(1) for row in scored)
+    curve = json.loads((out / "student.json").read_text())["decisions"][0]
+    threshold = next(t for t, recall in zip(curve["threshold"], curve["recall"], strict=True) if recall >= 0.9)
+    assert [row["decision"] for row in scored] == [row["grades"][0] >= threshold for row in scored]
 
 
 @pytest.mark.parametrize(
@@ -148,9 +152,18 @@ def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_the_command_names_an_unknown_precision(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["score.py", "int4"])
-    with pytest.raises(SystemExit, match="no precision 'int4'; give fp32 or int8"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["int4"], "no precision 'int4'; give fp32 or int8"),
+        (["--at", "precision"], "'precision' is no decision; write precision=0.95"),
+        (["--at", "best:recall=0.5"], "no grade 'best'; the grades are grade 0, grade 1, grade 2"),
+    ],
+)
+def test_the_command_names_what_it_cannot_do(exported, monkeypatch, arguments, message):
+    monkeypatch.setattr(scorer, "__file__", str(exported[0] / "score.py"))
+    monkeypatch.setattr(sys, "argv", ["score.py", *arguments])
+    with pytest.raises(SystemExit, match=message):
         scorer.main()
 
 
@@ -164,29 +177,31 @@ def test_a_moved_probability_fails_the_export(distilled, tiny, tmp_path, monkeyp
 
 
 def test_a_lossy_int8_model_fails_the_export(distilled, tiny, tmp_path, monkeypatch):
-    def ruined(fp32, int8):
+    def inverted(fp32, int8):
         model = onnx.load(str(fp32))
         head = next(w for w in model.graph.initializer if w.name.endswith("classifier.weight"))
         head.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(head), head.name))
         onnx.save(model, str(int8))
 
-    monkeypatch.setattr(export_module, "write_int8", ruined)
+    monkeypatch.setattr(export_module, "write_int8", inverted)
     with pytest.raises(ContractError, match=r"int8 model loses [01]\.\d+ ROC-AUC .*limit 0\.01"):
         export_student(ExportConfig(threads=1), distilled / "model", tiny["pairs"], tmp_path)
     assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_the_limits_of_the_export():
-    def fault(value, low, moved=1e-6):
-        return export_module.parity_fault(
-            {"fp32": {"max_abs_dp": moved}, "int8_auc_loss": {"value": value, "low": low}}, ExportConfig()
-        )
+    def fault(value, low, moved=1e-6, changed=0.0, precision="int8"):
+        parity = {"fp32": {"max_abs_dp": moved}, precision: {}, f"{precision}_auc_loss": {"value": value, "low": low}}
+        decisions = {"bad": {"value": 0.5, "low": 0.0}, "good": {"value": 0.1, "low": changed}}
+        return export_module.parity_fault(parity | {f"{precision}_decisions_changed": decisions}, ExportConfig())
 
     assert fault(0.009, 0.005) is None
     assert "int8 model loses 0.0200" in fault(0.02, 0.001)
     assert fault(0.02, -0.001) is None  # more than the limit, and no more than chance
     assert "one class" in fault(None, None)
     assert "fp32 model differs" in fault(0.0, 0.0, moved=2e-4)
+    assert "fp16 model decides otherwise than fp32 on 10.0%" in fault(0.0, 0.0, changed=0.06, precision="fp16")
+    assert "of grade 'good'" in fault(0.0, 0.0, changed=0.06)
     assert "fp32 model differs" in fault(0.0, 0.0, moved=float("nan"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,7 +13,8 @@ from data.contracts import ContractError, GradeScale
 from student.config import ExportConfig
 from student.dataset import read_examples
 from student.distill import distill
-from student.ladder import check_layers, cut, export_sizes, taught_by
+from student.evaluation import PREDICTIONS
+from student.ladder import check_layers, cut, evaluated, export_sizes, taught_by
 from student.model import load_classifier
 from student.scorer import Scorer
 
@@ -71,5 +73,13 @@ def test_every_size_is_trained_measured_and_exported(tiny, quick, tmp_path):
     assert [(size["layers"], size["chosen"], size["fault"]) for size in sizes] == [(1, True, ""), (2, False, "")]
     assert all(0 < size["roc_auc"]["value"] < 1 for size in sizes)
     assert (Scorer(out).card["layers"], Scorer(out / "layers-2").card["layers"]) == (1, 2)
+    assert evaluated(trained, out) == trained / "layers-1"
+    assert evaluated(trained, out / "layers-2") == trained
+    predictions = [pq.read_table(folder / PREDICTIONS) for folder in (trained, trained / "layers-1")]
+    assert predictions[0].schema == predictions[1].schema
+    assert predictions[0] != predictions[1]
+    floor = json.loads((trained / "layers-1" / "evaluation.json").read_text())["floor"]
+    assert floor["student"] > 0
+    assert set(floor["systems"]) == {"untrained_cosine", "warm_up"}
     with pytest.raises(ContractError, match="layers = 5 layers, only of 1, 2"):
         export_sizes(ExportConfig(layers=5, **limits), trained, tiny["pairs"], out)

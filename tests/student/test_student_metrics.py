@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, f1_score, ndcg_score, roc_auc_score
+from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score, ndcg_score, roc_auc_score
 
 from data.contracts import ContractError
 from student import metrics
@@ -54,6 +54,7 @@ def test_a_resample_gives_what_scikit_learn_gives_on_the_repeated_rows(sample):
         "pr_auc": average_precision_score(relevant[rows], score[rows]),
         "f1": f1_score(relevant[rows], score[rows] >= 0.4),
         "macro_f1": f1_score(grade[rows], probs[rows].argmax(axis=1), average="macro"),
+        "quadratic_kappa": cohen_kappa_score(grade[rows], probs[rows].argmax(axis=1), weights="quadratic"),
         "accuracy": np.mean(grade[rows] == probs[rows].argmax(axis=1)),
         "ece": metrics.expected_calibration_error(relevant[rows], score[rows]),
     }

@@ -211,6 +211,10 @@ def test_rules_are_numbered_behind_the_guideline_and_a_reason_can_be_asked_to_na
         ({"prompt": {"name_rule": True}}, "name_rule needs `rules`"),
         ({"prompt": {"rules": ["a"], "name_rule": True, "reason": False}}, "`reason` on"),
         ({"warm_start": {"reasons": "none"}}, r"set prompt\.reason = false too"),
+        ({"warm_start": {"reasons": None}}, r"set prompt\.reason = false too"),
+        ({"warm_start": {"reasons": "engine"}}, "`reason_model` go together"),
+        ({"warm_start": {"reasons": "self"}, "prompt": {"reason": False}}, "set warm_start.reasons = 'none' too"),
+        ({"agpo": {"patience": 2}, "evaluation": {"every": 0}}, r"set evaluation\.every too"),
     ],
 )
 def test_a_prompt_that_asks_for_other_than_what_is_taught_is_refused(settings, remedy):

@@ -170,6 +170,10 @@ def test_an_evaluation_reads_completions_as_the_annotation_does():
 def test_label_metrics_by_hand():
     gold, grades, relevant = np.array([0, 2, 3, 1]), np.array([0, 1, 3, 1]), np.array([0.0, 0.4, 1.0, 0.0])
     metrics = label_metrics(gold, grades, relevant, 2)
-    assert metrics == pytest.approx({"accuracy": 0.75, "macro_f1": (1 + 2 / 3 + 0 + 1) / 4, "auc": 1.0})
-    assert "auc" not in label_metrics(gold[:1], grades[:1], relevant[:1], 2)
+    # One grade off once, where 40 / 4 squared grades are expected of these margins by chance.
+    expected = {"accuracy": 0.75, "macro_f1": (1 + 2 / 3 + 0 + 1) / 4, "kappa": 1 - 1 / 10, "auc": 1.0}
+    assert metrics == pytest.approx(expected)
+    assert {"auc", "kappa"}.isdisjoint(label_metrics(gold[:1], grades[:1], relevant[:1], 2))
+    silent = np.array([0, -1, 3, 0])  # of what cannot be read nobody knows how far it is off
+    assert label_metrics(gold, silent, relevant, 2)["kappa"] == pytest.approx(1 - 1 / 11)
     assert label_metrics(gold, grades, relevant, 2, np.full(4, 10)) == pytest.approx(metrics)

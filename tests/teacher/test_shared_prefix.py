@@ -7,14 +7,13 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import MetricsLog
 from teacher.config import WarmStartConfig
+from teacher.decoding import sample_completions
 from teacher.examples import Example
 from teacher.model import load_model
-from teacher.rollouts import sample_completions
 from teacher.shared_prefix import (
     Group,
     can_share,
@@ -99,12 +98,19 @@ def checkpointing(model):
     return model.train()
 
 
+def masked(model):
+    """Attention by a mask, as on a GPU."""
+    model.set_attn_implementation("eager")
+    return model
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [
         *((family, lambda model: model) for family in ("Qwen2", "Qwen3", "Llama", "Gemma", "Gemma2", "GPT2")),
         ("Qwen2", lora),
         ("Llama", checkpointing),
+        ("Llama", masked),
     ],
 )
 def test_log_probabilities_entropies_and_gradients_are_the_same(family, change):
@@ -119,17 +125,24 @@ def test_log_probabilities_entropies_and_gradients_are_the_same(family, change):
     assert (alone[2] - shared[2]).norm() / alone[2].norm() <= 1e-5
 
 
-def test_the_reference_is_right_itself():
-    """Against a plain forward pass of each sequence by itself."""
-    model = model_of("Qwen2")
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma2"])  # which has logits of its own kind
+def test_the_reference_is_right_itself(family):
+    """Against a plain forward and backward pass of each sequence by itself."""
+    model = model_of(family)
     sequences, starts = rollouts()
-    with torch.no_grad():
-        log_probs, _ = token_log_probs(model, sequences, starts, group_by_prefix([ids[:10] for ids in sequences]), 0)
-        expected = []
-        for ids, start in zip(sequences, starts, strict=True):
-            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
-            expected.append(logits.gather(1, torch.tensor(ids[start:], dtype=torch.long)[:, None])[:, 0])
-    assert (torch.cat(expected) - log_probs).abs().max() <= 1e-5
+    found = outcome(model, group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)]))
+    model.zero_grad()
+    log_probs, entropies = [], []
+    for ids, start in zip(sequences, starts, strict=True):
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+        log_probs.append(logits.gather(1, torch.tensor(ids[start:], dtype=torch.long)[:, None])[:, 0])
+        entropies.append(-(logits.exp() * logits).sum(dim=1))
+    log_probs, entropies = torch.cat(log_probs), torch.cat(entropies)
+    (log_probs * torch.linspace(-1, 1, len(log_probs)) + entropies).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (log_probs - found[0]).abs().max() <= 1e-5
+    assert (entropies - found[1]).abs().max() <= 1e-5
+    assert (gradient - found[2]).norm() / gradient.norm() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -174,13 +187,15 @@ def trained(decoder, out, steps=20, **options):
     model.generation_config.eos_token_id = list(range(1, 60))  # so that an untrained model ends some completions
     # Where a gradient is nothing but rounding, Adam must not make a step of it.
     options = {"learning_rate": 1e-3 if steps < 10 else 1e-4, "adam_epsilon": 1e-5, **options}
-    settings = {name: options.pop(name) for name in ("shared_prefix", "micro_batch_tokens") if name in options}
+    settings = {
+        name: options.pop(name) for name in ("shared_prefix", "micro_batch_tokens", "sft_weight") if name in options
+    }
     prompts = ["<|user|>a<|end|><|assistant|>", f"<|user|>{'b ' * 60}<|end|><|assistant|>"]
     trainer = AGPOTrainer(
         model=model,
         args=trl_arguments(out, per_device_train_batch_size=8, max_completion_length=12, max_steps=steps, **options),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts] * 4),
+        train_dataset=Dataset.from_list([{"prompt": prompt, "target": f"it is {prompt[8]}"} for prompt in prompts] * 4),
         reward_funcs=lambda completions, **_: [1.0 if len(text) % 2 else -1.0 for text in completions],
         advantages=lambda rewards: rewards - rewards.mean(dim=1, keepdim=True),
         **settings,
@@ -196,8 +211,9 @@ def trained(decoder, out, steps=20, **options):
         {"loss_type": "dr_grpo", "beta": 0.1, "steps_per_generation": 2},
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "mask_truncated_completions": True},
         {"loss_type": "cispo", "epsilon_high": 1.3, "entropy_coef": 0.01},
+        {"sft_weight": 0.5, "logging_steps": 1},
     ],
-    ids=["dapo", "dr_grpo with kl", "gspo without truncated", "cispo with entropy"],
+    ids=["dapo", "dr_grpo with kl", "gspo without truncated", "cispo with entropy", "with an anchor"],
 )
 def test_a_training_is_the_same_shared_or_repeated_in_one_pass_or_many(decoder, tmp_path, options):
     steps = 4 if options else 20
@@ -209,6 +225,9 @@ def test_a_training_is_the_same_shared_or_repeated_in_one_pass_or_many(decoder, 
     assert (shared - pieces).abs().max() <= 1e-4
     start = torch.cat([p.flatten() for p in load_model(decoder, TINY)[0].parameters()])
     assert (shared - start).abs().max() >= 5e-4  # more than rounding
+    if "sft_weight" in options:
+        first, *_, last = [line["sft_loss"] for line in trainer.state.log_history if "sft_loss" in line]
+        assert last < first
 
 
 def test_training_falls_back_to_the_repeated_form_and_says_why(decoder, tmp_path, caplog):
@@ -221,35 +240,46 @@ def test_training_falls_back_to_the_repeated_form_and_says_why(decoder, tmp_path
     assert "its own prompt, as this model cannot share it" in caplog.text
 
 
-def test_two_processes_with_unequal_micro_batches_finish(decoder, pairs, tmp_path):
+def test_two_processes_with_unequal_micro_batches_train_the_same(decoder, pairs, tmp_path):
     """Each forward pass gathers metrics from all processes, so that all need as many."""
-    agpo = TINY.agpo.model_copy(update={"steps": 2, "micro_batch_tokens": 100})
-    config = TINY.model_copy(update={"processes": 2, "agpo": agpo})
-    train_teacher(config, decoder, pairs, tmp_path)
-    assert load_file(tmp_path / "model" / "model.safetensors")
+    logged = []
+    for shared in (True, False):
+        agpo = TINY.agpo.model_copy(update={"steps": 2, "micro_batch_tokens": 100, "shared_prefix": shared})
+        config = TINY.model_copy(update={"processes": 2, "agpo": agpo})
+        train_teacher(config, decoder, pairs, tmp_path / str(shared))
+        lines = MetricsLog(tmp_path / str(shared) / "metrics.jsonl").read("agpo")
+        logged.append([line[name] for line in lines for name in ("loss", "grad_norm", "entropy", "sampled_tokens")])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3, abs=1e-4)
 
 
-def test_completions_are_those_of_generate(decoder):
+@pytest.mark.parametrize(
+    ("family", "changed"), [("Llama", {}), ("GPT2", {}), ("Mistral", {"sliding_window": 8}), ("Mamba", {})]
+)
+def test_completions_are_those_of_generate(family, changed):
     """For the same random state: what is read once and what leaves the batch changes no completion."""
-    model, tokenizer = load_model(decoder, TINY)
-    model.generation_config.eos_token_id = ends = list(range(1, 60))
-    texts = ["<|user|>a<|end|><|assistant|>", f"<|user|>{'b ' * 40}<|end|><|assistant|>"]
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts for _ in range(4)]
+    model, ends = model_of(family, **changed), list(range(1, 40))
+    tokens = torch.randint(2, 300, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [tokens[:30] + tokens[30 : 30 + own] for own in (20, 3, 60, 0) for _ in range(4)]
     width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {
+        "max_new_tokens": 16,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+        "eos_token_id": ends,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
-    rows = model.generate(
-        ids, attention_mask=mask, max_new_tokens=16, do_sample=True, temperature=0.7, top_k=0, top_p=1.0
-    )[:, width:]
+    rows = model.generate(ids, attention_mask=mask, do_sample=True, **options)[:, width:]
     expected = []
     for row in rows.tolist():
         end = next((t for t, token in enumerate(row) if token in ends), len(row) - 1)
         expected.append(row[: end + 1])
     torch.manual_seed(0)
-    found = sample_completions(model, prompts, max_tokens=16, ends=ends, temperature=0.7, pad=tokenizer.pad_token_id)
-    assert found == expected
-    assert len({len(completion) for completion in found}) > 1
+    assert sample_completions(model, prompts, max_tokens=16, ends=ends, temperature=0.7, pad=0) == expected
+    assert len({len(completion) for completion in expected}) > 3
 
 
 def test_a_warm_start_is_the_same_with_a_shared_guideline(decoder, tmp_path):

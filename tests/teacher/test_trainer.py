@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from data.contracts import ContractError
-from teacher.advantages import ESTIMATORS
+from teacher.advantages import ESTIMATORS, group_statistics
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
 from teacher.model import load_model
 from teacher.policy import estimator
 from teacher.train import train_teacher
-from teacher.trainer import AGPOTrainer, group_statistics
+from teacher.trainer import AGPOTrainer
 
 TINY = TeacherConfig(
     model="scratch:tiny",
     prompt=PromptConfig(guideline="Grade.", definitions=False),
     warm_start=WarmStartConfig(examples=16, epochs=2, batch_size=8, loss_on_prompt=True),
-    agpo=AGPOConfig(steps=4, group_size=4, prompts_per_step=2, checkpoint_every=2),
+    agpo=AGPOConfig(steps=4, group_size=4, prompts_per_step=2, checkpoint_every=2, keep="last"),
     evaluation=EvaluationConfig(examples=4, every=0, samples=2, test=False),
     max_completion_tokens=12,
 )

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from data.contracts import GradeScale
-from pipeline.report.audit import Row, usable_annotations, with_texts, worst
+from pipeline.annotated import Row, usable_annotations, with_texts, worst
 
 EXAMPLES = 30  # half of them disagreeing, half agreeing
 SECOND_LOOK = 20
+_LOSS = "valid_log_loss_"
 SAMPLE = 20_000  # annotations that are read for agreement and examples; ids are hashes, so the first ones are a sample
 
 
@@ -32,6 +33,13 @@ def annotation_section(folder: Path, pairs: Path, metrics: dict[str, Any], confi
         "metrics": metrics,
         "samples": metrics["n_samples"] / metrics["pairs"] if "n_samples" in metrics else config["n"],
         "engines": f"{config['engines']} × {config['engine']['kind']}",
+        "calibration": {
+            "method": metrics["calibration"],
+            "rows": metrics["n_calibration"],
+            "log_loss": {name.removeprefix(_LOSS): metrics[name] for name in metrics if name.startswith(_LOSS)},
+        }
+        if "calibration" in metrics  # not in records of earlier versions
+        else {},
         "cost": cost(metrics, config["engines"]),
         "failures": failures(folder, key) if metrics["failed"] else [],
         "grades": [f"{place} {grade.name}" for place, grade in enumerate(scale.grades)],

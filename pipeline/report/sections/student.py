@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from data.contracts import GradeScale, read_json
+from pipeline.annotated import with_texts
 from pipeline.report.plots import interval_axis, line_chart
 from pipeline.report.sections.teacher import curves, training_lines
 from pipeline.report.text import interval
 
 METRICS = {
     "roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "ndcg_at_10": "NDCG@10", "f1": "F1", "macro_f1": "macro-F1",
-    "accuracy": "accuracy", "ece": "ECE",
+    "accuracy": "accuracy", "quadratic_kappa": "quadratic κ", "ece": "ECE",
 }  # fmt: skip
 SYSTEMS = {
-    "student": "student", "gold_only": "human labels alone", "bm25": "BM25",
+    "student": "student", "gold_only": "human labels alone", "with_suspects": "with the suspect labels", "bm25": "BM25",
     "bm25_relative": "BM25, share of the query's limit", "untrained_cosine": "untrained encoder's cosine",
     "warm_up": "warm-up alone", "teacher": "teacher",
 }  # fmt: skip
+SUSPECTS = 20  # shown
 _SLICED = ("roc_auc", "f1")  # metrics whose slices are drawn; the table below the drawing has all of them
 # Title; the curve's name; its x and y with their labels; the name of the diagonal.
 _CURVES = (
@@ -33,14 +36,18 @@ _CURVES = (
 Interval = dict[str, float | None]
 
 
-def student_section(folder: Path) -> dict[str, Any]:
-    """The evaluation of all systems with its dot-and-interval plots, the confusion matrix and the curves."""
+def student_section(folder: Path, pairs: Path) -> dict[str, Any]:
+    """The evaluation of all systems with its dot-and-interval plots, the confusion matrix, the curves, suspect labels."""
     evaluation, lines = read_json(folder / "evaluation.json"), training_lines(folder)
     systems, slices, comparisons = evaluation["systems"], evaluation["slices"], evaluation["comparisons"]
-    whole = systems[0]["metrics"]
+    whole, scale = systems[0]["metrics"], GradeScale.load(folder / "model")
     losses = [(_name(phase), curves(lines, [phase], ["loss"]).squeeze("columns")) for phase in ("student", "gold_only")]
+    suspects = pq.read_table(folder / "suspects.parquet").to_pylist() if (folder / "suspects.parquet").exists() else []
     return evaluation | {
+        "n_suspects": len(suspects),
+        "suspects": with_texts(suspects[:SUSPECTS], pairs),
         "metrics": _metrics(systems),
+        "teacher_kept": evaluation.get("teacher_kept"),  # not in evaluations of earlier versions
         "named_systems": [(_name(each["name"]), each) for each in systems],
         "named_slices": [(part["name"], part) for part in slices],
         "forest": forest([(_name(each["name"]), each["n"], each["metrics"].get("roc_auc")) for each in systems]),
@@ -53,7 +60,8 @@ def student_section(folder: Path) -> dict[str, Any]:
                                    whole[name]["value"]))
             for name in _SLICED if slices and name in whole
         ],
-        "grades": [f"{place} {grade.name}" for place, grade in enumerate(GradeScale.load(folder / "model").grades)],
+        "grades": [f"{place} {grade.name}" for place, grade in enumerate(scale.grades)],
+        "bad_ads": _bad_ads(evaluation.get("bad_ad_rates", []), scale),  # not measured by earlier versions
         "charts": _charts(read_json(folder / "curves.json")),
         "training": line_chart(losses, "step", "loss", smooth=True),
     }  # fmt: skip
@@ -97,6 +105,14 @@ def _charts(curves: dict[str, dict[str, list[dict[str, float]]]]) -> list[tuple[
             (title, line_chart(lines, x_label, y_label, marks=bool(sizes), sizes=sizes, diagonal=diagonal, **area))
         )
     return [chart for chart in charts if chart[1]]
+
+
+def _bad_ads(rows: list[dict[str, Any]], scale: GradeScale) -> Markup:
+    """The rate of bad ads by the share of traffic kept, a line for each grade that does not count as relevant."""
+    rates = pd.DataFrame([[rate["value"] for rate in row["rates"]] for row in rows], [row["kept"] for row in rows])
+    names = [grade.name if not k else f"{grade.name} or worse" for k, grade in enumerate(scale.grades)]
+    lines = [(names[k], rates[k]) for k in rates]
+    return line_chart(lines, "share of traffic kept, best first", "rate of bad ads", marks=True, x_range=(0.0, 1.0))
 
 
 def _name(system: str) -> str:

@@ -26,7 +26,7 @@ _VALID = ("valid_warm_start", "valid_agpo")  # the warm start is where AGPO's cu
 
 
 def teacher_section(folder: Path) -> dict[str, Any]:
-    """Training curves, the most telling first, and the evaluation: metrics by phase."""
+    """Training curves, the most telling first, the evaluation by phase, and the reasons that a model was asked for."""
     lines, phases = training_lines(folder), read_json(folder / "evaluation.json")
     rollouts, *more = [
         (title, line_chart(curves(lines, ["agpo"], names).items(), "AGPO step", label, y_range=limits, smooth=True))
@@ -47,6 +47,7 @@ def teacher_section(folder: Path) -> dict[str, Any]:
         "charts": [chart for chart in charts if chart[1]],
         "more": [chart for chart in more if chart[1]],
         "phases": phases,
+        "reasons": read_json(funnel) if (funnel := folder / "reasons.json").exists() else {},
         "metrics": list(by_phase.index),
         "pass_at_k": line_chart(pass_at_k.items(), "k", "pass@k", marks=True) if len(pass_at_k) > 1 else "",
     }

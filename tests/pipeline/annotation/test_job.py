@@ -14,8 +14,8 @@ from pipeline.annotation import job as job_module
 from pipeline.annotation import worker
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotation_key
-from pipeline.annotation.metrics import table_metrics
-from pipeline.annotation.plan import missing
+from pipeline.annotation.metrics import annotated, table_metrics
+from pipeline.annotation.plan import chosen_pairs, missing
 from pipeline.annotation.store import TEMPORARY, drop_failed, files_of, part_path, take_over
 from pipeline.annotation.worker import Job, Stream, annotate_partition
 from pipeline.rows import row_chunks
@@ -356,15 +356,17 @@ def test_missing_pairs(tmp_path, spark, loaded):
     def ids(todo):
         return sorted(row["pair_id"] for row in todo.collect())
 
-    assert ids(missing(spark, config, prompt, pairs, out, KEY)[0]) == [f"p{i:04d}" for i in range(8)]
+    def left(config=config, key=KEY):
+        done = annotated(spark, out, key) if files_of(out, key) else None
+        todo, total, count = missing(chosen_pairs(spark, config, pairs), done, prompt)
+        return ids(todo), total, count
+
+    everything = [f"p{i:04d}" for i in range(8)]
+    assert left() == (everything, 8, 8)
     list(annotate_partition(job_for(out), batches(rows[:4])))
-    todo, wanted, count = missing(spark, config, prompt, pairs, out, KEY)
-    assert (ids(todo), wanted, count) == ([f"p{i:04d}" for i in range(4, 8)], 8, 4)
-    todo, wanted, count = missing(spark, AnnotateConfig(limit=5), prompt, pairs, out, KEY)
-    assert (ids(todo), wanted, count) == (["p0004"], 5, 1)
-    assert missing(spark, config, prompt, pairs, out, "f" * 16)[2] == 8  # another key: all again
-    with pytest.raises(ContractError, match=r"split 'valid' .* has no pairs"):
-        missing(spark, AnnotateConfig(split="valid"), prompt, pairs, out, KEY)
+    assert left() == (everything[4:], 8, 4)
+    assert left(AnnotateConfig(limit=5)) == (["p0004"], 5, 1)
+    assert left(key="f" * 16)[2] == 8  # another key: all again
 
 
 @pytest.mark.spark
@@ -372,9 +374,7 @@ def test_attributes_reach_the_worker_as_they_are(tmp_path, spark):
     entries = {'"{}': "a\\b]", "fox 🦊": "two\nlines\u2028", "nothing": None}
     rows = [pair(0) | {"attributes": list(entries.items())}, pair(1)]
     pairs = write_pairs(tmp_path / "pairs", rows)
-    out = tmp_path / "out"
-    out.mkdir()
-    todo, _, _ = missing(spark, AnnotateConfig(), PromptConfig(), pairs, out, KEY)
+    todo, _, _ = missing(chosen_pairs(spark, AnnotateConfig(), pairs), None, PromptConfig())
     ((first, second),) = row_chunks(todo.orderBy("pair_id").toArrow().to_batches(), 2)
     assert dict(first["attributes"]) == entries
     assert second["attributes"] is None

@@ -84,7 +84,7 @@ def test_every_section_shows_its_stages_metrics(page: Page, metrics: dict[str, d
         "pairs": [f"{data['rows']:,}", "Grades by split", "Leakage between splits"],
         "teacher": [number(teacher["agpo/completion_tokens"]), number(teacher["test/completion_tokens"])],
         "annotation": [f"{annotated['failed']} failed", number(annotated["auc"]), "refused #: <"],
-        "student": [f"{student['test_roc_auc']:.3f}", f"{student['bm25_roc_auc']:.3f}", "BM25"],
+        "student": [f"{student['test_roc_auc']:.3f}", f"{student['bm25_roc_auc']:.3f}", "BM25", "0:precision=0.95"],
         "export": [f"{export['int8_megabytes']:.2f}", f"{export['int8_auc_loss']:.5f}", "in layers-1"],
         "examples": ["Teacher and human differ: 15 examples", "@SUM(1) because <script>"],
         "second_look": ["20 pairs", "teacher and human differ; samples disagree"],
@@ -100,7 +100,7 @@ def test_every_section_shows_its_stages_metrics(page: Page, metrics: dict[str, d
     assert set(page.sections) == expected.keys()
     for section, texts in expected.items():
         assert [text for text in texts if text not in page.sections[section]] == [], section
-    assert [tag for tag, _ in page.tags].count("figure") >= (3 + 5 + 1) + (3 + 1)  # teacher, student
+    assert [tag for tag, _ in page.tags].count("figure") >= (3 + 5 + 1) + (4 + 1)  # teacher, student
     assert hostile in page.text  # shown as text
     assert "{{ 7 * 7 }}" in page.text
 

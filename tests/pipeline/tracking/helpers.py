@@ -42,6 +42,9 @@ class Scorer:
 
     def p_relevant(self, probs):
         return probs[:, 1]
+
+    def decide(self, probs, at):
+        return probs[:, 1] >= float(at.partition("=")[2])
 """
 
 
@@ -94,6 +97,7 @@ def write_export(folder: Path) -> None:
     grades = (Grade(name="bad", definition="b"), Grade(name="good", definition="g"))
     GradeScale(grades=grades, relevant_from=1).save(folder)
     (folder / "score.py").write_text(SCORE_PY)
+    (folder / "student.json").write_text("{}")
 
 
 def wait_for(ready: Callable[[], object], seconds: float = 120) -> None:

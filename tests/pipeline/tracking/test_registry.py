@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
+from data.contracts import write_json
 from pipeline.artifacts import Recipe, StageOutput, run_stage
 from pipeline.executions import Registration
 from pipeline.settings import PipelineConfig
@@ -49,22 +50,25 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
     assert artifacts(settings, runs_of(settings, "teacher")[0], "teacher") == {"teacher/model_card.md"}  # no weights
 
     export = settings.folder / "export"
-    for number, noise in ((1, 0.5), (2, 2.0), (3, 0.2)):
+    drift = {"level": "stop", "sentence": "common words in queries (PSI 0.60)"}
+    for number, noise in ((1, 0.5), (2, 2.0), (3, 0.2), (4, 0.1)):
         student = train_student(settings, f"s{number}", noise)
+        write_json(student / "drift.json", drift if number == 4 else {"level": "look", "sentence": "x"})
         with stage(settings, "export", {"student": f"s{number}"}) as execution:
             write_export(export)
             execution.finish({}, f"e{number}", (), Registration(role="student", folder=export, student=student))
-    reasons = [versions.get_model_version("ads-relevance-student", number).tags["promotion"] for number in (1, 2, 3)]
+    reasons = [versions.get_model_version("ads-relevance-student", number).tags["promotion"] for number in (1, 2, 3, 4)]
     assert reasons[0] == "champion: the first version"
     assert reasons[1].startswith("not champion: roc_auc -0.")
     assert reasons[2].startswith("champion: roc_auc +0.")
     assert reasons[2].endswith("against version 1")
+    assert reasons[3].startswith("not champion: new pairs are unlike those before: common words in queries (PSI 0.60)")
     # Sent once more, a registration changes nothing, though the alias was moved by hand since.
     versions.set_registered_model_alias("ads-relevance-student", "champion", "2")
     (settings.folder / "_mlflow.json").unlink()
     assert replay(settings.folder, settings.tracking_uri) == ""
-    assert versions.get_registered_model("ads-relevance-student").aliases == {"candidate": 3, "champion": 2}
-    assert len(versions.search_model_versions("name = 'ads-relevance-student'")) == 3
+    assert versions.get_registered_model("ads-relevance-student").aliases == {"candidate": 4, "champion": 2}
+    assert len(versions.search_model_versions("name = 'ads-relevance-student'")) == 4
 
     mlflow.set_tracking_uri(settings.tracking_uri)
     uri = "models:/ads-relevance-student@candidate"
@@ -75,6 +79,8 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
     )
     assert model.predict(pairs)["p_relevant"].round(6).tolist() == [0.8, 0.6]
     assert model.predict(pairs[["query", "ad_title"]])["relevant"].tolist() == [True, True]
+    decided = model.predict(pairs, params={"at": "precision=0.7"})
+    assert decided["decision"].tolist() == [True, False]
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "loaded")))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
     assert "onnxruntime==" in (folder / "requirements.txt").read_text()

@@ -5,6 +5,8 @@ import logging
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from pipeline.tracking.replay import metric_name, replay
 from pipeline.tracking.tracker import noted_runs, tracking, untracked
 from tests.pipeline.tracking.helpers import artifacts, client, flow, python, runs_of, stage, steps, wait_for
 
+ROOT = Path(__file__).parents[3]
 Configure = Callable[..., PipelineConfig]
 
 
@@ -377,3 +380,22 @@ def test_a_store_of_another_version_is_said_in_one_sentence(configure: Configure
     assert replay(settings.folder, settings.tracking_uri).endswith(
         "the store is of another version of MLflow: use that version, or back it up and run `mlflow db upgrade` on it"
     )
+
+
+def test_processes_that_open_a_fresh_store_at_once_make_it_once(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nimport mlflow\nfrom pipeline.tracking.store import open_client\n"
+        "folder, name = sys.argv[1:]\n(Path(folder) / name).touch()\n"
+        "while len(list(Path(folder).glob('process*'))) < 2: pass\n"
+        "open_client(f'sqlite:///{folder}/mlflow.db').create_experiment(name)"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"process{i}"], cwd=ROOT, stderr=subprocess.PIPE)
+        for i in range(2)
+    ]
+    for process in started:
+        errors = process.communicate(timeout=240)[1]
+        assert process.returncode == 0, errors.decode()
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        names = {name for (name,) in store.execute("select name from experiments")}
+    assert {"process0", "process1"} <= names

@@ -1,0 +1,54 @@
+"""Families of models that users bring, tiny, all the way: warm start, two steps of AGPO, annotation."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from data.contracts import ANNOTATIONS, PAIRS, read_table
+from pipeline.annotation.config import AnnotateConfig
+from pipeline.annotation.job import annotation_key, sampling_of
+from pipeline.annotation.store import take_over
+from pipeline.annotation.worker import Job, annotate_partition
+from teacher.annotator import open_annotator
+from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
+from teacher.engines.config import TransformersConfig
+from teacher.prompt import load_prompt
+from teacher.train import train_teacher
+from tests.teacher.conftest import write_pairs
+from tests.teacher.families import FAMILIES, make_family
+
+CONFIG = TeacherConfig(
+    prompt=PromptConfig(guideline="Grade.", definitions=False, reason=False, max_text_chars=0, attributes=False),
+    warm_start=WarmStartConfig(examples=32, min_steps=60, batch_size=8, learning_rate=5e-3, reasons="none"),
+    agpo=AGPOConfig(steps=2, group_size=2, prompts_per_step=2, learning_rate=1e-6),
+    evaluation=EvaluationConfig(examples=4, every=0, samples=1, base=False, test=False),
+    max_completion_tokens=32,
+)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Path) -> None:
+    train_teacher(CONFIG, make_family(name, tmp_path / "base"), pairs, tmp_path / "out")
+    teacher, annotations = tmp_path / "out" / "model", tmp_path / "annotations"
+    config = AnnotateConfig(n=1, temperature=0, max_in_flight=8, engine=TransformersConfig())
+    sampling = sampling_of(config, load_prompt(teacher))
+    key = annotation_key(teacher, sampling)
+    (tmp_path / "annotations").mkdir()
+    job = Job(
+        *(key, str(teacher), str(annotations), take_over(annotations), config, sampling, 1),
+        load=lambda job: open_annotator(Path(job.teacher), job.config.engine),
+    )
+    rows = read_table(pairs / "pairs", PAIRS).slice(0, 16).drop_columns("attributes").to_pylist()
+    batch = pa.RecordBatch.from_pylist([row | {"attributes": None} for row in rows])
+    assert [each.to_pydict() for each in annotate_partition(job, [batch])] == [{"rows": [16]}]
+    status = read_table(annotations, ANNOTATIONS)["status"].to_pylist()
+    assert "failed" not in status
+    assert (
+        status.count("ok") >= 8
+    )  # the teacher has learned to end an answer, as the engine and the reader understand it
