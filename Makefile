@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo test test-slow test-all check format clean
 
 setup: $(READY)
 
@@ -28,8 +28,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not vllm and not e2e"
 
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "vllm or e2e"
+
+# Both at the same time: each waits much of its time, for servers and engines that start.
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 test test-slow
 
 check: $(READY)
 	$(BIN)/ruff check --no-cache .
