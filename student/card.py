@@ -57,7 +57,7 @@ with 95 % bootstrap intervals resampled by query.
 
 {metrics_table(evaluation)}
 
-{decisions_table(evaluation, scale)}
+{decisions_table(evaluation, scale) if student["threshold"] == evaluation["threshold"] else ""}
 """
 
 

@@ -128,11 +128,9 @@ def annotation_key(teacher: Path, config: AnnotateConfig) -> str:
     fingerprint, prompt = read_json(teacher / TEACHER_FILE).get("fingerprint"), load_prompt(teacher)
     if not fingerprint:
         raise ContractError(f"{teacher / TEACHER_FILE} has no fingerprint: give the `model` folder of teacher-train")
-    version, sampling = (
-        prompt.rendered_version(AutoTokenizer.from_pretrained(teacher)),
-        vars(sampling_of(config, prompt)),
-    )
-    sampling = {name: value for name, value in sampling.items() if name != "first"}  # as every pair begins with 0
+    version = prompt.rendered_version(AutoTokenizer.from_pretrained(teacher))
+    sampling = dict(vars(sampling_of(config, prompt)))
+    del sampling["first"]  # every pair begins with 0
     if config.adaptive:
         sampling |= {"n_max": config.n_max, "confidence": config.confidence}
     content = {"teacher": str(fingerprint), "prompt": version, "sampling": sampling, "reading": _READING}

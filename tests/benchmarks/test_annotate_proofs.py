@@ -25,6 +25,8 @@ from teacher.scratch import make_decoder
 
 pytestmark = pytest.mark.spark
 
+# Some pairs are decided after two samples, some after five, some take all eight.
+CONFIG = AnnotateConfig(n=2, n_max=8, confidence=0.85, max_in_flight=400, max_failed_share=1.0)
 SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in range(4)), relevant_from=2)
 
 
@@ -44,9 +46,10 @@ def teacher(tmp_path_factory) -> Path:
 def recording(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("recording") / "recording.jsonl"
     lines = []
-    for grade in (0, 1, 2, 3, 9):  # 9 is no grade of this scale
-        text = f"reason {grade} <answer>{grade}</answer>"
-        lines.append([{"text": text, "token_ids": [5, grade], "finish_reason": "stop", "top_logprobs": None}])
+    for grades in ("00000000", "12111111", "23231110", "33333333", "99999999"):  # 9 is no grade of this scale
+        texts = [f"reason {grade} <answer>{grade}</answer>" for grade in grades]
+        alike = {"token_ids": [5, 6], "finish_reason": "stop", "top_logprobs": None}
+        lines.append([{"text": text} | alike for text in texts])
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
@@ -61,8 +64,7 @@ def calm(tmp_path_factory, spark, teacher: Path, recording: Path) -> Path:
     make_pairs(spark, PAIRS_MADE, folder / "pairs")
     SCALE.save(folder / "pairs")
     fast = make_teacher(teacher, recording, folder / "fast")
-    config = AnnotateConfig(n=1, max_in_flight=400, max_failed_share=1.0)
-    figures = annotate(config, fast, folder / "pairs", folder / "calm", spark, load_replay).figures
+    figures = annotate(CONFIG, fast, folder / "pairs", folder / "calm", spark, load_replay).figures
     assert 0 < figures["unparsed"] < figures["ok"]
     return folder
 
@@ -70,10 +72,9 @@ def calm(tmp_path_factory, spark, teacher: Path, recording: Path) -> Path:
 def test_an_engine_killed_in_the_middle_loses_at_most_what_is_in_flight(
     tmp_path: Path, spark, teacher: Path, recording: Path, calm: Path
 ):
-    pairs, log, in_flight = PAIRS_MADE, tmp_path / "log", 400
+    pairs, log = PAIRS_MADE, tmp_path / "log"
     log.mkdir()
     slow = make_teacher(teacher, recording, tmp_path / "slow", pairs_per_s=1000, log=str(log))
-    config = AnnotateConfig(n=1, max_in_flight=in_flight, max_failed_share=1.0)
 
     def kill() -> None:
         while rows_in(tmp_path / "rough") < pairs // 3:
@@ -84,16 +85,16 @@ def test_an_engine_killed_in_the_middle_loses_at_most_what_is_in_flight(
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(ContractError, match=r"^a worker of the annotation job died[^\n]*run this again"):
-        annotate(config, slow, calm / "pairs", tmp_path / "rough", spark, load_replay)
+        annotate(CONFIG, slow, calm / "pairs", tmp_path / "rough", spark, load_replay)
     killer.join()
     kept = rows_in(tmp_path / "rough")
     assert pairs // 3 <= kept < pairs
-    again = annotate(config, slow, calm / "pairs", tmp_path / "rough", spark, load_replay)
+    again = annotate(CONFIG, slow, calm / "pairs", tmp_path / "rough", spark, load_replay)
     assert (again.figures["n_new"], again.figures["n_reused"]) == (pairs - kept, kept)
     assert compare(calm / "calm", tmp_path / "rough") == {"missing": 0, "duplicates": 0, "different": 0}
     completed = Counter(line for file in log.iterdir() for line in file.read_text().splitlines())
     assert len(completed) == pairs
-    assert completed.total() - pairs <= in_flight
+    assert completed.total() - pairs <= CONFIG.max_in_flight
 
 
 def test_a_disk_that_fills_up_in_mid_job_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path, spark, calm: Path):
@@ -108,13 +109,12 @@ def test_a_disk_that_fills_up_in_mid_job_is_one_sentence_and_the_next_run_goes_o
     if refused := mount("-o", f"size={size // 2}"):
         pytest.skip(f"a file system cannot be mounted here: {refused}")
     try:
-        config = AnnotateConfig(n=1, max_in_flight=400, max_failed_share=1.0)
         with pytest.raises(ContractError, match=r"^the disk of .* is full; free some space[^\n]*$"):
-            annotate(config, calm / "fast", calm / "pairs", disk, spark, load_replay)
+            annotate(CONFIG, calm / "fast", calm / "pairs", disk, spark, load_replay)
         kept = rows_in(disk)
         assert 0 < kept < PAIRS_MADE
         assert not mount("-o", f"remount,size={4 * size}")
-        again = annotate(config, calm / "fast", calm / "pairs", disk, spark, load_replay)
+        again = annotate(CONFIG, calm / "fast", calm / "pairs", disk, spark, load_replay)
         assert (again.figures["n_new"], again.figures["n_reused"]) == (PAIRS_MADE - kept, kept)
         assert compare(calm / "calm", disk) == {"missing": 0, "duplicates": 0, "different": 0}
     finally:

@@ -38,7 +38,7 @@ def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Pat
     teacher, annotations = tmp_path / "out" / "model", tmp_path / "annotations"
     config = AnnotateConfig(n=1, temperature=0, max_in_flight=8, engine=TransformersConfig())
     sampling = sampling_of(config, load_prompt(teacher))
-    key = annotation_key(teacher, sampling)
+    key = annotation_key(teacher, config)
     (tmp_path / "annotations").mkdir()
     job = Job(
         *(key, str(teacher), str(annotations), take_over(annotations), config, sampling, 1),
