@@ -144,13 +144,13 @@ def model(work: Work) -> dict[str, Any]:
 def warm_start(work: Work) -> dict[str, Any]:
     """The warm start alone, and how long one evaluation takes."""
     agpo = work.teacher.agpo.model_copy(update={"steps": 0})
-    out = work.state / "warm_start"
+    began, out = time.time(), work.state / "warm_start"
     config = work.teacher.model_copy(update={"agpo": agpo})
     metrics = train_teacher(config, work.state / "model", work.pairs, out).figures
     log = MetricsLog(out / "metrics.jsonl")
-    # Without AGPO the same weights are evaluated once more, right after the first time.
-    times = [log.read(phase)[-1]["time"] for phase in ("valid_warm_start", "valid_agpo")]
-    return metrics | {"evaluation_seconds": (times[1] - times[0]) / 1000}
+    trained, evaluated = (log.read(phase)[-1]["time"] / 1000 for phase in ("warm_start", "valid_warm_start"))
+    # From here on where an earlier call had trained already.
+    return metrics | {"evaluation_seconds": evaluated - max(trained, began)}
 
 
 def step_ours(work: Work) -> dict[str, Any]:
@@ -172,6 +172,7 @@ def _step(work: Work, side: str) -> dict[str, Any]:
         tokens=work.teacher.max_completion_tokens,
         micro_batch=math.gcd(64, settings.prompts_per_step * settings.group_size),
         micro_batch_tokens=settings.micro_batch_tokens,
+        lora=work.teacher.lora_rank,
         steps=3,
     )
     measured = measure(side, options)
@@ -231,8 +232,8 @@ def annotate_test(work: Work) -> dict[str, Any]:
 
 def annotate_pool(work: Work) -> dict[str, Any]:
     """All of `valid`, then as much of the pool as there is time for, by the teacher that is best on `valid`."""
-    trained = [name for name in ("agpo", "grpo") if "agpo/auc" in work.phases.get(name, {})]
-    best = max(trained, key=lambda name: work.phases[name]["agpo/auc"], default="warm_start")
+    aucs = {name: work.phases.get(name, {}).get("agpo/auc", 0.0) for name in TEACHERS}
+    best = max(aucs, key=lambda name: aucs[name])
     limit = work.settings.annotate.limit or 10**9
     splits = {split: _annotate(work, best, split, limit) for split in ("valid", "pool")}
     unfinished = any(result["annotated"] < result["pairs"] for result in splits.values())
