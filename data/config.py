@@ -252,12 +252,11 @@ _FILLED_IN = {"rows": (20_000,)}  # the default of an older version, which its r
 def data_of_preset(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What of a preset's data settings holds beside those `given`.
 
-    A preset without a source describes the made-up shop, and none of it holds for another source. Where those given
-    describe a table and name no source, the preset's source does not hold.
+    A preset with `rows` describes the made-up shop, and none of it holds for another source. Where those given describe a
+    table and name no source, the preset's source does not hold.
     """
     describes_table = "source" not in given and any(given.get(name) for name in _ON_A_TABLE)
-    if "source" not in preset and (
-        describes_table or given.get("path") or given.get("source", "synthetic") != "synthetic"
-    ):
+    another = describes_table or given.get("path") or given.get("source", "synthetic") != "synthetic"
+    if "rows" in preset and another:
         return {}
     return {name: value for name, value in preset.items() if name != "source" or not describes_table}

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from pydantic import BaseModel, Field
 
-from data.contracts import ANNOTATIONS, Config, read_json, write_json
+from data.contracts import ANNOTATIONS, PAIRS, Config, read_json, write_json
 from student.words import words as words_of
 
 Level = Literal["fine", "look", "stop"]
@@ -291,11 +291,11 @@ def _script(text: str) -> str:
 
 def _sample(folder: Path, columns: list[str], where: pads.Expression) -> pa.Table:
     """About `SAMPLE` of the rows for which `where` holds, those whose pair_id, a hash, is low; all where there are fewer."""
-    dataset = pads.dataset(
-        folder if folder.exists() else [], None if folder.exists() else ANNOTATIONS, format="parquet"
-    )
-    if not dataset.files:
-        return ANNOTATIONS.empty_table().select(columns)
+    files = pads.dataset(folder, format="parquet").files if folder.exists() else []
+    if not files:
+        fields = {field.name: field for schema in (PAIRS, ANNOTATIONS) for field in schema}
+        return pa.schema([fields[name] for name in columns]).empty_table()
+    dataset = pads.dataset(files, format="parquet")
     if (rows := dataset.count_rows(filter=where)) > SAMPLE:
         where &= pads.field("pair_id") < f"{SAMPLE * 16**8 // rows:08x}"
     return dataset.to_table(columns, filter=where)

@@ -88,7 +88,7 @@ def test_a_file_of_texts_is_missed_before_any_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [{"path": "a.csv"}, {"columns": LOG["columns"]}, {"source": "home_depot"}])
 def test_what_a_preset_says_of_the_made_up_shop_holds_for_no_other_source(given: dict[str, Any]) -> None:
-    shop = {"max_train": 5, "shares": {"train": 0.1}}
+    shop = {"rows": 16000, "shares": {"train": 0.1}}
     assert data_of_preset(shop, given) == {}
     assert data_of_preset(shop, {"seed": 1}) == data_of_preset(shop, {"source": "synthetic"}) == shop
 

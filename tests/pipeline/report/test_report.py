@@ -198,14 +198,17 @@ def test_what_could_not_be_tracked_is_a_warning(run: PipelineConfig, hostile: st
     assert f"data: refused {hostile}" in Page(write_report(run.folder).read_text(encoding="utf-8")).text
 
 
-def test_a_student_below_what_costs_no_label_is_in_the_head(run: PipelineConfig) -> None:
+def test_a_student_below_what_costs_no_label_and_drift_are_in_the_head(run: PipelineConfig) -> None:
     keep_only(run, "data", "student")
     finish(run)
     summary = json.loads((run.folder / "summary.json").read_text())
     summary["stages"]["student"]["figures"] = {"test_f1": 0.5, "below_floor": "the cosine is above it"}
+    summary["stages"]["data"]["figures"]["drift"] = "look"
     (run.folder / "summary.json").write_text(json.dumps(summary))
     text = Page(write_report(run.folder).read_text(encoding="utf-8")).text
-    assert "Do not deploy this student. the cosine is above it." in text.partition("Stages")[0]
+    head = text.partition("Stages")[0]
+    assert "Do not deploy this student. the cosine is above it." in head
+    assert "Pairs: look. New pairs are unlike those" in head
     (_, *_, line) = stage_rows(summary)[-1]
     assert line == "below_floor the cosine is above it · test_f1 0.5"
 
