@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "data.rows=400",
     "teacher.model=scratch:tiny",
+    "teacher.warm_start.texts=0",
+    "teacher.warm_start.repeats=1",
     "teacher.warm_start.examples=200",
     "teacher.warm_start.epochs=16",
     "teacher.warm_start.min_steps=0",
@@ -44,6 +46,7 @@ TINY = [
     "student.epochs=1",
     "student.gold_only_baseline=false",
     "student.bootstrap_samples=100",
+    "export.max_decisions_changed=1.0",
 ]
 
 

@@ -31,12 +31,12 @@ def test_a_family_of_encoders_trains_exports_and_scores_alike(kind, tiny, quick,
     limits = ExportConfig(max_probability_difference=1e-5, max_int8_auc_loss=1, max_decisions_changed=1, threads=1)
     figures = export_student(limits, tmp_path / "student", tiny["pairs"], tmp_path / "export").figures
     assert figures["fp32_max_abs_dp"] < 1e-6
-    assert figures["int8_max_abs_dp"] < 0.05
+    assert figures["int8_max_abs_dp"] < 0.08
     assert figures["int8_megabytes"] < 0.8 * figures["fp32_megabytes"]
     written = pq.read_table(tmp_path / "student" / "test_predictions.parquet").to_pandas().set_index("pair_id")
     rows = [row for row in make_rows() if row["split"] == "test"]
     expected = written.loc[[row["pair_id"] for row in rows], "p_relevant"]
-    for precision, tolerance in (("fp32", 1e-5), ("int8", 0.05)):
+    for precision, tolerance in (("fp32", 1e-5), ("int8", 0.08)):
         scorer = Scorer(tmp_path / "export", precision)
         alone = np.concatenate([scorer.p_relevant(scorer.grade_probs([row])) for row in rows])
         np.testing.assert_allclose(alone, expected, atol=tolerance)

@@ -67,7 +67,7 @@ def test_every_size_is_trained_measured_and_exported(tiny, quick, tmp_path):
     distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], trained)
     systems = {each["name"] for each in json.loads((trained / "evaluation.json").read_text())["systems"]}
     assert {"student", "student_1_layers"} <= systems
-    limits = {"max_int8_auc_loss": 1.0, "threads": 1}
+    limits = {"max_int8_auc_loss": 1.0, "max_decisions_changed": 1.0, "threads": 1}
     export_sizes(ExportConfig(layers=1, **limits), trained, tiny["pairs"], out)
     sizes = json.loads((out / "ladder.json").read_text())["sizes"]
     assert [(size["layers"], size["chosen"], size["fault"]) for size in sizes] == [(1, True, ""), (2, False, "")]
