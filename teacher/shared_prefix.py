@@ -149,7 +149,10 @@ def can_share(model: Any, prompts: Sequence[Sequence[int]], completion_length: i
     generator = torch.Generator().manual_seed(0)
     lengths = (completion_length, (completion_length + 1) // 2, 1)
     sequences = [[*prompt, *torch.randint(vocabulary, (n,), generator=generator).tolist()] for n in lengths]
+    training = model.training
+    model.eval()  # dropout would differ either way
     error = _sharing_error(model, sequences, len(prompt), pad)
+    model.train(training)
     if error:
         logger.warning("every sequence is computed with its own prompt, as this model cannot share it: %s", error)
     return error is None

@@ -20,7 +20,7 @@ from tests.teacher.families import FAMILIES, make_family
 
 CONFIG = TeacherConfig(
     prompt=PromptConfig(guideline="Grade.", definitions=False, reason=False, max_text_chars=0, attributes=False),
-    warm_start=WarmStartConfig(examples=32, min_steps=60, batch_size=8, learning_rate=5e-3, reasons="none"),
+    warm_start=WarmStartConfig(examples=32, min_steps=200, batch_size=8, learning_rate=5e-3, reasons="none"),
     agpo=AGPOConfig(steps=2, group_size=2, prompts_per_step=2, learning_rate=1e-6),
     evaluation=EvaluationConfig(examples=4, every=0, samples=1, base=False, test=False),
     max_completion_tokens=32,
@@ -49,6 +49,5 @@ def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Pat
     assert [each.to_pydict() for each in annotate_partition(job, [batch])] == [{"rows": [16]}]
     status = read_table(annotations, ANNOTATIONS)["status"].to_pylist()
     assert "failed" not in status
-    assert (
-        status.count("ok") >= 8
-    )  # the teacher has learned to end an answer, as the engine and the reader understand it
+    # The teacher has learned to end an answer, as the engine and the reader understand it.
+    assert status.count("ok") >= 8
