@@ -27,9 +27,7 @@ def usable_annotations(annotations: Path, pairs: Path, key: str) -> Iterator[pa.
     from training are only compared with. Rows of splits valid and test, which measure the teacher, are left out unless
     theirs is the split that was annotated. Memory holds the ids that have a human grade, and a batch.
     """
-    split = read_json(note).get("split") if (note := annotations / KEY_FILE).exists() else "pool"
-    beside = pads.field("split").isin([other for other in ("valid", "test") if other != split])
-    left_out = _pairs(pairs).to_table(columns=["pair_id"], filter=beside)["pair_id"]
+    left_out = beside_the_split(annotations, pairs)
     human = _pairs(pairs).to_table(columns=["pair_id", "grade"], filter=pads.field("grade").is_valid())
     columns = ["pair_id", "grade", "agreement", "votes", "n_unparsed", "reasoning"]
     usable = (pads.field("annotation_key") == key) & (pads.field("status") == "ok")
@@ -40,6 +38,13 @@ def usable_annotations(annotations: Path, pairs: Path, key: str) -> Iterator[pa.
         table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=left_out)))
         place = pc.index_in(table["pair_id"], value_set=human["pair_id"])
         yield table.append_column("human_grade", human["grade"].take(place))
+
+
+def beside_the_split(annotations: Path, pairs: Path) -> pa.ChunkedArray:
+    """The ids of the pairs of valid and test, whose annotations measure the teacher; none of a split that was annotated."""
+    split = read_json(note).get("split") if (note := annotations / KEY_FILE).exists() else "pool"
+    beside = pads.field("split").isin([other for other in ("valid", "test") if other != split])
+    return _pairs(pairs).to_table(columns=["pair_id"], filter=beside)["pair_id"]
 
 
 def worst(batches: Iterable[pa.Table], limit: int, what: What = "all", low: float = LOW) -> list[Row]:

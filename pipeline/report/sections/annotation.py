@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from data.contracts import GradeScale
-from pipeline.annotated import Row, usable_annotations, with_texts, worst
+from pipeline.annotated import Row, beside_the_split, usable_annotations, with_texts, worst
 
 EXAMPLES = 30  # half of them disagreeing, half agreeing
 SECOND_LOOK = 20
@@ -41,7 +41,7 @@ def annotation_section(folder: Path, pairs: Path, metrics: dict[str, Any], confi
         if "calibration" in metrics  # not in records of earlier versions
         else {},
         "cost": cost(metrics, config["engines"]),
-        "failures": failures(folder, key) if metrics["failed"] else [],
+        "failures": failures(folder, pairs, key) if metrics["failed"] else [],
         "grades": [f"{place} {grade.name}" for place, grade in enumerate(scale.grades)],
         "agreement": agreement(sample.to_pandas(), scale.size),
         "examples": [(title, with_texts(rows, pairs)) for title, rows in groups],
@@ -66,9 +66,10 @@ def cost(metrics: dict[str, Any], engines: int) -> dict[str, float]:
     }
 
 
-def failures(folder: Path, key: str) -> list[tuple[str, int]]:
+def failures(folder: Path, pairs: Path, key: str) -> list[tuple[str, int]]:
     """How often each reason of a failure occurs among the first `SAMPLE` failed rows; numbers in a reason count as one."""
     failed = (pads.field("annotation_key") == key) & (pads.field("status") == "failed")
+    failed &= ~pads.field("pair_id").isin(beside_the_split(folder, pairs).combine_chunks())
     errors = pads.dataset(folder, format="parquet").head(SAMPLE, columns=["error"], filter=failed)["error"].to_pylist()
     return Counter(re.sub(r"\d+", "#", error) for error in errors).most_common(20)
 

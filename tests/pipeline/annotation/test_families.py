@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data.contracts import ANNOTATIONS, PAIRS, read_table
+from data.contracts import ANNOTATIONS, read_table
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotation_key, sampling_of
 from pipeline.annotation.store import take_over
@@ -13,6 +13,7 @@ from pipeline.annotation.worker import Job, annotate_partition
 from teacher.annotator import open_annotator
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
 from teacher.engines.config import TransformersConfig
+from teacher.examples import labelled_rows
 from teacher.prompt import load_prompt
 from teacher.train import train_teacher
 from tests.teacher.conftest import write_pairs
@@ -20,7 +21,7 @@ from tests.teacher.families import FAMILIES, make_family
 
 CONFIG = TeacherConfig(
     prompt=PromptConfig(guideline="Grade.", definitions=False, reason=False, max_text_chars=0, attributes=False),
-    warm_start=WarmStartConfig(examples=32, min_steps=200, batch_size=8, learning_rate=5e-3, reasons="none"),
+    warm_start=WarmStartConfig(examples=16, min_steps=150, batch_size=8, learning_rate=5e-3, reasons="none"),
     agpo=AGPOConfig(steps=2, group_size=2, prompts_per_step=2, learning_rate=1e-6),
     evaluation=EvaluationConfig(examples=4, every=0, samples=1, base=False, test=False),
     max_completion_tokens=32,
@@ -44,8 +45,8 @@ def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Pat
         *(key, str(teacher), str(annotations), take_over(annotations), config, sampling, 1),
         load=lambda job: open_annotator(Path(job.teacher), job.config.engine),
     )
-    rows = read_table(pairs / "pairs", PAIRS).slice(0, 16).drop_columns("attributes").to_pylist()
-    batch = pa.RecordBatch.from_pylist([row | {"attributes": None} for row in rows])
+    learned = labelled_rows(pairs, "train", 16, CONFIG.seed)
+    batch = pa.RecordBatch.from_pylist([row | {"attributes": None} for row in learned])
     assert [each.to_pydict() for each in annotate_partition(job, [batch])] == [{"rows": [16]}]
     status = read_table(annotations, ANNOTATIONS)["status"].to_pylist()
     assert "failed" not in status

@@ -257,8 +257,10 @@ def test_answers_reach_the_student_and_the_report(run: PipelineConfig, finished_
     before = STUDENT.inputs(run)
     folder = export(run.folder, size=30)
     sheet = folder / "sheet.csv"
-    text = sheet.read_text(encoding="utf-8-sig")
-    sheet.write_text(text.replace('"","",""', '"3","<b>","<i>eve</i>"'), encoding="utf-8")
+    answered = [row | {"grade": "3", "note": "<b>", "rater": "<i>eve</i>"} for row in read(sheet)]
+    with sheet.open("w", encoding="utf-8", newline="") as file:
+        (writer := csv.DictWriter(file, answered[0])).writeheader()
+        writer.writerows(answered)
     assert import_answers(run.folder, [sheet], run).new == len(read(sheet))
     assert STUDENT.inputs(run).keys() - before.keys() == {"human_labels"}
     records = list(finished_stages(run.folder).values())

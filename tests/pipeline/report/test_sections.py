@@ -67,9 +67,9 @@ def test_a_forest_has_one_axis_for_all_rows() -> None:
 def test_the_sections_of_a_real_run(run: PipelineConfig) -> None:
     record = finished_stages(run.folder)["annotate"]
     key, failed = record.figures["annotation_key"], record.figures["failed"]
-    ((reason, count),) = failures(run.folder / "annotations", key)
+    ((reason, count),) = failures(run.folder / "annotations", run.folder / "pairs", key)
     assert (reason.count("refused #: <"), count) == (1, failed)
-    assert failures(run.folder / "annotations", "another") == []
+    assert failures(run.folder / "annotations", run.folder / "pairs", "another") == []
     teacher = teacher_section(run.folder / "teacher")
     assert [title for title, _ in teacher["charts"]] == [
         "Rollouts: accuracy and parse rate", "Groups: all right, mixed, all wrong", "Validation",
