@@ -128,7 +128,8 @@ def compare(known: Profile, new: Texts) -> list[Measure]:
         # What only one query has is the share of words to expect that no query has had (Good and Turing, Good 1953).
         alone, unseen = sum(n == 1 for n in old.values()), sum(n for word, n in now.items() if word not in old)
         measures.append(_shares(f"unseen words {title}", alone, old.total(), unseen, now.total()))
-        common = [word for word, _ in old.most_common(COMMON)]
+        # Words seen once stand for those that were never seen (Good and Turing): both are among all others.
+        common = [word for word, count in old.most_common(COMMON) if count > 1]
         measures.append(_bins(f"common words {title}", *(_with_others(counts, common) for counts in (old, now))))
     measures.append(_bins("query lengths", known.lengths, _lengths(new)))
     measures.append(_bins("scripts of queries", known.scripts, _scripts(new)))

@@ -139,7 +139,7 @@ class StudentConfig(Config):
     """Which annotations to learn from when the table holds several keys; empty takes the key written last."""
 
     gold_only_baseline: bool = Field(default=True)
-    """Also train the same student on the human grades alone, to show what the annotations add."""
+    """Also train the same student on the human grades alone, for as many steps, to show what the annotations add."""
 
     decisions: tuple[str, ...] = Field(default=("0:precision=0.95", "0:precision=0.8", "precision=0.9", "recall=0.95"))
     """Decisions to measure on test, at thresholds from valid: [GRADE:]precision=SHARE or recall=SHARE. GRADE is a name or

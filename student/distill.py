@@ -113,7 +113,8 @@ def distill(
         setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
-        fitted = fit(setup, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
+        equal = for_as_many_steps(setup, len(rows.training), len(chosen))
+        fitted = fit(equal, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
     whole = rows.training
@@ -139,6 +140,16 @@ def distill(
     building.rename(out / "model")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+
+
+def for_as_many_steps(setup: Setup, rows: int, chosen: int) -> Setup:
+    """The setup under which `chosen` rows get as many optimiser steps, and as much patience, as `rows` do under `setup`.
+
+    A student of few human labels would else be stopped before it has learned them, and lose for that alone.
+    """
+    times = max(1, round(rows / max(chosen, 1)))
+    more = {name: min(100, times * getattr(setup.config, name)) for name in ("epochs", "patience")}
+    return replace(setup, config=setup.config.model_copy(update=more)) if times > 1 else setup
 
 
 def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
