@@ -123,8 +123,7 @@ def distill(
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
     free = without_labels(untrained, setup, rows.valid, rows.test)
-    bound = {"floor": floor([*systems, *free])}
-    if fault := floor_fault(bound):
+    if fault := floor_fault(bound := {"floor": floor([*systems, *free])}):
         logger.warning("%s", fault)
     for name, other in taught_otherwise(config, rows.training, whole).items():
         systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
@@ -135,10 +134,10 @@ def distill(
     write_json(building / "metrics.json", key)
     write_evaluation(out, systems, evaluation, rows.test, scale)
     metrics.rewind("test", -1)
-    metrics.write("test", student.fitted.steps, {k: v for k, v in key.items() if isinstance(v, float)})
-    shutil.rmtree(out / "model", ignore_errors=True)
+    metrics.write("test", student.fitted.steps, {name: each for name, each in key.items() if isinstance(each, float)})
+    for old in (out / "model", out / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
     building.rename(out / "model")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
