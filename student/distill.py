@@ -128,7 +128,7 @@ def distill(
     for name, other in taught_otherwise(config, rows.training, whole).items():
         systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
     systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
-    systems += [*free, *peers(setup, pairs, rows.annotations, rows.valid, rows.test)]
+    systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
     evaluation = evaluate(setup, systems, student, rows.test) | bound
     key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)

@@ -11,8 +11,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from data.contracts import ContractError, GradeScale, MetricsLog, metric_lines
-from student import checkpoint
-from student import distill as distill_module
+from student import checkpoint, peers
 from student import fit as fit_module
 from student.baselines import Bm25
 from student.config import StudentConfig
@@ -215,8 +214,8 @@ def test_gold_only_and_annotations_only(tiny, quick, tmp_path):
 def test_a_student_below_what_costs_no_label_is_said_as_soon_as_it_is_trained(
     tiny, quick, tmp_path, monkeypatch, caplog
 ):
-    cosine = distill_module.cosine
-    monkeypatch.setattr(distill_module, "cosine", lambda *given: replace(cosine(*given), valid_roc_auc=1.0))
+    cosine = peers.cosine
+    monkeypatch.setattr(peers, "cosine", lambda *given: replace(cosine(*given), valid_roc_auc=1.0))
     caplog.set_level("INFO")
     config = quick(epochs=1, gold_only_baseline=True)
     figures = distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path).figures
