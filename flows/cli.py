@@ -251,7 +251,7 @@ def _show(summary: dict[str, Any]) -> None:
     from flows.terminal import stages_table
 
     stages_table(summary)
-    for label in ("report", "tracking"):
+    for label in ("annotations", "report", "tracking"):
         if summary.get(label):
             print(f"{label}: {summary[label]}")
     for stage, sentence in summary.get("untracked", {}).items():

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data.contracts import read_json
 from pipeline.artifacts import StageRecord
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
 from pipeline.report.text import number
@@ -63,7 +64,20 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
         "versions": _versions(),
         "settings": redact(settings.model_dump(mode="json")),
         "stages": stages,
+        "annotations": annotations_worth(settings.folder) if "student" in in_flow else "",
     }
+
+
+def annotations_worth(folder: Path) -> str:
+    """In words, what the annotations add to a student of human labels alone; empty where none was trained."""
+    place = folder / STAGES["student"].folder / "evaluation.json"
+    compared = read_json(place)["comparisons"] if place.exists() else []
+    found = [row for row in compared if (row["b"], row["metric"]) == ("gold_only", "roc_auc")]
+    if not found or found[0]["low"] is None:
+        return ""
+    difference, low, high = (found[0][name] for name in ("difference", "low", "high"))
+    said = "they help" if low > 0 else "they harm" if high < 0 else "no difference is shown"
+    return f"{difference:+.4f} ROC-AUC over human labels alone (95 % interval {low:+.4f} to {high:+.4f}): {said}"
 
 
 def reproduce_command(settings: PipelineConfig, flow: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from data.contracts import ContractError
 from pipeline.report.page import TEMPLATES, finish_run, write_report
-from pipeline.report.summary import stage_rows, summarise
+from pipeline.report.summary import annotations_worth, stage_rows, summarise
 from pipeline.report.text import number
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, finished_stages
@@ -219,6 +219,31 @@ def test_the_summary_keeps_stages_of_earlier_flows_apart(run: PipelineConfig) ->
     assert list(summary["stages"]) == list(records)
     assert not summary["stages"]["teacher"]["in_flow"]
     assert [row[:3] for row in stage_rows(summary)] == [("data", "done", "2.5")]
+
+
+def test_what_annotations_add_is_said_in_words(run: PipelineConfig) -> None:
+    place = run.folder / "student" / "evaluation.json"
+    evaluation = json.loads(place.read_text())
+    row = {
+        "a": "student",
+        "b": "gold_only",
+        "metric": "roc_auc",
+        "n": 9,
+        "difference": 0.02,
+        "low": 0.001,
+        "high": 0.04,
+    }
+    for low, high, said in (
+        (0.001, 0.04, "they help"),
+        (-0.1, 0.1, "no difference is shown"),
+        (-0.2, -0.1, "they harm"),
+    ):
+        place.write_text(json.dumps(evaluation | {"comparisons": [row | {"low": low, "high": high}]}))
+        summary = summarise(run, "student-distill", [finished_stages(run.folder)["student"]], [1.0])
+        assert summary["annotations"].startswith("+0.0200 ROC-AUC over human labels alone")
+        assert summary["annotations"].endswith(said)
+    place.write_text(json.dumps(evaluation | {"comparisons": []}))
+    assert annotations_worth(run.folder) == ""
 
 
 def test_no_secret_in_summary_or_report(run: PipelineConfig) -> None:
