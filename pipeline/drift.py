@@ -292,11 +292,10 @@ def _script(text: str) -> str:
 
 def _sample(folder: Path, columns: list[str], where: pads.Expression) -> pa.Table:
     """About `SAMPLE` of the rows for which `where` holds, those whose pair_id, a hash, is low; all where there are fewer."""
-    files = pads.dataset(folder, format="parquet").files if folder.exists() else []
-    if not files:
+    dataset = pads.dataset(folder, format="parquet") if folder.exists() else None
+    if dataset is None or not dataset.files:
         fields = {field.name: field for schema in (PAIRS, ANNOTATIONS) for field in schema}
         return pa.schema([fields[name] for name in columns]).empty_table()
-    dataset = pads.dataset(files, format="parquet")
     if (rows := dataset.count_rows(filter=where)) > SAMPLE:
         where &= pads.field("pair_id") < f"{SAMPLE * 16**8 // rows:08x}"
     return dataset.to_table(columns, filter=where)

@@ -36,6 +36,11 @@ def check_decisions(decisions: Sequence[str], scale: GradeScale) -> GradeScale:
     return scale
 
 
+def in_event(grades: Array, grade: int, relevant_from: int) -> Array:
+    """Whether human grades (N,) belong to a grade's event, bool (N,); `event_score` is the probability of it."""
+    return grades >= grade if grade >= relevant_from else grades <= grade
+
+
 def operating_curves(grade: Array, probs: Array, relevant_from: int) -> list[dict[str, list[float]]]:
     """For each grade's event, thresholds of its probability, falling, with the precision and recall at each; empty lists
     where no threshold is possible.
@@ -46,7 +51,7 @@ def operating_curves(grade: Array, probs: Array, relevant_from: int) -> list[dic
     """
     curves: list[dict[str, list[float]]] = []
     for k in range(probs.shape[1]):
-        event = grade <= k if k < relevant_from else grade >= k
+        event = in_event(grade, k, relevant_from)
         score = event_score(probs, k, relevant_from)
         order = np.argsort(-score, kind="stable")
         hits = np.cumsum(IsotonicRegression().fit_transform(score, event)[order])
@@ -79,15 +84,15 @@ def measure_decisions(
     measures, sizes, grades = [], [], scale.model_dump(mode="json")
     for text in decisions:
         grade, _, _ = parse_decision(text, grades)
-        better = grade >= scale.relevant_from
-        rows.append({"decision": text, "grade": grade, "or_better": better, "threshold": None, "fault": None})
+        rows.append({"decision": text, "grade": grade, "or_better": grade >= scale.relevant_from})
+        rows[-1] |= {"threshold": None, "fault": None}
         try:
             rows[-1]["threshold"] = decision_threshold(text, grades, curves)
         except ValueError as error:
             rows[-1]["fault"] = str(error)
             continue
         caught = event_score(probs, grade, scale.relevant_from) >= rows[-1]["threshold"]
-        event = labels.grade >= grade if better else labels.grade <= grade
+        event = in_event(labels.grade, grade, scale.relevant_from)
         columns = sums_by_query([caught & event, caught, event, np.ones(len(caught))], labels.query)
         measures.append(summed(columns, _decided))
         sizes.append({"precision": columns[:, 1], "recall": columns[:, 2]})

@@ -9,7 +9,6 @@ more than one reason for a pair.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from data.contracts import REASONS, ContractError, digest, digest_files, log_progress, read_json, read_table, write_json
+from data.contracts import (
+    REASONS,
+    ContractError,
+    digest,
+    digest_files,
+    log_progress,
+    read_json,
+    read_table,
+    whole_file,
+    write_json,
+)
 from teacher.chat_template import special_tokens
 from teacher.config import TeacherConfig
 from teacher.engines import open_engine
@@ -85,8 +94,8 @@ def collect_reasons(config: TeacherConfig, model: Path, base: Path, pairs: Path,
     for place in (folder, out):
         place.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        there = {(row["pair_id"], row["grade"]) for row in _rows_of(folder)}
-        missing = [row for row in rows if (row["pair_id"], row["grade"]) not in there]
+        asked = _by_pair(_rows_of(folder))
+        missing = [row for row in rows if (row["pair_id"], row["grade"]) not in asked]
         logger.info("reasons: %d pairs, %d of them asked before (%s)", len(rows), len(rows) - len(missing), folder)
         if missing:
             opened = open_engine(engine, model)
@@ -94,14 +103,15 @@ def collect_reasons(config: TeacherConfig, model: Path, base: Path, pairs: Path,
                 asker = _Asker(config, opened, prompt, tokenizer, load_tokenizer(base))
                 for start in range(0, len(missing), _CHUNK):
                     chunk = missing[start : start + _CHUNK]
-                    _write(folder / f"{digest([row['pair_id'] for row in chunk])}.parquet", asker.ask(chunk))
-                    done, counts = start + len(chunk), Counter(row["outcome"] for row in _rows_of(folder))
+                    answers = asker.ask(chunk)
+                    _write(folder / f"{digest([row['pair_id'] for row in chunk])}.parquet", answers)
+                    asked |= _by_pair(answers)
+                    done, counts = start + len(chunk), Counter(row["outcome"] for row in asked.values())
                     shown = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
                     log_progress(logger, done, len(missing), "reasons: %d of %d pairs (%s)", done, len(missing), shown)
             finally:
                 opened.close()
-        by_pair = {(row["pair_id"], row["grade"]): row for row in _rows_of(folder)}
-    chosen = [by_pair[row["pair_id"], row["grade"]] for row in rows]
+    chosen = [asked[row["pair_id"], row["grade"]] for row in rows]
     write_json(out / FUNNEL_FILE, _funnel(chosen, rows))
     if all(row["outcome"] == "dropped" for row in chosen):
         raise ContractError(
@@ -254,10 +264,13 @@ def _rows_of(folder: Path) -> list[Row]:
     return [row for file in sorted(folder.glob("*.parquet")) for row in read_table(file, REASONS).to_pylist()]
 
 
+def _by_pair(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
+    return {(row["pair_id"], row["grade"]): row for row in rows}
+
+
 def _write(path: Path, rows: Sequence[Row]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=REASONS), temporary)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=REASONS), temporary)
 
 
 def _most(rows: Sequence[Row]) -> str:

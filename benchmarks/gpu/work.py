@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.trainer_overhead import measure
-from data.contracts import ANNOTATIONS, PAIRS, MetricsLog, read_json, read_table, write_json
+from data.contracts import ANNOTATIONS, PAIRS, MetricsLog, read_json, read_table, whole_file, write_json
 from pipeline.annotation.job import annotation_key, sampling_of
 from pipeline.annotation.store import files_of, take_over
 from pipeline.annotation.worker import Job, annotate_partition
@@ -303,10 +303,8 @@ def _write_annotations(work: Work, teacher: str, key: str) -> pa.Table:
     """What a teacher has annotated, in files that are small enough to come back; returns all of it."""
     table = _annotated(work.state / "annotations" / teacher, key)
     for number, start in enumerate(range(0, table.num_rows, _FILE_ROWS)):
-        final = work.state / "results" / f"{key}-{teacher}-{number}.parquet"
-        temporary = final.with_name(f".{final.name}")
-        pq.write_table(table.slice(start, _FILE_ROWS), temporary, compression="zstd")
-        temporary.replace(final)
+        with whole_file(work.state / "results" / f"{key}-{teacher}-{number}.parquet") as temporary:
+            pq.write_table(table.slice(start, _FILE_ROWS), temporary, compression="zstd")
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from data.contracts import (
     ContractError,
     GradeScale,
     read_table,
+    whole_file,
     write_json,
 )
 from pipeline.audit.draw import DRAWN, FOLDER, Draw
@@ -92,9 +92,8 @@ def import_answers(run: Path, files: Iterable[Path], settings: PipelineConfig, r
         concerned = {draw for _, _, draw, _ in given}
         seen = {answer.id for answer in answers}
         imported.missing = sum(f"{draw}/{pair_id}" not in seen for draw in concerned for pair_id in draws[draw])
-        temporary = audit / f".{HUMAN_LABELS_FILE}.{os.getpid()}.tmp"
-        pq.write_table(pa.concat_tables([table, pa.Table.from_pylist(rows, schema=HUMAN_LABELS)]), temporary)
-        temporary.replace(audit / HUMAN_LABELS_FILE)
+        with whole_file(audit / HUMAN_LABELS_FILE) as temporary:
+            pq.write_table(pa.concat_tables([table, pa.Table.from_pylist(rows, schema=HUMAN_LABELS)]), temporary)
         _record(run, settings, imported)
     return imported
 

@@ -18,7 +18,7 @@ from pipeline.executions import COMPARE, executing
 from pipeline.redact import flatten, redact
 from pipeline.report.sections.student import METRICS
 from pipeline.report.summary import metrics_of
-from pipeline.report.text import number
+from pipeline.report.text import number, verdict
 from pipeline.settings import build_settings, nearest
 from pipeline.stages import STAGES, finished_stages
 from pipeline.tracking.tracker import noted_runs, tracking
@@ -50,7 +50,7 @@ class Measure(BaseModel):
         """What the limits say of b."""
         if self.low is None or self.high is None:
             return "not defined"
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference is shown"
+        return verdict(self.low, self.high, "better", "worse")
 
 
 class RunComparison(BaseModel):

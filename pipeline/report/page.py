@@ -24,7 +24,7 @@ from pipeline.report.sections.data import pairs_section
 from pipeline.report.sections.student import export_section, student_section
 from pipeline.report.sections.teacher import teacher_section
 from pipeline.report.summary import headline, metrics_of, summarise
-from pipeline.report.text import interval, number
+from pipeline.report.text import interval, number, verdict
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, finished_stages
 
@@ -76,7 +76,7 @@ def write_report(folder: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": number, "interval": interval}
+    environment.filters |= {"number": number, "interval": interval, "verdict": verdict}
     sections = _sections(folder, environment)
     page = environment.get_template("report.html").render(
         summary=summary,

@@ -14,7 +14,7 @@ from typing import Any
 from data.contracts import read_json
 from pipeline.artifacts import StageRecord
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
-from pipeline.report.text import number
+from pipeline.report.text import number, verdict
 from pipeline.settings import PipelineConfig, build_settings
 from pipeline.stages import STAGES, finished_stages
 from pipeline.tracking.tracker import untracked
@@ -76,7 +76,7 @@ def annotations_worth(folder: Path) -> str:
     if not found or found[0]["low"] is None:
         return ""
     difference, low, high = (found[0][name] for name in ("difference", "low", "high"))
-    said = "they help" if low > 0 else "they harm" if high < 0 else "no difference is shown"
+    said = verdict(low, high, "they help", "they harm")
     return f"{difference:+.4f} ROC-AUC over human labels alone (95 % interval {low:+.4f} to {high:+.4f}): {said}"
 
 

@@ -18,6 +18,15 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def verdict(low: float, high: float, above: str, below: str) -> str:
+    """What the limits of a difference say: it is called one only if they do not reach 0.
+
+    >>> verdict(0.1, 0.2, "better", "worse"), verdict(-0.1, 0.2, "better", "worse")
+    ('better', 'no difference is shown')
+    """
+    return above if low > 0 else below if high < 0 else "no difference is shown"
+
+
 def interval(values: dict[str, float | None] | None, sign: str = "") -> str:
     """`0.900 (0.850 to 0.950)` of {value, low, high}; a dash where there is no value.
 
