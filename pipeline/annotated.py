@@ -27,24 +27,23 @@ def usable_annotations(annotations: Path, pairs: Path, key: str) -> Iterator[pa.
     from training are only compared with. Rows of splits valid and test, which measure the teacher, are left out unless
     theirs is the split that was annotated. Memory holds the ids that have a human grade, and a batch.
     """
-    left_out = beside_the_split(annotations, pairs)
     human = _pairs(pairs).to_table(columns=["pair_id", "grade"], filter=pads.field("grade").is_valid())
     columns = ["pair_id", "grade", "agreement", "votes", "n_unparsed", "reasoning"]
-    usable = (pads.field("annotation_key") == key) & (pads.field("status") == "ok")
+    usable = (pads.field("annotation_key") == key) & (pads.field("status") == "ok") & of_the_split(annotations, pairs)
     files = pads.dataset(annotations, format="parquet")
     nothing = pa.RecordBatch.from_pylist([], schema=pa.schema([ANNOTATIONS.field(name) for name in columns]))
     for batch in files.to_batches(columns=columns, filter=usable, batch_size=_BATCH) if files.files else [nothing]:
         table = pa.Table.from_batches([batch]).rename_columns({"grade": "teacher_grade"})
-        table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=left_out)))
         place = pc.index_in(table["pair_id"], value_set=human["pair_id"])
         yield table.append_column("human_grade", human["grade"].take(place))
 
 
-def beside_the_split(annotations: Path, pairs: Path) -> pa.ChunkedArray:
-    """The ids of the pairs of valid and test, whose annotations measure the teacher; none of a split that was annotated."""
+def of_the_split(annotations: Path, pairs: Path) -> pads.Expression:
+    """The annotations but for those of valid and test, which measure the teacher, unless theirs is the split that was
+    annotated."""
     split = read_json(note).get("split") if (note := annotations / KEY_FILE).exists() else "pool"
     beside = pads.field("split").isin([other for other in ("valid", "test") if other != split])
-    return _pairs(pairs).to_table(columns=["pair_id"], filter=beside)["pair_id"]
+    return ~pads.field("pair_id").isin(_pairs(pairs).to_table(["pair_id"], filter=beside)["pair_id"].combine_chunks())
 
 
 def worst(batches: Iterable[pa.Table], limit: int, what: What = "all", low: float = LOW) -> list[Row]:

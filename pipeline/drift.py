@@ -26,6 +26,7 @@ import pyarrow.dataset as pads
 from pydantic import BaseModel, Field
 
 from data.contracts import ANNOTATIONS, PAIRS, Config, read_json, write_json
+from pipeline.annotated import of_the_split
 from student.words import words as words_of
 
 Level = Literal["fine", "look", "stop"]
@@ -173,7 +174,7 @@ def check_annotations(limits: DriftConfig, run: Path, annotations: Path, key: st
     """
     pairs, before = run / "pairs", [check for check in load(annotations) if check.annotation_key == key]
     until = max((check.at for check in before), default=None)
-    rows = (pads.field("annotation_key") == key) & (pads.field("status") == "ok")
+    rows = (pads.field("annotation_key") == key) & (pads.field("status") == "ok") & of_the_split(annotations, pairs)
     created = pads.field("created_at")
     since = rows if until is None else rows & (created > pa.scalar(until, pa.timestamp("us", tz="UTC")))
     now = datetime.now(UTC)

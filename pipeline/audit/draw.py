@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from data.contracts import ContractError, GradeScale, read_annotations, read_json, write_json, write_text
-from pipeline.annotated import usable_annotations, with_texts, worst
+from pipeline.annotated import of_the_split, usable_annotations, with_texts, worst
 from pipeline.artifacts import read_record
 from pipeline.audit.estimate import allocation
 from pipeline.audit.sheet import write_label_studio, write_sheet
@@ -105,7 +105,8 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
 def _rows(run: Path, what: What, size: int, seed: int, key: str) -> tuple[list[Row], dict[str, int]]:
     """The chosen rows, and the populations of a sample's strata."""
     if what == "sample":
-        return stratified(run / ANNOTATE.folder, key, size, seed)
+        annotations, pairs = run / ANNOTATE.folder, run / DATA.folder
+        return stratified(annotations, key, size, seed, of_the_split(annotations, pairs))
     if what == "suspects":
         path = run / STUDENT.folder / "suspects.parquet"
         if not path.exists():
@@ -117,8 +118,11 @@ def _rows(run: Path, what: What, size: int, seed: int, key: str) -> tuple[list[R
     return worst(usable_annotations(run / ANNOTATE.folder, run / DATA.folder, key), size, kind), {}
 
 
-def stratified(annotations: Path, key: str, size: int, seed: int) -> tuple[list[Row], dict[str, int]]:
-    """A stratified random sample of the usable annotations, in random order, and the pairs of each stratum.
+def stratified(
+    annotations: Path, key: str, size: int, seed: int, where: pads.Expression | None = None
+) -> tuple[list[Row], dict[str, int]]:
+    """A stratified random sample of the usable annotations for which `where` holds, in random order, and the pairs of each
+    stratum.
 
     Memory holds `size` rows for each stratum: each row has a random number, and a stratum gives those with the smallest.
     """
@@ -126,7 +130,8 @@ def stratified(annotations: Path, key: str, size: int, seed: int) -> tuple[list[
     populations: Counter[str] = Counter()
     doubt: Counter[str] = Counter()
     smallest: dict[str, list[tuple[float, str, int]]] = {}
-    usable = pads.field("status") == "ok"
+    ok = pads.field("status") == "ok"
+    usable = ok if where is None else ok & where
     for batch in read_annotations(annotations, ["pair_id", "grade", "agreement"], key, usable):
         agreement = pc.fill_null(batch["agreement"], 1.0).to_numpy(zero_copy_only=False)
         columns = zip(rng.random(len(batch)), batch["pair_id"].to_pylist(), batch["grade"].to_pylist(), strict=True)

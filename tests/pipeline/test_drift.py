@@ -97,6 +97,13 @@ def test_batches_of_annotations_are_judged_once_and_the_worst_stays(tmp_path: Pa
     assert check_annotations(LIMITS, run, annotations, "another-key") == []
 
 
+def test_annotations_that_measure_the_teacher_are_no_new_pairs(tmp_path: Path) -> None:
+    write(tmp_path, (600, "tools", "train"), (300, "tools", "pool"), (300, "garden", "valid"))
+    annotate(tmp_path, "a", 600, 600)
+    (check,) = check_annotations(LIMITS, tmp_path, tmp_path / "annotations", KEY)
+    assert (check.pairs, check.queries, check.level(LIMITS)) == (300, 150, "fine")
+
+
 def test_scripts_and_lengths() -> None:
     latin = {str(i): ("red shoes", ["a"]) for i in range(300)}
     han = {str(i): ("红色跑鞋", ["a"]) for i in range(300)}

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from data.contracts import GradeScale
-from pipeline.annotated import Row, beside_the_split, usable_annotations, with_texts, worst
+from pipeline.annotated import Row, of_the_split, usable_annotations, with_texts, worst
 
 EXAMPLES = 30  # half of them disagreeing, half agreeing
 SECOND_LOOK = 20
@@ -69,7 +69,7 @@ def cost(metrics: dict[str, Any], engines: int) -> dict[str, float]:
 def failures(folder: Path, pairs: Path, key: str) -> list[tuple[str, int]]:
     """How often each reason of a failure occurs among the first `SAMPLE` failed rows; numbers in a reason count as one."""
     failed = (pads.field("annotation_key") == key) & (pads.field("status") == "failed")
-    failed &= ~pads.field("pair_id").isin(beside_the_split(folder, pairs).combine_chunks())
+    failed &= of_the_split(folder, pairs)
     errors = pads.dataset(folder, format="parquet").head(SAMPLE, columns=["error"], filter=failed)["error"].to_pylist()
     return Counter(re.sub(r"\d+", "#", error) for error in errors).most_common(20)
 

@@ -84,6 +84,19 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize("what", ["sample", "doubtful"])
+def test_pairs_that_measure_the_teacher_are_not_drawn(settings: PipelineConfig, what: Any) -> None:
+    path = settings.folder / "pairs" / "pairs" / "part.parquet"
+    rows = pq.read_table(path).to_pylist()
+    measuring = {row["pair_id"] for row in rows[:120]}
+    table = [row | ({"split": "valid"} if row["pair_id"] in measuring else {}) for row in rows]
+    pq.write_table(pa.Table.from_pylist(table, schema=PAIRS), path)
+    folder = export(settings.folder, what, size=300)
+    assert not measuring & set(pq.read_table(folder / DRAWN)["pair_id"].to_pylist())
+    if what == "sample":
+        assert sum(read_json(folder / "draw.json")["populations"].values()) == 180
+
+
 def test_the_sample_is_blind_and_its_probabilities_are_known(settings: PipelineConfig) -> None:
     folder = export(settings.folder, size=90)
     draw, drawn, sheet = (
