@@ -19,11 +19,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,10 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from benchmarks import children
+
+if TYPE_CHECKING:
+    from student.distill import Calibrated
+    from student.setup import Setup
 
 GOLD = 2000
 POOL = 5000
@@ -85,7 +90,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--scorer", type=Path, help="folder of a larger encoder, for the runs that name one")
-    parser.add_argument("--annotations", type=Path, help="a teacher's annotations of the pool, for the runs that name it")
+    parser.add_argument(
+        "--annotations", type=Path, help="a teacher's annotations of the pool, for the runs that name it"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each when more than one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -102,8 +109,17 @@ def main() -> None:
     print(json.dumps({"benchmark": "student_learning", **summary}))
 
 
-def run(options: argparse.Namespace, name: str) -> None:
-    """Train and measure one student; does nothing when its result is there."""
+def run(
+    options: argparse.Namespace,
+    name: str,
+    given: dict[str, Any] | None = None,
+    then: Callable[[Setup, Calibrated, Path], None] | None = None,
+) -> None:
+    """Train and measure one student; does nothing when its result is there.
+
+    Parameters: given, what it learns from, that of `RUNS` if None; `then` is called with the student before its result is
+    written.
+    """
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
     from student.dataset import read_annotated, read_examples, read_training
@@ -116,11 +132,11 @@ def run(options: argparse.Namespace, name: str) -> None:
     from student.setup import Setup
     from student.warm_up import warm_up
 
-    place = options.out / _stem(name)
+    place = options.out / stem(name)
     if (place / "result.json").exists():
         return
     place.mkdir(parents=True, exist_ok=True)
-    plan: dict[str, Any] = {"gold": GOLD, "epochs": 2, "config": {}} | RUNS[name]
+    plan: dict[str, Any] = {"gold": GOLD, "epochs": 2, "config": {}} | (RUNS[name] if given is None else given)
     scale = GradeScale.load(options.pairs)
     config = StudentConfig(
         base=f"path:{options.base}",
@@ -135,7 +151,7 @@ def run(options: argparse.Namespace, name: str) -> None:
     )
     annotations = place / "annotations" if "pool" in plan else None
     if annotations is not None:
-        annotate(options.pairs, annotations, plan["pool"], plan["accuracy"])
+        annotate(options.pairs, annotations, plan["pool"], plan["accuracy"], plan.get("chosen"))
     if "teacher" in plan:
         annotations = place / "annotations"
         _take_annotations(options, annotations, plan["teacher"])
@@ -165,7 +181,10 @@ def run(options: argparse.Namespace, name: str) -> None:
         student = cosine(setup, valid, test)
     if plan["gold"] != 0:
         fitted = fit(setup, rows, valid, folder=place / "checkpoints", metrics=metrics, phase="student")
-        student = measured(setup, "student", calibrate(setup, fitted, valid), valid, test)
+        calibrated = calibrate(setup, fitted, valid)
+        student = measured(setup, "student", calibrated, valid, test)
+        if then is not None:
+            then(setup, calibrated, place)
     seconds = time.monotonic() - begin
     labels = Labels(test.grade, test.query_id, scale.relevant_from)
     output = student.score if student.probs is None else student.probs
@@ -175,8 +194,9 @@ def run(options: argparse.Namespace, name: str) -> None:
     (place / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
-def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
-    """Write the oracle's annotations of `count` pairs of the pool; smaller counts are parts of larger ones."""
+def annotate(pairs: Path, out: Path, count: int, accuracy: float, chosen: Sequence[str] | None = None) -> None:
+    """Write the oracle's annotations of `count` pairs of the pool, at random or the first that are `chosen` by pair_id;
+    smaller counts are parts of larger ones, and a pair's annotation is the same in all."""
     from data.contracts import ANNOTATIONS, PAIRS, GradeScale, read_table
     from student.words import words
 
@@ -187,6 +207,9 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
     rng = np.random.default_rng(3)
     order, chance = rng.permutation(table.num_rows), rng.random(table.num_rows)
     other = rng.integers(1, scale.size, size=table.num_rows)
+    if chosen is not None:
+        place = {pair_id: i for i, pair_id in enumerate(table.column("pair_id").to_pylist())}
+        order = np.array([place[pair_id] for pair_id in chosen])
     rows = []
     for i in order[:count]:
         pair = {name: table.column(name)[int(i)].as_py() for name in ("pair_id", "query", "ad_title", "grade")}
@@ -237,7 +260,7 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
     relevant_from = GradeScale.load(options.pairs).relevant_from
     students = {}
     for name in options.runs:
-        place = options.out / _stem(name)
+        place = options.out / stem(name)
         result = json.loads((place / "result.json").read_text("utf-8"))
         row = {key: result[key] for key in ("n", "n_gold", "n_annotated", "seconds")}
         row["metrics"] = {
@@ -249,7 +272,7 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
             compared["objective_gain"] = PLAIN
         for key, other in compared.items():
             if other in options.runs and other != name:
-                gain = compare_students(place, options.out / _stem(other), relevant_from=relevant_from)
+                gain = compare_students(place, options.out / stem(other), relevant_from=relevant_from)
                 row[key] = [round(value or 0.0, 4) for value in (gain.difference, gain.low, gain.high)]
         students[name] = row
     return {"pairs": str(options.pairs), "students": students}
@@ -309,7 +332,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """The folder of a run in `--out`."""
     return name.replace(" ", "_").replace(",", "").replace("+", "and").replace(".", "p")
 
 

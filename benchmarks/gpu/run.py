@@ -24,7 +24,8 @@ _REPOSITORY = Path(__file__).parents[2]
 def run(place: Path, out: Path, deadline: float, every: float, name: str, arguments: list[str]) -> int:
     """Work on the parcels in `place` until `deadline` (seconds since 1970); returns the exit code, 0 also if time was up.
 
-    The work's state is in `place`/`name`: works of several names, with settings of their own, share the base model. `out` gets `summary.json`, `metrics.jsonl`, `work.log` and Parquet files of annotations every `every` seconds.
+    The work's state is in `place`/`name`: works of several names, with settings of their own, share the base model. Every
+    `every` seconds `out` gets `summary.json`, `metrics.jsonl`, `work.log` and Parquet files of annotations.
     """
     out.mkdir(parents=True, exist_ok=True)
     state = place / name

@@ -146,7 +146,7 @@ def _done(phase: Callable[[Work], dict[str, Any]], work: Work) -> dict[str, Any]
 
 
 def _write_fewer_labels(work: Work) -> None:
-    """A copy of the pairs in which train and valid hold `labels` pairs each; a smaller number's are part of a larger one's."""
+    """A copy of the pairs in which train and valid hold `labels` pairs each; fewer are part of more."""
     table = read_table(work.payload / "pairs" / "pairs", PAIRS).sort_by("pair_id")
     splits = table["split"].to_numpy(zero_copy_only=False)
     rows = np.isin(splits, ["test", "pool"])
