@@ -71,7 +71,6 @@ def test_outside_the_repository_nothing_is_reported_to_anyone(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "encoding"),
     [
-        (("annotate", "-h"), 0, {"PYTHONIOENCODING": "ascii"}),
         (("annotate", "-h"), 0, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}),
         (("annotate", "--set", "run=ü ü"), 2, {"PYTHONIOENCODING": "ascii"}),
     ],
