@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
-UNTRACKED = "_untracked.jsonl"  # of older versions, for MLflow
 # Big files, which no stage changes once it has finished: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
 
@@ -227,7 +226,7 @@ def _take(record: StageRecord, folder: Path) -> bool:
             record.folder,
             temporary,
             copy_function=_link_or_copy,
-            ignore=shutil.ignore_patterns(MANIFEST, STARTED, UNTRACKED, "*.tmp", "_tmp-*"),
+            ignore=shutil.ignore_patterns(MANIFEST, STARTED, "*.tmp", "_tmp-*"),
         )
         now = read_record(record.folder)
         if now is None or (now.key, now.finished_at) != (record.key, record.finished_at):

@@ -115,13 +115,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ContractError(f"config file {path} does not exist") from None
-    except IsADirectoryError:
-        files = sorted(file.name for file in path.glob("*.toml"))
-        raise ContractError(f"config {path} is a folder; name a TOML file in it{nearest('', files)}") from None
     except OSError as error:
-        raise ContractError(f"config file {path} cannot be read ({error.strerror})") from None
+        raise ContractError(f"config file {path} cannot be read ({error.strerror}); name a TOML file") from None
     except UnicodeDecodeError:
         raise ContractError(f"config file {path} is not text in UTF-8; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:

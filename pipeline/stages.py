@@ -13,9 +13,10 @@ from typing import Any
 from data.contracts import HUMAN_LABELS_FILE, digest, read_human_labels, write_json
 from pipeline import drift
 from pipeline.artifacts import Output, StageRecord, read_record
+from pipeline.executions import Registration
 from pipeline.settings import PipelineConfig
 from pipeline.spark import spark_session
-from pipeline.stage import Input, Registered, Stage
+from pipeline.stage import Input, Stage
 
 Folders = Mapping[str, Path]
 """Of the stages that one needs, by name."""
@@ -33,14 +34,11 @@ def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
 def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from teacher.train import train_teacher
 
-    config, pairs = settings.teacher, folders["data"]
-    base, *reason_model = (
-        _base(settings, name, "decoder", pairs, config.seed)
-        for name in (config.model, config.warm_start.reason_model)
-        if name
-    )
+    config, pairs, reasons = settings.teacher, folders["data"], settings.teacher.warm_start.reason_model
+    base = _base(settings, config.model, "decoder", pairs, config.seed)
+    reason_model = _base(settings, reasons, "decoder", pairs, config.seed) if reasons else None
     cache = settings.weights_cache / "reasons"
-    output = train_teacher(config, base, pairs, out, reason_model=next(iter(reason_model), None), cache=cache)
+    output = train_teacher(config, base, pairs, out, reason_model=reason_model, cache=cache)
     drift.remember(pairs, out)
     return output
 
@@ -141,7 +139,7 @@ TEACHER = Stage(
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
     artifacts=("metrics.jsonl", "evaluation.json", "reasons.json", "model/model_card.md"),
-    registers=Registered("teacher", "model"),
+    registers=lambda out, folders: Registration(role="teacher", folder=out / "model"),
 )
 ANNOTATE = Stage(
     name="annotate",
@@ -183,7 +181,7 @@ EXPORT = Stage(
     reads_only_labelled=True,
     headline=("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),
     artifacts=("export.json", "model_card.md"),
-    registers=Registered("student", trained_by="student"),
+    registers=lambda out, folders: Registration(role="student", folder=out, student=folders["student"]),
 )
 SCORE = Stage(
     name="score",
