@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 GOLD = 2000
 POOL = 5000
+SCORED = {"pairs": 8000, "encoder": "scorer"}  # a warm-up by the encoder of `--scorer`
 PLAIN = "2k + 5k, accuracy 0.9"  # what the other objectives are compared with
 RUNS: dict[str, dict[str, Any]] = {
     "untrained cosine": {"gold": 0},
@@ -49,7 +51,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "2k, warm-up 8k, mined": {"epochs": 4, "warm_up": {"pairs": 8000, "hard_negatives": 0.33}},
     "warm-up 40k": {"gold": 0, "warm_up": {"pairs": 40_000}},
     "2k, warm-up 40k": {"epochs": 4, "warm_up": {"pairs": 40_000}},
+    "warm-up 8k, scorer": {"gold": 0, "warm_up": {"pairs": 8000, "encoder": "scorer"}},
+    "2k, warm-up 8k, scorer": {"epochs": 4, "warm_up": {"pairs": 8000, "encoder": "scorer"}},
     "gold 2k": {"gold": GOLD, "epochs": 4},
+    "gold 2k, 10 epochs": {"gold": GOLD, "epochs": 10},
     "gold 2k, grades without ratings": {"gold": GOLD, "epochs": 4, "config": {"soft_gold": False}},
     "2k + 5k, accuracy 0.9": {"pool": POOL, "accuracy": 0.9},
     "2k + 5k, accuracy 1": {"pool": POOL, "accuracy": 1.0},
@@ -62,6 +67,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "2k + 2.5k, accuracy 0.9": {"pool": 2500, "accuracy": 0.9},
     "gold all": {"gold": None},
     "2k + 20k, accuracy 0.9": {"pool": 20_000, "accuracy": 0.9},
+    **{
+        f"2k + {pool // 1000}k, accuracy {accuracy}, warm-up": {"pool": pool, "accuracy": accuracy, "warm_up": SCORED}
+        for accuracy in (0.8, 0.9)
+        for pool in (5000, 20_000)
+    },
+    "2k + 8k, teacher": {"teacher": 8000},
+    "2k + 20k, teacher": {"teacher": 20_000},
+    "2k + 8k, teacher, warm-up": {"teacher": 8000, "warm_up": SCORED},
+    "2k + 20k, teacher, warm-up": {"teacher": 20_000, "warm_up": SCORED},
 }
 
 
@@ -74,8 +88,12 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=6000)
     parser.add_argument("--valid-rows", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--scorer", type=Path, help="folder of a larger encoder, for the runs that name one")
+    parser.add_argument(
+        "--annotations", type=Path, help="a teacher's annotations of the pool, for the runs that name it"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each when more than one")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -134,10 +152,16 @@ def run(
     annotations = place / "annotations" if "pool" in plan else None
     if annotations is not None:
         annotate(options.pairs, annotations, plan["pool"], plan["accuracy"], plan.get("chosen"))
+    if "teacher" in plan:
+        annotations = place / "annotations"
+        _take_annotations(options, annotations, plan["teacher"])
     _, annotated = read_annotated(annotations, "", reasons=config.contrastive_weight > 0)
     rows = read_training(options.pairs, annotated, scale, config)
     gold = np.random.default_rng(1).permutation(np.flatnonzero(rows.grade >= 0))[: plan["gold"]]
     rows = rows.take(np.sort(np.r_[gold, np.flatnonzero(rows.grade < 0)]).astype(np.int64))
+    # Where there are fewer labels, as many steps as with all of them.
+    epochs = max(plan["epochs"], math.ceil(4 * GOLD / max(len(rows), 1)))
+    config = config.model_copy(update={"epochs": epochs, "patience": epochs})
     valid, test = (
         graded.take(np.sort(np.random.default_rng(2).permutation(len(graded))[:count]))
         for graded, count in (
@@ -146,7 +170,8 @@ def run(
         )
     )
     tokenizer = save_tokenizer(options.base, place / "tokenizer", config.max_length)
-    setup = Setup(config, options.base, tokenizer, scale, options.device)
+    scorer = options.scorer if plan.get("warm_up", {}).get("encoder") else None
+    setup = Setup(config, options.base, tokenizer, scale, options.device, scorer)
     begin = time.monotonic()
     metrics = MetricsLog(place / "metrics.jsonl")
     if "warm_up" in plan:
@@ -212,6 +237,18 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float, chosen: Sequen
         )
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=ANNOTATIONS), out / "oracle.parquet")
+
+
+def _take_annotations(options: argparse.Namespace, out: Path, count: int) -> None:
+    """`count` of the pool's annotations in `--annotations`; smaller counts are parts of larger ones."""
+    from data.contracts import ANNOTATIONS, PAIRS, read_table
+
+    of_pool = read_table(options.pairs / "pairs", PAIRS, columns=["pair_id"], where=pads.field("split") == "pool")
+    table = read_table(options.annotations, ANNOTATIONS, where=pads.field("pair_id").isin(of_pool["pair_id"]))
+    table = table.sort_by("pair_id")
+    out.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(3).permutation(table.num_rows)[:count]
+    pq.write_table(table.take(np.sort(order)), out / "teacher.parquet")
 
 
 def summarise(options: argparse.Namespace) -> dict[str, Any]:
