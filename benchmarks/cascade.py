@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, required=True)
     parser.add_argument("--accuracies", type=float, nargs="+", default=[0.9, 0.8, 0.7])
     parser.add_argument("--max-loss", type=float, default=0.005)
+    parser.add_argument("--confidence", type=float, default=0.9)
     parser.add_argument("--valid-rows", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=6000, help="of valid and of test, at most, that the student scores")
     parser.add_argument("--draws", type=int, default=100)
@@ -71,7 +72,7 @@ def measure(
             costs[split] = probs.max(axis=1), student_right, teacher_right
         rows = rng.permutation(len(costs["valid"][0]))[: options.valid_rows]
         on_valid = [column[rows] for column in costs["valid"]]
-        limit = choose_limit(on_valid[0], on_valid[1], on_valid[2], options.max_loss)
+        limit = choose_limit(on_valid[0], on_valid[1], on_valid[2], options.max_loss, options.confidence)
         probability, student_right, teacher_right = costs["test"]
         spared = probability >= limit.probability
         cost = spared * (teacher_right.astype(float) - student_right)

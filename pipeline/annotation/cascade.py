@@ -59,13 +59,17 @@ class Limit(BaseModel):
     rows: int = 0
 
 
-def choose_limit(probability: Array, student_right: Array, teacher_right: Array, max_loss: float) -> Limit:
-    """The lowest limit at which the student in the teacher's stead costs at most `max_loss` of accuracy.
+def choose_limit(
+    probability: Array, student_right: Array, teacher_right: Array, max_loss: float, confidence: float
+) -> Limit:
+    """The lowest limit at which the student in the teacher's stead costs at most `max_loss` of accuracy, with `confidence`.
 
     Parameters: of N labelled pairs the probability (N,) of the student's likeliest grade, and whether student and teacher
     are right, bool (N,). The cost at a probability is that of the isotonic fit, which falls as the probability rises: as
-    measured, it goes up and down by luck, and the best of many limits would promise too much.
+    measured, it goes up and down by luck, and the best of many limits would promise too much. `confidence` is that of the
+    normal bound on the mean cost.
     """
+    from scipy.stats import norm
     from sklearn.isotonic import IsotonicRegression
 
     n = len(probability)
@@ -76,7 +80,9 @@ def choose_limit(probability: Array, student_right: Array, teacher_right: Array,
     smooth = IsotonicRegression(increasing=False).fit_transform(probability, cost)[order]
     ordered = probability[order]
     last_of_equals = np.r_[ordered[1:] < ordered[:-1], True]
-    allowed = np.flatnonzero((np.cumsum(smooth) <= max_loss * n + 1e-9) & last_of_equals)
+    mean = np.cumsum(smooth) / n
+    error = np.sqrt(np.maximum(np.cumsum(cost[order] ** 2) / n - mean**2, 0) / n)
+    allowed = np.flatnonzero((mean + norm.ppf(confidence) * error <= max_loss + 1e-9) & last_of_equals)
     if not len(allowed):
         return Limit(rows=n)
     count = int(allowed[-1]) + 1
@@ -98,7 +104,7 @@ def spare(job: Job, chosen: DataFrame, scores: Scores | None, pairs: Path, ids: 
         _drop(job)
         return None
     table = scores.table(spark)
-    limit = choose_limit(*_on_valid(job, table, pairs, ids), config.max_loss)
+    limit = choose_limit(*_on_valid(job, table, pairs, ids), config.max_loss, config.confidence)
     message = (
         "annotate: the student grades pairs from probability %.3f on: %.0f %% of valid, for %.4f of accuracy there"
     )

@@ -57,6 +57,8 @@ class CascadeConfig(Config):
     max_loss: float = Field(default=0.0, ge=0, lt=1)
     """The student grades the pairs that it is surest of, as many as cost at most this share of the annotations' accuracy,
     by the labelled pairs of `valid_pairs`: 0.005 is half a point. 0 leaves every pair to the teacher."""
+    confidence: float = Field(default=0.9, ge=0.5, lt=1)
+    """How sure it is that they cost no more: the fewer labelled pairs there are, the fewer pairs the student then grades."""
     checked: float = Field(default=0.05, ge=0, le=1)
     """Share of these pairs that the teacher grades all the same, to show how often it says otherwise."""
 
@@ -124,11 +126,16 @@ class AnnotateConfig(Config):
 
     @model_validator(mode="after")
     def _has_its_student(self) -> AnnotateConfig:
-        if self.student is None and ("uncertain" in self.select.shares or self.cascade.max_loss):
+        if self.uses_student and self.student is None:
             raise ValueError("`select.uncertain` and `cascade` need `student`, the folder of an exported student")
         if self.cascade.max_loss and (self.split in ("valid", "test") or not self.valid_pairs):
             raise ValueError("`cascade` is for splits train and pool, and needs `valid_pairs`, which say what it costs")
         return self
+
+    @property
+    def uses_student(self) -> bool:
+        """Whether what `student` says of the pairs is needed."""
+        return bool("uncertain" in self.select.shares or self.cascade.max_loss)
 
     @property
     def adaptive(self) -> bool:

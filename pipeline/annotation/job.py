@@ -87,7 +87,7 @@ def annotate(
     log.info("annotate: probabilities calibrated by %s, on %d pairs", calibration.method, calibration.rows)
     begin = time.monotonic()
     beside = measured_beside(spark, pairs, config.split)
-    scores = _scores(config, pairs, out, spark) if config.student else None
+    scores = _scores(config, pairs, out, spark) if config.uses_student else None
     limit = spare(job, chosen, scores, pairs, ids["valid"])
     if config.select.has_budget:
         chosen = _within_budget(job, chosen, measured, Sources(pairs, scores, encoder))

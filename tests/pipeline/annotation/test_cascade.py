@@ -34,27 +34,24 @@ def simulated(n: int, seed: int, teacher: float) -> tuple[np.ndarray, np.ndarray
     return probability, rng.random(n) < probability, rng.random(n) < teacher
 
 
-@pytest.mark.parametrize("teacher", [0.95, 0.8, 0.6])
-def test_the_loss_on_other_pairs_is_what_was_allowed(teacher: float) -> None:
+@pytest.mark.parametrize(("teacher", "share"), [(0.95, 0.26), (0.8, 0.67), (0.6, 1.0)])
+def test_the_loss_on_other_pairs_is_within_what_was_allowed(teacher: float, share: float) -> None:
     losses, shares = [], []
-    for seed in range(30):
-        limit = choose_limit(*simulated(2000, seed, teacher), 0.01)
-        probability, student_right, teacher_right = simulated(5000, 1000 + seed, teacher)
+    for seed in range(40):
+        limit = choose_limit(*simulated(2000, seed, teacher), 0.01, 0.9)
+        probability, student_right, teacher_right = simulated(20_000, 1000 + seed, teacher)
         spared = probability >= limit.probability
         losses.append(((teacher_right * 1.0 - student_right) * spared).mean())
         shares.append(spared.mean())
-        assert abs(limit.share - spared.mean()) < 0.06
-    # A little over what was allowed, as the limit is the best of those that the rows allow.
-    assert -0.05 < np.mean(losses) < 0.015
-    # In the limit: the loss ∫ (teacher − p) over p from t to 1, of density 1 / 0.6, is the one allowed.
-    expected = 1 - teacher + np.sqrt((1 - teacher) ** 2 + 2 * 0.6 * 0.01)
-    assert np.mean(shares) == pytest.approx(min(1, expected / 0.6), abs=0.08)
+    assert np.mean(np.array(losses) <= 0.01) >= 0.7
+    # With the confidence of chance, where ∫ (teacher − p) dp / 0.6 from the limit to 1 is 0.01: 0.28, 0.71 and all.
+    assert np.mean(shares) == pytest.approx(share, abs=0.05)
 
 
 def test_a_student_that_is_never_right_spares_nothing() -> None:
     probability, _, right = simulated(500, 0, 0.9)
-    assert choose_limit(probability, np.zeros(500, bool), right, 0.005).share == 0
-    nothing = choose_limit(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool), 0.005)
+    assert choose_limit(probability, np.zeros(500, bool), right, 0.005, 0.9).share == 0
+    nothing = choose_limit(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool), 0.005, 0.9)
     assert nothing.probability > 1
 
 
