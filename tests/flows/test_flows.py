@@ -133,7 +133,7 @@ def test_the_loop_runs_rounds_until_the_budget_is_spent_or_gains_stop_and_resume
         select, student = settings.annotate.select, settings.annotate.student
         if "uncertain" in select.shares:
             assert student is not None
-            assert (student / "made").read_text() == "export"
+            assert json.loads((student / "student.json").read_text())["fingerprint"] == f"student {select.pairs - 30}"
         before.append(len(list(out.glob("rows-*"))))
         calls.append(f"annotate {select.pairs}")
         (out / f"rows-{select.pairs}").touch()
@@ -147,9 +147,15 @@ def test_the_loop_runs_rounds_until_the_budget_is_spent_or_gains_stop_and_resume
         figures = {"valid_roc_auc": aucs[pairs], "test_roc_auc": 0.5}
         return StageOutput(fingerprint=str(pairs), figures=figures)
 
+    def export(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        fingerprint = f"student {settings.annotate.select.pairs}"
+        (out / "student.json").write_text(json.dumps({"fingerprint": fingerprint}))
+        return StageOutput(fingerprint=fingerprint, figures={})
+
     fails = [ContractError("the power went")]
     works("annotate", annotate)
     works("student", student)
+    works("export", export)
     chosen = ["loop.select.pairs=120", "loop.rounds=4", "loop.select.uncertain=1", "loop.compare_random=true"]
     settings = apply_overrides(settings, chosen)
     with pytest.raises(SystemExit):
