@@ -51,11 +51,13 @@ def begin_round(settings: PipelineConfig, number: int, kind: str = CHOSEN) -> Pi
 
 
 def point(number: int, kind: str, summary: dict[str, Any]) -> dict[str, Any]:
-    """What a round's summary says of cost and quality."""
+    """What a round's summary says of cost and quality; raises `ContractError` where split valid has one class."""
     annotated = summary["stages"].get("annotate", {}).get("figures", {}) if number else {}
     names = ("pairs", "prompt_tokens", "completion_tokens")
     cost = {name: annotated.get(name, 0) for name in names}
     student = summary["stages"]["student"]["figures"]
+    if "valid_roc_auc" not in student:
+        raise ContractError("split valid has one class only, so no gain can be seen; label pairs of other grades there")
     quality = {name: student.get(name) for name in ("valid_roc_auc", "test_roc_auc")}
     return {"round": number, "kind": kind, "run": summary["run"]} | cost | quality
 
