@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.contracts import HUMAN_LABELS_FILE, digest, read_human_labels, write_json
+from data.contracts import HUMAN_LABELS_FILE, ContractError, digest, read_human_labels, read_json, write_json
 from pipeline import drift
 from pipeline.artifacts import Output, StageRecord, read_record
 from pipeline.executions import Registration
@@ -46,8 +46,11 @@ def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Out
 def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     from pipeline.annotation.job import annotate
 
+    config, pairs = settings.annotate, folders["data"]
+    diverse = "diverse" in config.select.shares
+    encoder = _base(settings, config.select.encoder, "encoder", pairs, config.seed) if diverse else None
     with spark_session(settings.spark) as spark:
-        output = annotate(settings.annotate, folders["teacher"] / "model", folders["data"], out, spark)
+        output = annotate(config, folders["teacher"] / "model", pairs, out, spark, encoder=encoder)
     checks = drift.check_annotations(settings.drift, settings.folder, out, output.figures["annotation_key"])
     return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
@@ -109,6 +112,16 @@ def _own_models(**names: str) -> dict[str, Input]:
     return inputs
 
 
+def _annotating_student(settings: PipelineConfig) -> dict[str, Input]:
+    """The exported student that the annotation job has beside the teacher, where there is one."""
+    folder = settings.annotate.student
+    if folder is None:
+        return {}
+    if not (folder / "student.json").exists():
+        raise ContractError(f"annotate.student: {folder} holds no exported student (no student.json)")
+    return {"annotating_student": Input(str(read_json(folder / "student.json").get("fingerprint")), folder)}
+
+
 def _human_labels(settings: PipelineConfig) -> dict[str, Input]:
     """Labels that people gave since, where there are any."""
     path = settings.folder / "audit" / HUMAN_LABELS_FILE
@@ -148,9 +161,12 @@ ANNOTATE = Stage(
     work=_annotate,
     version=2,
     needs=(DATA, TEACHER),
+    reads_besides=lambda settings: (
+        _own_models(encoder=settings.annotate.select.encoder) | _annotating_student(settings)
+    ),
     uses_gpus=lambda settings: settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local"),
     incremental=True,
-    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s", "drift"),
+    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "n_spared", "pairs_per_s", "drift"),
 )
 STUDENT = Stage(
     name="student",

@@ -122,6 +122,7 @@ def test_every_flow_brings_the_stages_it_needs() -> None:
         "student-from-labels": ("data", "student", "export"),
         "student-score": ("data", "teacher", "annotate", "student", "export", "score"),
         "relevance-pipeline": ("data", "teacher", "annotate", "student", "export"),
+        "relevance-loop": ("data", "teacher", "annotate", "student", "export"),
     }
-    settings = load_preset("sample")
+    settings = load_preset("sample", ["loop.select.pairs=100"])
     assert {name: with_upstream(entry.stages, entry.own(settings)) for name, entry in FLOWS.items()} == wanted

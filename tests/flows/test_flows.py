@@ -123,6 +123,65 @@ def test_a_student_from_labels_needs_no_teacher_and_leaves_its_pairs_to_the_pipe
     ]
 
 
+def test_the_loop_runs_rounds_until_the_budget_is_spent_or_gains_stop_and_resumes(
+    settings: PipelineConfig, calls: list[str], works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aucs = {0: 0.6, 30: 0.7, 60: 0.75, 90: 0.74}
+    before: list[int] = []
+
+    def annotate(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        select, student = settings.annotate.select, settings.annotate.student
+        if "uncertain" in select.shares:
+            assert student is not None
+            assert json.loads((student / "student.json").read_text())["fingerprint"] == f"student {select.pairs - 30}"
+        before.append(len(list(out.glob("rows-*"))))
+        calls.append(f"annotate {select.pairs}")
+        (out / f"rows-{select.pairs}").touch()
+        tokens = {"prompt_tokens": select.pairs, "completion_tokens": 0}
+        return StageOutput(fingerprint=str(select.pairs), figures={"pairs": select.pairs} | tokens)
+
+    def student(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        pairs = settings.annotate.select.pairs
+        if pairs == 60 and fails:
+            raise fails.pop()
+        figures = {"valid_roc_auc": aucs[pairs], "test_roc_auc": 0.5}
+        return StageOutput(fingerprint=str(pairs), figures=figures)
+
+    def export(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        fingerprint = f"student {settings.annotate.select.pairs}"
+        (out / "student.json").write_text(json.dumps({"fingerprint": fingerprint}))
+        return StageOutput(fingerprint=fingerprint, figures={})
+
+    fails = [ContractError("the power went")]
+    works("annotate", annotate)
+    works("student", student)
+    works("export", export)
+    chosen = ["loop.select.pairs=120", "loop.rounds=4", "loop.select.uncertain=1", "loop.compare_random=true"]
+    settings = apply_overrides(settings, chosen)
+    with pytest.raises(SystemExit):
+        cli.run_here("relevance-loop", settings)
+    assert [call for call in calls if call.startswith("annotate")] == ["annotate 30", "annotate 60"]
+    assert calls.count("teacher") == 1
+    name, again = cli.chosen("", cli.Options(resume="sample", runs=settings.runs))
+    calls.clear()
+    cli.run_here(name, again)
+    # The third round gains nothing, so the fourth is not run; by chance all is the same.
+    assert calls.count("teacher") == 0
+    assert [call for call in calls if call.startswith("annotate")] == [
+        "annotate 90",
+        *(f"annotate {pairs}" for pairs in (30, 60, 90)),
+    ]
+    assert before == [0, 1, 2, 0, 1, 2]
+    points = json.loads((settings.folder / "loop.json").read_text())["rounds"]
+    assert [(each["kind"], each["pairs"], each["valid_roc_auc"]) for each in points] == [
+        ("round", 0, 0.6),
+        *((kind, pairs, aucs[pairs]) for kind in ("round", "random") for pairs in (30, 60, 90)),
+    ]
+    page = (settings.folder / "report.html").read_text()
+    assert "by chance" in page
+    assert "sample-random-3/report.html" in page
+
+
 def test_a_refusal_is_one_line_with_the_way_to_go_on_and_exit_code_1(
     settings: PipelineConfig, works: Works, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,7 +17,7 @@ from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotation_key
 from pipeline.annotation.metrics import annotated, table_metrics
 from pipeline.annotation.plan import chosen_pairs, missing
-from pipeline.annotation.store import TEMPORARY, drop_failed, files_of, part_path, take_over
+from pipeline.annotation.store import TEMPORARY, drop, files_of, part_path, take_over
 from pipeline.annotation.worker import Job, Stream, annotate_partition
 from pipeline.rows import row_chunks
 from teacher.annotator import Annotator
@@ -304,10 +305,10 @@ def test_failed_rows_are_dropped_to_be_tried_again(tmp_path):
         stream.put(part_path(tmp_path, KEY, [row["pair_id"] for row in rows]), rows)
         stream.advance()
     run = take_over(tmp_path)
-    assert drop_failed(tmp_path, KEY, run) == 2
+    assert drop(tmp_path, KEY, run, pc.field("status") == "failed") == 2
     assert sorted(read_table(tmp_path, ANNOTATIONS)["pair_id"].to_pylist()) == ["p0000", "p0002"]
     assert len(visible(tmp_path)) == 1
-    assert drop_failed(tmp_path, KEY, run) == 0
+    assert drop(tmp_path, KEY, run, pc.field("status") == "failed") == 0
 
 
 def test_the_key_follows_teacher_prompt_sampling_and_scale(tmp_path):
