@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 
 from data.contracts import (
     ContractError,
     GradeScale,
     MetricsLog,
+    StageOutput,
     digest,
     digest_files,
     read_human_labels,
@@ -42,13 +42,6 @@ from student.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
-
-
-class StudentResult(BaseModel):
-    """The fingerprint of the trained student and its metrics."""
-
-    fingerprint: str
-    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ def distill(
     cache: Path | None = None,
     scored_by: Path | None = None,
     human_labels: Path | None = None,
-) -> StudentResult:
+) -> StageOutput:
     """Train, calibrate and evaluate a student into `out`.
 
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
@@ -138,7 +131,7 @@ def distill(
     for old in (out / "model", out / "checkpoints"):
         shutil.rmtree(old, ignore_errors=True)
     building.rename(out / "model")
-    return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+    return StageOutput(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
 def for_as_many_steps(setup: Setup, rows: int, chosen: int) -> Setup:

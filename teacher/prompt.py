@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data.contracts import ContractError, GradeScale, digest
+from data.contracts import ContractError, GradeScale, digest, write_json
 from teacher.chat_template import render, special_tokens
 from teacher.config import PromptConfig, TeacherConfig
 from teacher.rationale import compare_words
@@ -278,7 +278,7 @@ def save_prompt(prompt: Prompt, folder: Path, **more: Any) -> None:
         "max_completion_tokens": prompt.max_completion_tokens,
         **more,
     }
-    (folder / TEACHER_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / TEACHER_FILE, content)
 
 
 def load_prompt(folder: Path) -> Prompt:

@@ -30,6 +30,7 @@ def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(export, tiny, pr
     scorer = Scorer(export, precision)
     rows = read_examples(tiny["pairs"], GradeScale.load(tiny["pairs"]), "test")
     texts = [(query, f"{ad} " * (1 + i % 4)) for i, (query, ad) in enumerate(zip(rows.queries, rows.ads, strict=True))]
+    texts.append(("", ""))
     alone = np.concatenate([scorer.logits([text]) for text in texts])
     assert alone.std(axis=0).min() > 1e-3
     for batch_tokens in (40, 200, 5000):
