@@ -58,6 +58,10 @@ def prompt():
     return Prompt(PromptConfig(missing_words=True), SCALE, max_completion_tokens=32)
 
 
+def ids_of(prompt, tokenizer, *pair):
+    return tokenizer(prompt.text(tokenizer, *pair), add_special_tokens=False)["input_ids"]
+
+
 TEMPLATES = {
     "its own": None,
     "none": "",
@@ -79,7 +83,7 @@ def test_the_writer_of_many_prompts_writes_what_one_prompt_is(tokenizer, name, m
     pairs = [{"query": q, "ad_title": t, "ad_text": x, "attributes": [("k", v)] if v else None}
              for q in texts for t in texts for x, v in ((None, None), ("", ""), (q, t))]  # fmt: skip
     expected = [
-        prompt.ids(tokenizer, p["query"], p["ad_title"], p["ad_text"], dict(p["attributes"] or ())) for p in pairs
+        ids_of(prompt, tokenizer, p["query"], p["ad_title"], p["ad_text"], dict(p["attributes"] or ())) for p in pairs
     ]
     assert PromptWriter(prompt, tokenizer)(pairs) == expected
 
@@ -104,7 +108,7 @@ def test_a_beginning_tokenised_once_gives_the_same_tokens_with_any_kind_of_token
     prompt = Prompt(PromptConfig(), SCALE, max_completion_tokens=32)
     writer = PromptWriter(prompt, tokenizer)
     pairs = [{"query": f"{q}red shoes", "ad_title": "red", "ad_text": None, "attributes": None} for q in ("", "0", "é")]
-    assert writer(pairs) == [prompt.ids(tokenizer, p["query"], p["ad_title"]) for p in pairs]
+    assert writer(pairs) == [ids_of(prompt, tokenizer, p["query"], p["ad_title"]) for p in pairs]
 
 
 def control_tokens(tokenizer, ids):
@@ -113,8 +117,8 @@ def control_tokens(tokenizer, ids):
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_no_injected_control_token_reaches_the_model(tokenizer, prompt, text):
-    expected = control_tokens(tokenizer, prompt.ids(tokenizer, "shoes", "Red shoes", "Buy now", {"colour": "red"}))
-    found = control_tokens(tokenizer, prompt.ids(tokenizer, text, text, text, {text[:50]: text}))
+    expected = control_tokens(tokenizer, ids_of(prompt, tokenizer, "shoes", "Red shoes", "Buy now", {"colour": "red"}))
+    found = control_tokens(tokenizer, ids_of(prompt, tokenizer, text, text, text, {text[:50]: text}))
     assert found == expected
 
 
