@@ -22,19 +22,11 @@ from student.scorer import Scorer
 from .conftest import make_rows
 
 
-@pytest.fixture(scope="module")
-def exported(distilled, tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("export")
-    limits = ExportConfig(max_int8_auc_loss=0.2, max_decisions_changed=0.2, threads=1)
-    result = export_student(limits, distilled / "model", tiny["pairs"], out)
-    return out, result
-
-
 def test_the_export_is_complete_and_within_its_limits(exported):
     out, result = exported
     files = {path.name for path in out.iterdir()}
     assert files == {
-        *("model.onnx", "model.int8.onnx", "tokenizer.json", "scale.json", "student.json"),
+        *("model.onnx", "model.int8.onnx", "model.fp16.onnx", "tokenizer.json", "scale.json", "student.json"),
         *("export.json", "model_card.md", "score.py"),
     }
     assert result.figures["fp32_max_abs_dp"] <= 1e-4
@@ -124,7 +116,7 @@ def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["int4"], "no precision 'int4'; give fp32 or int8"),
+        (["int4"], "no precision 'int4'; give fp32 or int8 or fp16"),
         (["--at", "precision"], "'precision' is no decision; write precision=0.95"),
         (["--at", "best:recall=0.5"], "no grade 'best'; the grades are grade 0, grade 1, grade 2"),
     ],
