@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-MODEL = "weights:qwen2.5-coder-0.5b-instruct"
+MODEL = "weights:qwen2.5-coder-1.5b-instruct"
 
 
 def main() -> None:

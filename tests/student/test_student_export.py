@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import ContractError, read_table
-from student import distill as distill_module
 from student import export as export_module
 from student import scorer
 from student.config import ExportConfig, ScoreConfig
@@ -45,17 +44,6 @@ def assert_scores_as_evaluated(export, trained):
 
 def test_the_scorer_gives_the_evaluated_probabilities_from_raw_rows(exported, distilled):
     assert_scores_as_evaluated(exported[0], distilled)
-
-
-def test_isotonic_curves_are_served(tiny, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill_module, "isotonic_losses", lambda *given, **named: (1.0, 0.9))
-    trained = tmp_path / "student"
-    distill_module.distill(quick(epochs=1, calibration="best"), tiny["base"], tiny["pairs"], None, trained)
-    curves = json.loads((trained / "model" / "student.json").read_text())["isotonic"]
-    assert len(curves) == 3
-    config = ExportConfig(max_int8_auc_loss=1.0, threads=1)
-    assert export_student(config, trained / "model", tiny["pairs"], tmp_path / "export").figures["parity_rows"] == 96
-    assert_scores_as_evaluated(tmp_path / "export", trained)
 
 
 def test_the_folder_scores_without_the_product(exported, tmp_path):
@@ -126,15 +114,6 @@ def test_the_command_names_what_it_cannot_do(exported, monkeypatch, arguments, m
     monkeypatch.setattr(sys, "argv", ["score.py", *arguments])
     with pytest.raises(SystemExit, match=message):
         scorer.main()
-
-
-def test_a_moved_probability_fails_the_export(distilled, tiny, tmp_path, monkeypatch):
-    real = export_module.predict_logits
-    monkeypatch.setattr(export_module, "predict_logits", lambda *a: real(*a) + np.array([0.01, 0, 0]))
-    with pytest.raises(ContractError, match="fp32 model differs"):
-        export_student(ExportConfig(threads=1), distilled / "model", tiny["pairs"], tmp_path)
-    assert not list(tmp_path.glob("*.onnx"))
-    assert json.loads((tmp_path / "export.json").read_text())["passed"] is False
 
 
 def test_the_limits_of_the_export():
