@@ -130,13 +130,8 @@ def distill(
     systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
     evaluation = evaluate(setup, systems, student, rows.test) | bound | ({"ensemble": pool} if pool else {})
     key = key_metrics(evaluation, card, student.valid_roc_auc)
-    write_json(building / "metrics.json", key)
     write_evaluation(out, systems, evaluation, rows.test, scale)
-    metrics.rewind("test", -1)
-    metrics.write("test", student.fitted.steps, {name: each for name, each in key.items() if isinstance(each, float)})
-    for old in (out / "model", out / "checkpoints"):
-        shutil.rmtree(old, ignore_errors=True)
-    building.rename(out / "model")
+    finish(out, building, key, metrics, student.fitted.steps)
     return StageOutput(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
@@ -300,6 +295,16 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc:
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
     metrics |= counts | fitted | before | {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
     return {name: value for name, value in metrics.items() if value is not None and value == value}
+
+
+def finish(out: Path, building: Path, key: dict[str, Any], metrics: MetricsLog, step: int) -> None:
+    """Record the metrics, and put the complete model folder in its place."""
+    write_json(building / "metrics.json", key)
+    metrics.rewind("test", -1)
+    metrics.write("test", step, {name: each for name, each in key.items() if isinstance(each, float)})
+    for old in (out / "model", out / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
+    building.rename(out / "model")
 
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:
