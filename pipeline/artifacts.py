@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from data.contracts import Config, ContractError, digest, write_json
+from data.contracts import Config, ContractError, StageOutput, digest, write_json
 from pipeline.redact import flatten
 
 logger = logging.getLogger(__name__)
@@ -27,22 +27,6 @@ MANIFEST = "_stage.json"
 STARTED = "_started.json"
 # Big files, which no stage changes once it has finished: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
-
-
-class Output(Protocol):
-    """What a stage function returns: the fingerprint of what it made, and its key figures."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def figures(self) -> dict[str, Any]: ...
-
-
-class StageOutput(BaseModel):
-    """The result of the stages that live in this room; the other rooms return a like type of their own."""
-
-    fingerprint: str
-    figures: dict[str, Any]
 
 
 class StartedStage(BaseModel):
@@ -150,7 +134,7 @@ def reason_to_run(folder: Path, recipe: Recipe) -> str:
 def run_stage(
     folder: Path,
     recipe: Recipe,
-    work: Callable[[Path], Output],
+    work: Callable[[Path], StageOutput],
     *,
     incremental: bool = False,
     share: bool = True,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data.contracts import Config, ContractError
-from pipeline.artifacts import Output, Recipe, StageRecord, read_record, run_stage
+from data.contracts import Config, ContractError, StageOutput
+from pipeline.artifacts import Recipe, StageRecord, read_record, run_stage
 from pipeline.executions import Registration, executing, reused
 from pipeline.locks import own_gpus
 from pipeline.settings import PipelineConfig
@@ -27,7 +27,7 @@ class Input:
     place: Path | str
 
 
-Work = Callable[[PipelineConfig, Mapping[str, Path], Path], Output]
+Work = Callable[[PipelineConfig, Mapping[str, Path], Path], StageOutput]
 """From the settings and the folders of the stages it needs, by name, into the stage's own folder."""
 
 
@@ -135,7 +135,7 @@ class Stage:
             logger.info("%s: done in %.0f s", self.name, record.seconds)
         return record
 
-    def _work_tracked(self, settings: PipelineConfig, inputs: dict[str, Input], out: Path) -> Output:
+    def _work_tracked(self, settings: PipelineConfig, inputs: dict[str, Input], out: Path) -> StageOutput:
         """Work within an execution that is recorded; its metrics by step are read from the stage's folder."""
         folders = {needed.name: needed.path(settings) for needed in self.needed(settings)}
         execution = executing(

@@ -10,9 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.contracts import HUMAN_LABELS_FILE, ContractError, digest, read_human_labels, read_json, write_json
+from data.contracts import (
+    HUMAN_LABELS_FILE,
+    ContractError,
+    StageOutput,
+    digest,
+    read_human_labels,
+    read_json,
+    write_json,
+)
 from pipeline import drift
-from pipeline.artifacts import Output, StageRecord, read_record
+from pipeline.artifacts import StageRecord, read_record
 from pipeline.executions import Registration
 from pipeline.settings import PipelineConfig
 from pipeline.spark import spark_session
@@ -22,7 +30,7 @@ Folders = Mapping[str, Path]
 """Of the stages that one needs, by name."""
 
 
-def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from data.prepare import prepare
 
     with spark_session(settings.spark) as spark:
@@ -31,7 +39,7 @@ def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
-def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from teacher.train import train_teacher
 
     config, pairs, reasons = settings.teacher, folders["data"], settings.teacher.warm_start.reason_model
@@ -43,7 +51,7 @@ def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Out
     return output
 
 
-def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from pipeline.annotation.job import annotate
 
     config, pairs = settings.annotate, folders["data"]
@@ -55,7 +63,7 @@ def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
-def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from student.distill import distill
 
     config, pairs, annotations = settings.student, folders["data"], folders.get("annotate")
@@ -74,13 +82,13 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     return output
 
 
-def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _export(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from student.ladder import export_sizes
 
     return export_sizes(settings.export, folders["student"], folders["data"], out)
 
 
-def _score(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _score(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from pipeline.score import score
 
     with spark_session(settings.spark) as spark:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 
 from data.contracts import (
     ContractError,
     GradeScale,
     MetricsLog,
+    StageOutput,
     digest,
     digest_files,
     read_human_labels,
@@ -43,13 +43,6 @@ from student.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
-
-
-class StudentResult(BaseModel):
-    """The fingerprint of the trained student and its metrics."""
-
-    fingerprint: str
-    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ def distill(
     cache: Path | None = None,
     scored_by: Path | None = None,
     human_labels: Path | None = None,
-) -> StudentResult:
+) -> StageOutput:
     """Train, calibrate and evaluate a student into `out`.
 
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
@@ -137,14 +130,9 @@ def distill(
     systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
     evaluation = evaluate(setup, systems, student, rows.test) | bound | ({"ensemble": pool} if pool else {})
     key = key_metrics(evaluation, card, student.valid_roc_auc)
-    write_json(building / "metrics.json", key)
     write_evaluation(out, systems, evaluation, rows.test, scale)
-    metrics.rewind("test", -1)
-    metrics.write("test", student.fitted.steps, {name: each for name, each in key.items() if isinstance(each, float)})
-    for old in (out / "model", out / "checkpoints"):
-        shutil.rmtree(old, ignore_errors=True)
-    building.rename(out / "model")
-    return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+    finish(out, building, key, metrics, student.fitted.steps)
+    return StageOutput(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
 def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, dict[str, Any]]:
@@ -307,6 +295,16 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc:
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
     metrics |= counts | fitted | before | {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
     return {name: value for name, value in metrics.items() if value is not None and value == value}
+
+
+def finish(out: Path, building: Path, key: dict[str, Any], metrics: MetricsLog, step: int) -> None:
+    """Record the metrics, and put the complete model folder in its place."""
+    write_json(building / "metrics.json", key)
+    metrics.rewind("test", -1)
+    metrics.write("test", step, {name: each for name, each in key.items() if isinstance(each, float)})
+    for old in (out / "model", out / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
+    building.rename(out / "model")
 
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:

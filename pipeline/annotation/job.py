@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from data.contracts import KEY_FILE, ContractError, GradeScale, Unavailable, digest, log_progress, read_json, write_json
+from data.contracts import (
+    KEY_FILE,
+    ContractError,
+    GradeScale,
+    StageOutput,
+    Unavailable,
+    digest,
+    log_progress,
+    read_json,
+    write_json,
+)
 from pipeline.annotation.budget import Scores, Sources, select
 from pipeline.annotation.calibration import calibration_of, recalibrate
 from pipeline.annotation.cascade import cascade_metrics, spare
@@ -31,7 +41,6 @@ from pipeline.annotation.metrics import Reasons, annotated, measured_beside, tab
 from pipeline.annotation.plan import chosen_pairs, in_order, measured_ids, missing, pairs_of
 from pipeline.annotation.store import compact, disk_errors, drop, files_of, take_over
 from pipeline.annotation.worker import Job, annotate_partition, start_annotator
-from pipeline.artifacts import StageOutput
 from pipeline.progress import duration, watched
 from student.config import ScoreConfig
 from teacher.annotator import Annotator
