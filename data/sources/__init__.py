@@ -19,7 +19,7 @@ from data.sources import synthetic, table
 from data.sources.labels import Labels, grade_numbers, json_attributes, named_values
 from data.sources.paths import list_files, open_bytes
 from data.sources.public import public_files, public_set, read_public
-from data.sources.table import read_log, read_table, table_labels, table_scale
+from data.sources.table import check_columns, read_log, read_table, table_labels, table_scale
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -115,8 +115,12 @@ def input_files(config: DataConfig) -> list[Path]:
 
 
 def input_fingerprint(config: DataConfig) -> str:
-    """Hash of the files that source and log read, so that a changed file is noticed; empty when there are none."""
+    """Hash of the files that source and log read, so that a changed file is noticed; empty when there are none.
+
+    Raises `ContractError` for a file or a mapped column that is not there.
+    """
     files = input_files(config)
+    check_columns(config)
     return digest_files(files) if files else ""
 
 

@@ -47,6 +47,7 @@ def test_alone_it_lists_the_flows() -> None:
         (("teacher-train", "--name", "../x"), "run: "),
         (("teacher-train", "--config", "flows"), "config flows is a folder; name a TOML file in it"),
         (("teacher-train", "teacher.seed=3"), "'teacher.seed=3' is too much; give settings as --set key=value"),
+        (("teacher-train", "shop.toml"), "'shop.toml' is too much; give a file as --config shop.toml"),
         (("compare", "--runs", "a", "b", "--folder", "nowhere"), "nowhere"),
     ],
 )

@@ -1,5 +1,6 @@
 """Presets, overrides, and what people are told when one of them is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,22 @@ def test_a_wrong_override_is_one_line_that_helps(override: str, told: str) -> No
     assert not any(word in str(caught.value) for word in ("Input should", "String should", "valid tuple", "extra_"))
 
 
+@pytest.mark.parametrize("value", ["xyz", "", -1, 1.5, float("nan"), True, None, [], [1, [2]], [{"x": 1}], {"a": 1}])
+def test_no_value_of_any_setting_is_a_traceback_or_jargon(value: object) -> None:
+    for key in fields(PipelineConfig):
+        *tables, last = key.split(".")
+        values: dict[str, object] = {last: value}
+        for table in reversed(tables):
+            values = {table: values}
+        try:
+            build_settings({"preset": "sample"} | values)
+        except ContractError as error:
+            message = str(error)
+        else:
+            message = ""
+        assert not re.search(r"Input|[Ss]hould be|String|Extra|Value |type=|\[key\]|\n", message), message
+
+
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ContractError, match=r"no preset 'cpu_real': did you mean cpu-real\?"):
         load_preset("cpu_real")
@@ -166,6 +183,9 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         read_toml(file)
     file.write_text("run = ")
     with pytest.raises(ContractError, match="is not TOML"):
+        read_toml(file)
+    file.write_text("[data]\npath = labels.csv")
+    with pytest.raises(ContractError, match=r"is not TOML: .* line 2, .*; texts stand in quotes"):
         read_toml(file)
     file.write_text('run = "é"', encoding="utf-16")
     with pytest.raises(ContractError, match=r"is not text in UTF-8; save it as UTF-8"):
