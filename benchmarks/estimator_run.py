@@ -225,8 +225,8 @@ def _relevance(options: argparse.Namespace) -> Task:
 
 def _gsm8k(options: argparse.Namespace) -> Task:
     """A real model on grade-school problems, from the model as it is: for a GPU."""
+    from benchmarks.math_task import load_problems, math_judge
     from pipeline.weights import resolve_model
-    from teacher.math_task import load_problems, math_judge
 
     if options.math is None or options.model is None:
         raise ContractError("task gsm8k needs --math, the folder with the math sets, and --model")

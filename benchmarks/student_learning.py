@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +33,13 @@ import pyarrow.parquet as pq
 
 from benchmarks import children
 
+if TYPE_CHECKING:
+    from student.distill import Calibrated
+    from student.setup import Setup
+
 GOLD = 2000
 POOL = 5000
+SCORED = {"pairs": 8000, "encoder": "scorer"}  # a warm-up by the encoder of `--scorer`
 PLAIN = "2k + 5k, accuracy 0.9"  # what the other objectives are compared with
 RUNS: dict[str, dict[str, Any]] = {
     "untrained cosine": {"gold": 0},
@@ -44,7 +51,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "2k, warm-up 8k, mined": {"epochs": 4, "warm_up": {"pairs": 8000, "hard_negatives": 0.33}},
     "warm-up 40k": {"gold": 0, "warm_up": {"pairs": 40_000}},
     "2k, warm-up 40k": {"epochs": 4, "warm_up": {"pairs": 40_000}},
+    "warm-up 8k, scorer": {"gold": 0, "warm_up": {"pairs": 8000, "encoder": "scorer"}},
+    "2k, warm-up 8k, scorer": {"epochs": 4, "warm_up": {"pairs": 8000, "encoder": "scorer"}},
     "gold 2k": {"gold": GOLD, "epochs": 4},
+    "gold 2k, 10 epochs": {"gold": GOLD, "epochs": 10},
     "gold 2k, grades without ratings": {"gold": GOLD, "epochs": 4, "config": {"soft_gold": False}},
     "2k + 5k, accuracy 0.9": {"pool": POOL, "accuracy": 0.9},
     "2k + 5k, accuracy 1": {"pool": POOL, "accuracy": 1.0},
@@ -57,6 +67,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "2k + 2.5k, accuracy 0.9": {"pool": 2500, "accuracy": 0.9},
     "gold all": {"gold": None},
     "2k + 20k, accuracy 0.9": {"pool": 20_000, "accuracy": 0.9},
+    **{
+        f"2k + {pool // 1000}k, accuracy {accuracy}, warm-up": {"pool": pool, "accuracy": accuracy, "warm_up": SCORED}
+        for accuracy in (0.8, 0.9)
+        for pool in (5000, 20_000)
+    },
+    "2k + 8k, teacher": {"teacher": 8000},
+    "2k + 20k, teacher": {"teacher": 20_000},
+    "2k + 8k, teacher, warm-up": {"teacher": 8000, "warm_up": SCORED},
+    "2k + 20k, teacher, warm-up": {"teacher": 20_000, "warm_up": SCORED},
 }
 
 
@@ -69,6 +88,11 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=6000)
     parser.add_argument("--valid-rows", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--scorer", type=Path, help="folder of a larger encoder, for the runs that name one")
+    parser.add_argument(
+        "--annotations", type=Path, help="a teacher's annotations of the pool, for the runs that name it"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each when more than one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -85,8 +109,17 @@ def main() -> None:
     print(json.dumps({"benchmark": "student_learning", **summary}))
 
 
-def run(options: argparse.Namespace, name: str) -> None:
-    """Train and measure one student; does nothing when its result is there."""
+def run(
+    options: argparse.Namespace,
+    name: str,
+    given: dict[str, Any] | None = None,
+    then: Callable[[Setup, Calibrated, Path], None] | None = None,
+) -> None:
+    """Train and measure one student; does nothing when its result is there.
+
+    Parameters: given, what it learns from, that of `RUNS` if None; `then` is called with the student before its result is
+    written.
+    """
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
     from student.dataset import read_annotated, read_examples, read_training
@@ -99,11 +132,11 @@ def run(options: argparse.Namespace, name: str) -> None:
     from student.setup import Setup
     from student.warm_up import warm_up
 
-    place = options.out / _stem(name)
+    place = options.out / stem(name)
     if (place / "result.json").exists():
         return
     place.mkdir(parents=True, exist_ok=True)
-    plan: dict[str, Any] = {"gold": GOLD, "epochs": 2, "config": {}} | RUNS[name]
+    plan: dict[str, Any] = {"gold": GOLD, "epochs": 2, "config": {}} | (RUNS[name] if given is None else given)
     scale = GradeScale.load(options.pairs)
     config = StudentConfig(
         base=f"path:{options.base}",
@@ -111,18 +144,24 @@ def run(options: argparse.Namespace, name: str) -> None:
         patience=plan["epochs"],
         learning_rate=5e-5,
         max_length=64,
-        device="cpu",
+        device=options.device,
         seed=options.seed,
         warm_up=plan.get("warm_up", {}),
         **plan["config"],
     )
     annotations = place / "annotations" if "pool" in plan else None
     if annotations is not None:
-        annotate(options.pairs, annotations, plan["pool"], plan["accuracy"])
+        annotate(options.pairs, annotations, plan["pool"], plan["accuracy"], plan.get("chosen"))
+    if "teacher" in plan:
+        annotations = place / "annotations"
+        _take_annotations(options, annotations, plan["teacher"])
     _, annotated = read_annotated(annotations, "", reasons=config.contrastive_weight > 0)
     rows = read_training(options.pairs, annotated, scale, config)
     gold = np.random.default_rng(1).permutation(np.flatnonzero(rows.grade >= 0))[: plan["gold"]]
     rows = rows.take(np.sort(np.r_[gold, np.flatnonzero(rows.grade < 0)]).astype(np.int64))
+    # Where there are fewer labels, as many steps as with all of them.
+    epochs = max(plan["epochs"], math.ceil(4 * GOLD / max(len(rows), 1)))
+    config = config.model_copy(update={"epochs": epochs, "patience": epochs})
     valid, test = (
         graded.take(np.sort(np.random.default_rng(2).permutation(len(graded))[:count]))
         for graded, count in (
@@ -131,7 +170,8 @@ def run(options: argparse.Namespace, name: str) -> None:
         )
     )
     tokenizer = save_tokenizer(options.base, place / "tokenizer", config.max_length)
-    setup = Setup(config, options.base, tokenizer, scale, "cpu")
+    scorer = options.scorer if plan.get("warm_up", {}).get("encoder") else None
+    setup = Setup(config, options.base, tokenizer, scale, options.device, scorer)
     begin = time.monotonic()
     metrics = MetricsLog(place / "metrics.jsonl")
     if "warm_up" in plan:
@@ -141,7 +181,10 @@ def run(options: argparse.Namespace, name: str) -> None:
         student = cosine(setup, valid, test)
     if plan["gold"] != 0:
         fitted = fit(setup, rows, valid, folder=place / "checkpoints", metrics=metrics, phase="student")
-        student = measured(setup, "student", calibrate(setup, fitted, valid), valid, test)
+        calibrated = calibrate(setup, fitted, valid)
+        student = measured(setup, "student", calibrated, valid, test)
+        if then is not None:
+            then(setup, calibrated, place)
     seconds = time.monotonic() - begin
     labels = Labels(test.grade, test.query_id, scale.relevant_from)
     output = student.score if student.probs is None else student.probs
@@ -151,8 +194,9 @@ def run(options: argparse.Namespace, name: str) -> None:
     (place / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
-def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
-    """Write the oracle's annotations of `count` pairs of the pool; smaller counts are parts of larger ones."""
+def annotate(pairs: Path, out: Path, count: int, accuracy: float, chosen: Sequence[str] | None = None) -> None:
+    """Write the oracle's annotations of `count` pairs of the pool, at random or the first that are `chosen` by pair_id;
+    smaller counts are parts of larger ones, and a pair's annotation is the same in all."""
     from data.contracts import ANNOTATIONS, PAIRS, GradeScale, read_table
     from student.words import words
 
@@ -163,6 +207,9 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
     rng = np.random.default_rng(3)
     order, chance = rng.permutation(table.num_rows), rng.random(table.num_rows)
     other = rng.integers(1, scale.size, size=table.num_rows)
+    if chosen is not None:
+        place = {pair_id: i for i, pair_id in enumerate(table.column("pair_id").to_pylist())}
+        order = np.array([place[pair_id] for pair_id in chosen])
     rows = []
     for i in order[:count]:
         pair = {name: table.column(name)[int(i)].as_py() for name in ("pair_id", "query", "ad_title", "grade")}
@@ -192,6 +239,18 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=ANNOTATIONS), out / "oracle.parquet")
 
 
+def _take_annotations(options: argparse.Namespace, out: Path, count: int) -> None:
+    """`count` of the pool's annotations in `--annotations`; smaller counts are parts of larger ones."""
+    from data.contracts import ANNOTATIONS, PAIRS, read_table
+
+    of_pool = read_table(options.pairs / "pairs", PAIRS, columns=["pair_id"], where=pads.field("split") == "pool")
+    table = read_table(options.annotations, ANNOTATIONS, where=pads.field("pair_id").isin(of_pool["pair_id"]))
+    table = table.sort_by("pair_id")
+    out.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(3).permutation(table.num_rows)[:count]
+    pq.write_table(table.take(np.sort(order)), out / "teacher.parquet")
+
+
 def summarise(options: argparse.Namespace) -> dict[str, Any]:
     """Measures of every student, and paired differences in ROC-AUC: from 2,000 human labels alone, and of those with
     another objective from the one without it."""
@@ -201,7 +260,7 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
     relevant_from = GradeScale.load(options.pairs).relevant_from
     students = {}
     for name in options.runs:
-        place = options.out / _stem(name)
+        place = options.out / stem(name)
         result = json.loads((place / "result.json").read_text("utf-8"))
         row = {key: result[key] for key in ("n", "n_gold", "n_annotated", "seconds")}
         row["metrics"] = {
@@ -213,7 +272,7 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
             compared["objective_gain"] = PLAIN
         for key, other in compared.items():
             if other in options.runs and other != name:
-                gain = compare_students(place, options.out / _stem(other), relevant_from=relevant_from)
+                gain = compare_students(place, options.out / stem(other), relevant_from=relevant_from)
                 row[key] = [round(value or 0.0, 4) for value in (gain.difference, gain.low, gain.high)]
         students[name] = row
     return {"pairs": str(options.pairs), "students": students}
@@ -273,7 +332,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """The folder of a run in `--out`."""
     return name.replace(" ", "_").replace(",", "").replace("+", "and").replace(".", "p")
 
 

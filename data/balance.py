@@ -24,7 +24,7 @@ def split_counts(pairs: DataFrame, grades: int) -> dict[str, dict[str, int]]:
     # Exact as decimals; a double's last digits would depend on the partitions.
     n = F.col("n").cast("decimal(18,0)")
     each = [F.col(f"n{k}").cast("decimal(18,0)") for k in range(grades)]
-    found = groups.groupBy("split").agg(
+    sums = groups.groupBy("split").agg(
         F.sum("rows").alias("rows"),
         F.count_if(F.col("n") > 0).alias("groups"),
         F.sum("n").alias("n"),
@@ -33,7 +33,7 @@ def split_counts(pairs: DataFrame, grades: int) -> dict[str, dict[str, int]]:
         *[F.sum(x * x).alias(f"xx{k}") for k, x in enumerate(each)],
         *[F.sum(x * n).alias(f"xn{k}") for k, x in enumerate(each)],
     )
-    rows = {row["split"]: row.asDict() for row in found.collect()}
+    rows = {row["split"]: row.asDict() for row in sums.collect()}
     return {
         split: {name: int(value) for name, value in rows[split].items() if name != "split"}
         for split in SPLITS
@@ -48,20 +48,20 @@ def grade_balance(counts: dict[str, dict[str, int]], grades: int) -> dict[str, d
     groups of near-duplicate queries (the linearised variance of a ratio under cluster sampling), so that about 2 to 3 is to
     be expected and more than 5 is not. `counts` are those of `split_counts`.
     """
-    labelled = {split: found for split, found in counts.items() if found["n"]}
+    labelled = {split: row for split, row in counts.items() if row["n"]}
     total: dict[str, int] = {}
-    for found in labelled.values():
-        for name, value in found.items():
+    for row in labelled.values():
+        for name, value in row.items():
             total[name] = total.get(name, 0) + value
-    return {split: _largest(found, total, grades) for split, found in labelled.items()} if len(labelled) > 1 else {}
+    return {split: _largest(row, total, grades) for split, row in labelled.items()} if len(labelled) > 1 else {}
 
 
-def _largest(found: dict[str, int], total: dict[str, int], grades: int) -> dict[str, float]:
-    share = found["groups"] / total["groups"]
+def _largest(counts: dict[str, int], total: dict[str, int], grades: int) -> dict[str, float]:
+    share = counts["groups"] / total["groups"]
     differences, deviations = [], []
     for k in range(grades):
         p = total[f"n{k}"] / total["n"]
-        difference = abs(found[f"n{k}"] / found["n"] - p)
+        difference = abs(counts[f"n{k}"] / counts["n"] - p)
         spread = total[f"xx{k}"] - 2 * p * total[f"xn{k}"] + p * p * total["nn"]
         deviation = math.sqrt(max(0.0, spread * (1 - share) / share)) / total["n"]
         differences.append(difference)

@@ -101,9 +101,9 @@ def _labels(card: dict[str, Any]) -> CardTable:
 
 def _leakage(card: dict[str, Any]) -> CardTable:
     rows = [
-        (name, found["distinct"], found["in_several_splits"],
-         *[_share_of(found["also_in_train"][split], found["pairs"][split]) for split in SPLITS[1:]])
-        for name, found in card["leakage"].items()
+        (name, leaks["distinct"], leaks["in_several_splits"],
+         *[_share_of(leaks["also_in_train"][split], leaks["pairs"][split]) for split in SPLITS[1:]])
+        for name, leaks in card["leakage"].items()
     ]  # fmt: skip
     note = "Near-duplicates differ in case, spacing, punctuation, word order or plural only. On the right: pairs of a split "
     header = ("", "distinct", "in several splits", *[f"{split} pairs also in train" for split in SPLITS[1:]])
@@ -128,7 +128,7 @@ def _languages(card: dict[str, Any]) -> CardTable:
 
 
 def _strata(card: dict[str, Any]) -> CardTable:
-    rows = [(name, *[found[k] for k in ("queries", "pairs", "taken")]) for name, found in card["strata"].items()]
+    rows = [(name, *[counts[k] for k in ("queries", "pairs", "taken")]) for name, counts in card["strata"].items()]
     note = "Pairs of the log whose queries fall to the pool, by how often their query was seen."
     return CardTable("Log", note, ("stratum", "queries", "pairs", "taken"), rows)
 
@@ -139,7 +139,7 @@ def _share_of(count: int, total: int) -> str:
 
 def _plain(value: Any) -> str:
     text = f"{value:,}" if isinstance(value, int) else str(value)
-    return " ".join(re.sub(r"[\\|*_\[<&]", lambda found: _ESCAPES.get(found[0], "\\" + found[0]), text).split())
+    return " ".join(re.sub(r"[\\|*_\[<&]", lambda match: _ESCAPES.get(match[0], "\\" + match[0]), text).split())
 
 
 _TABLES = (

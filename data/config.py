@@ -99,8 +99,7 @@ class LogConfig(Config):
     @property
     def limits(self) -> dict[str, int]:
         """The limits that are set, by stratum."""
-        found = {name: getattr(self, name) for name in STRATA}
-        return {name: limit for name, limit in found.items() if limit is not None}
+        return {name: limit for name in STRATA if (limit := getattr(self, name)) is not None}
 
     @model_validator(mode="after")
     def _is_described(self) -> Self:
@@ -184,8 +183,7 @@ class DataConfig(Config):
     @property
     def limits(self) -> dict[str, int]:
         """The limits that are set, by split."""
-        found = {name: getattr(self, f"max_{name}") for name in SPLITS}
-        return {name: limit for name, limit in found.items() if limit is not None}
+        return {name: limit for name in SPLITS if (limit := getattr(self, f"max_{name}")) is not None}
 
     @property
     def source_name(self) -> Source:

@@ -33,5 +33,5 @@ def visible_text(text: str) -> str:
     """
     if not ("<" in text or "&" in text) or len(text) > _LONGEST:
         return text
-    found = unescape(_BLOCK_TAG.sub(" ", _INLINE_TAG.sub("", _HIDDEN.sub("", text))))
-    return text if found == text else " ".join(found.split())
+    plain = unescape(_BLOCK_TAG.sub(" ", _INLINE_TAG.sub("", _HIDDEN.sub("", text))))
+    return text if plain == text else " ".join(plain.split())

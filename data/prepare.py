@@ -14,16 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from data.balance import split_counts
 from data.card import write_card
 from data.config import DataConfig
-from data.contracts import PAIRS, ContractError, GradeScale
+from data.contracts import PAIRS, ContractError, GradeScale, StageOutput
 from data.merge import merged_pairs
 from data.profile import languages, profile
 from data.quality import split_fault, split_warnings, text_warnings
-from data.sources import Source, describe_source, input_files, read_source, read_texts, source_label
+from data.sources import input_files, read_source, read_texts, source_label, source_of
 from data.sources.encodings import propose_encoding
 from data.split import within_limits
 from data.strata import sampled_log, strata_counts, with_stratum
@@ -44,16 +42,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class DataResult(BaseModel):
-    """What the stage made: its fingerprint does not depend on row order or partitions; figures are flat."""
-
-    fingerprint: str
-    figures: dict[str, Any]
-
-
-def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
+def prepare(config: DataConfig, out: Path, spark: SparkSession) -> StageOutput:
     """Write `pairs/`, its companions (`rationales/`, `disagreement/`, `texts/`, with a log `frequencies/`), `rejected/`,
-    `scale.json`, `card.json` and `card.md` into `out`; the tables are Parquet folders.
+    `scale.json`, `card.json` and `card.md` into `out`; the tables are Parquet folders. The fingerprint does not
+    depend on the order of the rows or on partitions.
 
     Every row of train, valid and test has a grade. Its query alone decides about a pair's split, so an unlabelled row is
     used where its query falls to the pool, and is left out (and counted) elsewhere.
@@ -63,10 +55,11 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     `RuntimeError` if rows were lost or invented on the way or a query is in two splits.
     """
     log.info("reading %s", source_label(config))
-    source = read_source(spark, config)
+    source = source_of(config)
     scale, scratch = source.scale, out / "_scratch"
     try:
-        rows, reasons, rows_in = _validated(source, config, out, scratch)
+        checked = validated(read_source(spark, config), source, config)
+        rows, reasons, rows_in = _sound(checked, config, out, scratch)
         usable, merge_counts = _usable_pairs(rows, config, scale, scratch)
         pairs, limit_counts = _selected(usable, merge_counts["usable"], config)
         log.info("writing %d pairs from %d rows", limit_counts["rows"], rows_in)
@@ -95,22 +88,23 @@ def prepare(config: DataConfig, out: Path, spark: SparkSession) -> DataResult:
     metrics |= {"rejected_share": account["rejected"] / rows_in, "fingerprint_labelled": fingerprints["labelled"]}
     described["warnings"] = split_warnings(counts, described["balance"], config, scale)
     described["warnings"] += text_warnings(described["text_signs"], config)
-    card = {"source": config.source_name, **describe_source(config), "seed": config.seed, "split_by": config.split_by}
+    card: dict[str, Any] = {"source": config.source_name, "licence": source.licence, "grading": source.grading}
+    card |= {"seed": config.seed, "split_by": config.split_by}
     card |= {"fingerprint": fingerprints["all"], **metrics, "rejected_by_reason": reasons, **described}
     write_card(out, card | {"languages": languages(out / "pairs")})
     for text in described["warnings"]:
         log.warning("%s", text)
     if fault := split_fault(counts, config, scale):
         raise ContractError(f"{fault}; {out / 'card.md'} says what is there")
-    return DataResult(fingerprint=fingerprints["all"], figures=metrics)
+    return StageOutput(fingerprint=fingerprints["all"], figures=metrics)
 
 
-def _validated(source: Source, config: DataConfig, out: Path, scratch: Path) -> tuple[DataFrame, dict[str, int], int]:
-    """The sound rows, the rejected ones by reason (written to `rejected/`), and how many rows there are in all."""
+def _sound(checked: DataFrame, config: DataConfig, out: Path, scratch: Path) -> tuple[DataFrame, dict[str, int], int]:
+    """The sound ones of the rows, the rejected ones by reason (written to `rejected/`), and the number of all rows."""
     from pyspark.sql import functions as F
 
     with _damage_named(config):
-        rows = materialised(validated(source, config), scratch / "validated")
+        rows = materialised(checked, scratch / "validated")
         reasons = {row["reason"]: row["count"] for row in rows.groupBy("reason").count().collect()}
     total = sum(reasons.values())
     if not total:

@@ -51,16 +51,16 @@ def sampled_log(pairs: DataFrame, config: LogConfig) -> DataFrame:
     return pairs.where(~from_log).unionByName(sample)
 
 
-def strata_counts(usable: DataFrame, kept: DataFrame) -> dict[str, dict[str, int]]:
+def strata_counts(usable: DataFrame, selected: DataFrame) -> dict[str, dict[str, int]]:
     """By stratum: queries and pairs of the log that can go to the pool, and the pairs that were taken."""
     from pyspark.sql import functions as F
 
     def counts(pairs: DataFrame) -> dict[str, dict[str, int]]:
-        found = pairs.where(F.col("frequency").isNotNull() & F.col("grade").isNull()).groupBy("stratum")
-        rows = found.agg(F.countDistinct("query_id").alias("queries"), F.count("*").alias("pairs")).collect()
+        from_log = pairs.where(F.col("frequency").isNotNull() & F.col("grade").isNull()).groupBy("stratum")
+        rows = from_log.agg(F.countDistinct("query_id").alias("queries"), F.count("*").alias("pairs")).collect()
         return {row["stratum"]: {"queries": row["queries"], "pairs": row["pairs"]} for row in rows}
 
-    all_pairs, taken = counts(usable), counts(kept)
+    all_pairs, taken = counts(usable), counts(selected)
     return {
         name: all_pairs[name] | {"taken": taken.get(name, {"pairs": 0})["pairs"]}
         for name in STRATA

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,8 +18,7 @@ import pyarrow as pa
 from data.config import MISSING_LABELS, DataConfig, Shares
 from data.contracts import ContractError
 from data.html import visible_text
-from data.sources import Source
-from data.sources.labels import number
+from data.sources.labels import Source, number
 from data.split import split_of, split_point
 from data.text import key_hash, key_id, near_key, normalise_key
 
@@ -30,18 +29,10 @@ log = logging.getLogger(__name__)
 
 DAMAGED = "damaged: bytes that are no"
 _REASONS_SHOWN = 5
-_CELLS = (
-    "query",
-    "ad_title",
-    "ad_text",
-    "attributes",
-    "grade",
-    "rationale",
-    "variance",
-    "frequency",
-    "problem",
-    "detail",
-)
+_SUBJECTS = {"query": "the query is", "ad_title": "the ad title is", "ad_text": "the ad text is",
+             "attributes": "the attributes are", "rationale": "the rationale is"}  # fmt: skip
+CELLS = pa.schema([(name, pa.string()) for name in (*_SUBJECTS, "grade", "variance", "frequency", "problem", "detail")])
+"""What the checks read of a row; null what a source does not have."""
 _COLUMNS = {
     "reason": "string", "detail": "string", "query": "string", "ad_title": "string", "ad_text": "string",
     "attributes": "map<string,string>", "attributes_json": "string", "grade": "int", "grade_raw": "double",
@@ -51,7 +42,6 @@ _COLUMNS = {
 _ARROW = {"string": pa.string(), "map<string,string>": pa.map_(pa.string(), pa.string()), "int": pa.int32(),
           "bigint": pa.int64(), "double": pa.float64()}  # fmt: skip
 _ROW = pa.struct([(name, _ARROW[kind]) for name, kind in _COLUMNS.items()])
-_SUBJECTS = ("the query is", "the ad title is", "the ad text is", "the attributes are", "the rationale is")
 _NO_ATTRIBUTES = {"", *(label.upper() for label in MISSING_LABELS)}
 _EMPTY = "the {} is empty or has no visible character"
 
@@ -77,21 +67,22 @@ class RowChecks:
     config: DataConfig
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Rows of `_CELLS`, all text, become rows of `_COLUMNS`."""
+        """Rows of `CELLS` become rows of `_COLUMNS`."""
         for batch in batches:
             rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
             yield pa.RecordBatch.from_struct_array(pa.array([self.check(*row) for row in rows], _ROW))
 
     def check(self, *cells: str | None) -> tuple[Any, ...]:
-        """The columns of a row, in the order of `_COLUMNS`; without a reason it is sound and has keys."""
-        query, title, text, attributes, label, rationale, variance, frequency, problem, detail = cells
+        """The columns of a row, in the order of `_COLUMNS`; `cells` are in that of `CELLS`. Without a reason it is sound and
+        has keys."""
+        query, title, text, attributes, rationale, label, variance, frequency, problem, detail = cells
         from_log = frequency is not None
         if self.source.html and not from_log:
             title, text = title and visible_text(title), text and visible_text(text)
         rating, grade, not_a_label = (None, None, None) if from_log else self.source.labels.read(label)
         uncounted = from_log and not 0 < (number(frequency) or 0) < 1e15
         without = not attributes or attributes.strip().upper() in _NO_ATTRIBUTES
-        members = {} if without or attributes is None else self.source.attributes(attributes)
+        members = {} if without or attributes is None else self.source.read_attributes(attributes)
         compact = json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":")) if members else None
         faults = (
             (problem, detail),
@@ -114,18 +105,18 @@ class RowChecks:
 
     def _fault_of_texts(self, *texts: str | None) -> str | None:
         limit = self.config.max_text_chars
-        for subject, text in zip(_SUBJECTS, texts, strict=True):
+        for subject, text in zip(_SUBJECTS.values(), texts, strict=True):
             if text and len(text) > limit:
                 return f"{subject} longer than {limit} characters"
-        for subject, text in zip(_SUBJECTS[:3], texts[:3], strict=True):
+        for subject, text in zip(list(_SUBJECTS.values())[:3], texts[:3], strict=True):
             # Where bytes could not be decoded, readers leave U+FFFD: the text that was there is gone.
             if text and "\ufffd" in text:
                 return f"{subject} {DAMAGED} {self.config.encoding} (another `data.encoding`?)"
         return None
 
 
-def validated(source: Source, config: DataConfig) -> DataFrame:
-    """All rows of a source, each with `reason` (null: sound) and, if sound, its keys.
+def validated(rows: DataFrame, source: Source, config: DataConfig) -> DataFrame:
+    """All rows (see `read_source`), each with `reason` (null: sound) and, if sound, its keys.
 
     Those are `pair_id` and `query_id` (hex), and as 64-bit hashes `near_query` (the same for near-duplicate queries), `ad`
     and `near_ad` (title and text; near-duplicate titles); `point` is the query's place in the order of the splits, and
@@ -135,19 +126,9 @@ def validated(source: Source, config: DataConfig) -> DataFrame:
     """
     from pyspark.sql import functions as F
 
-    frame = source.frame
-    cells = [F.col(name) if name in frame.columns else F.lit(None).cast("string").alias(name) for name in _CELLS]
-    checks = RowChecks(replace(source, frame=None), config)  # type: ignore[arg-type]  # a worker has no frames
-    return frame.select(*cells).mapInArrow(checks, ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items()))
-
-
-def validated_rows(
-    source: Source, config: DataConfig, rows: Iterable[dict[str, str | None]]
-) -> Iterator[dict[str, Any]]:
-    """The same for rows in Python, each a dict of the cells that it has."""
-    checks = RowChecks(source, config)
-    for row in rows:
-        yield dict(zip(_COLUMNS, checks.check(*(row.get(name) for name in _CELLS)), strict=True))
+    cells = [F.col(name) if name in rows.columns else F.lit(None).cast("string").alias(name) for name in CELLS.names]
+    columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
+    return rows.select(*cells).mapInArrow(RowChecks(source, config), columns)
 
 
 def rejected_rows(rows: DataFrame) -> DataFrame:

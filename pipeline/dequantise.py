@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,10 @@ def _floats(tensor: Any) -> np.ndarray:
 
     floats = np.empty(tensor.shape[::-1], dtype=np.float32)
     rows = max(1, _ELEMENTS // floats[0].size)
-    for start in range(0, len(floats), rows):
+
+    def fill(start: int) -> None:
         floats[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # numpy computes outside Python's lock
+        list(threads.map(fill, range(0, len(floats), rows)))
     return floats

@@ -80,10 +80,14 @@ class Encoder:
 
     def cosine(self, queries: Collection[str], ads: Collection[str]) -> Array:
         """Cosine (N,) of the vectors of query and ad."""
+        left, right = self.sides(queries, ads)
+        return (left * right).sum(axis=1).astype(np.float64)
+
+    def sides(self, queries: Collection[str], ads: Collection[str]) -> tuple[Array, Array]:
+        """Vectors float32 (N, D) of the queries, and those of the ads; equal texts are encoded once."""
         texts = list(dict.fromkeys([*queries, *ads]))
         vectors, place = self.vectors(texts), {text: i for i, text in enumerate(texts)}
-        left, right = (vectors[[place[text] for text in side]] for side in (queries, ads))
-        return (left * right).sum(axis=1).astype(np.float64)
+        return vectors[[place[text] for text in queries]], vectors[[place[text] for text in ads]]
 
     def vectors(self, texts: list[str]) -> Array:
         """Mean-pooled token vectors float32 (N, D) of length 1."""

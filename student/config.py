@@ -87,6 +87,10 @@ class StudentConfig(Config):
     distill_temperature: float = Field(default=1.0, gt=0, le=20)
     """Softens teacher and student distributions in the soft cross-entropy (arXiv 1503.02531); 1 leaves them alone."""
 
+    soft_labels: Literal["teacher", "ensemble"] = Field(default="teacher")
+    """What an annotated pair without a human grade teaches: the teacher's probabilities, or the geometric mean of these and
+    those of the same student taught by human labels alone, weighted by their log loss on the annotated pairs of valid."""
+
     gold_mix: float = Field(default=0.5, ge=0, le=1)
     """Weight of the human grade in rows that have both a human grade and an annotation; the rest is the teacher's."""
 

@@ -28,6 +28,7 @@ from student.card import student_card
 from student.config import StudentConfig
 from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, sample_texts
 from student.decisions import bad_ad_rates, check_decisions, measure_decisions, operating_curves
+from student.ensemble import choose_weight, pooled
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
 from student.fit import Fitted, fit
 from student.label_errors import without_suspects
@@ -119,6 +120,10 @@ def distill(
 
     whole = rows.training
     rows = replace(rows, training=without_suspects(setup, pairs, whole, rows.valid, rows.annotations, out, metrics))
+    first, pool = None, dict[str, Any]()
+    if config.soft_labels == "ensemble" and rows.training.n_annotated and rows.training.n_gold:
+        first = train(rows.training.gold_only(), "gold_only")
+        rows, pool = with_ensemble(setup, first, rows)
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
@@ -126,10 +131,11 @@ def distill(
     if fault := floor_fault(bound := {"floor": floor([*systems, *free])}):
         logger.warning("%s", fault)
     for name, other in taught_otherwise(config, rows.training, whole).items():
-        systems.append(measured(setup, name, train(other, name), rows.valid, rows.test))
+        trained = first if first and name == "gold_only" else train(other, name)
+        systems.append(measured(setup, name, trained, rows.valid, rows.test))
     systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
     systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
-    evaluation = evaluate(setup, systems, student, rows.test) | bound
+    evaluation = evaluate(setup, systems, student, rows.test) | bound | ({"ensemble": pool} if pool else {})
     key = key_metrics(evaluation, card, student.valid_roc_auc)
     write_json(building / "metrics.json", key)
     write_evaluation(out, systems, evaluation, rows.test, scale)
@@ -139,6 +145,26 @@ def distill(
         shutil.rmtree(old, ignore_errors=True)
     building.rename(out / "model")
     return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+
+
+def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, dict[str, Any]]:
+    """The rows with soft labels of the teacher and `first` together, where there is no human grade; and their weights."""
+
+    def probs(examples: Examples) -> Array:
+        return probabilities(setup.logits(first.fitted.reader, examples), first.temperature, first.isotonic)
+
+    def of_teacher(pair_ids: Array) -> Array:
+        return np.array([rows.annotations[pair_id].probs for pair_id in pair_ids]).reshape(-1, setup.scale.size)
+
+    valid = rows.valid.take(np.flatnonzero([pair_id in rows.annotations for pair_id in rows.valid.pair_ids]))
+    chosen = choose_weight(of_teacher(valid.pair_ids), probs(valid), valid.grade)
+    weight = chosen["weight"]
+    logger.info("ensemble: the teacher weighs %.2f, by %d annotated pairs of valid", weight, chosen["rows"])
+    training = rows.training
+    at = np.flatnonzero((training.soft.sum(axis=1) > 0) & (training.grade < 0))
+    soft = training.soft.copy()
+    soft[at] = pooled(soft[at], probs(training.take(at)), weight)
+    return replace(rows, training=replace(training, soft=soft)), chosen
 
 
 def for_as_many_steps(setup: Setup, rows: int, chosen: int) -> Setup:

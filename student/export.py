@@ -27,7 +27,6 @@ from student.dataset import Examples, read_examples, tokenize
 from student.first_token import first_token_only
 from student.metrics import Labels, compare, roc_auc
 from student.model import load_classifier, model_folder
-from student.quantise import write_int8
 from student.reader import Reader, predict_logits
 from student.scorer import MODEL_FILES, Scorer, load_tokenizer, probabilities
 
@@ -51,6 +50,8 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     than `max_int8_auc_loss` of ROC-AUC against fp32 or decides otherwise on more than `max_decisions_changed` of a grade's
     pairs; and more than chance, since a few dozen pairs cannot say.
     """
+    from student.quantise import write_int8  # onnx is needed by nobody who only trains
+
     source = model_folder(student)
     out.mkdir(parents=True, exist_ok=True)
     card = read_json(source / "student.json")

@@ -56,9 +56,7 @@ def feature_scorer(setup: Setup, rows: Examples) -> Scorer:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    texts = list(dict.fromkeys([*rows.queries, *rows.ads]))
-    vectors, place = setup.encoder().vectors(texts), {text: i for i, text in enumerate(texts)}
-    query, ad = (vectors[[place[text] for text in side]] for side in (rows.queries, rows.ads))
+    query, ad = setup.encoder().sides(rows.queries, rows.ads)
     cosine = (query * ad).sum(axis=1)
     bm25 = Bm25(rows.ads.tolist()).scores(rows.queries, rows.ads, relative=True)
     lengths = [np.log1p([len(text.split()) for text in side]) for side in (rows.queries, rows.ads)]

@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from data.contracts import MetricsLog, log_progress
+from data.contracts import ContractError, MetricsLog, log_progress
 from teacher.config import TeacherConfig
 from teacher.distributed import wait_for_all
 
@@ -37,6 +37,7 @@ def shared_arguments(config: TeacherConfig, out: Path) -> dict[str, Any]:
 def train(trainer: Trainer, log: MetricsLog, phase: str) -> None:
     """Train to the end, from the last checkpoint of an interrupted call where there is one."""
     trainer.remove_callback(PrinterCallback)  # our own progress lines say it
+    trainer.add_callback(FiniteGradients(phase))
     out = trainer.args.output_dir
     checkpoint = get_last_checkpoint(out) if Path(out).exists() else None
     begin = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
@@ -44,6 +45,36 @@ def train(trainer: Trainer, log: MetricsLog, phase: str) -> None:
     wait_for_all()  # every process must read the same history
     logger.info("%s: %d examples, steps %d to %d", phase, len(trainer.train_dataset), begin, trainer.args.max_steps)
     trainer.train(resume_from_checkpoint=checkpoint)
+
+
+class FiniteGradients(TrainerCallback):
+    """Leaves out the steps whose gradient is not finite, and ends a training that has several of them in a row.
+
+    One such step would make every weight NaN, and the trainer would go on and log a loss of 0 (seen on an H100 in bfloat16).
+    """
+
+    patience = 5
+
+    def __init__(self, phase: str) -> None:
+        self.phase, self.in_a_row = phase, 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called when the gradients are complete and clipped; raises `ContractError` at the last of several bad steps."""
+        trained = [weight for weight in more["model"].parameters() if weight.grad is not None]
+        gradients = [weight.grad for weight in trained if weight.grad is not None]
+        if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        step = state.global_step + 1
+        if self.in_a_row == self.patience:
+            raise ContractError(
+                f"{self.phase}: the gradient was not finite in {self.patience} steps in a row, the last of them step "
+                f"{step}; lower the learning rate, or set teacher.dtype = 'float32' or teacher.agpo.shared_prefix = false"
+            )
+        logger.warning("%s: step %d is left out, as its gradient is not finite", self.phase, step)
+        for weight in trained:
+            weight.grad = None  # which the optimiser passes by
 
 
 class StepLog(TrainerCallback):

@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 # Mean difference of a log probability that rounding explains.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 
+# Added to the scores of what is hidden. Not −inf: a block of keys that is hidden wholly then makes gradients of NaN in some
+# of the GPU's kernels (seen on an H100 in bfloat16); the exponential of this is 0 too.
+_HIDDEN = -30_000.0
+
 
 class Group(NamedTuple):
     """Sequences whose first `shared` tokens are the same and are computed once; 0 computes each sequence in full."""
@@ -111,10 +115,10 @@ def token_log_probs(
         inputs, predictors, layout = _shared_rows(sequences, starts, groups, pad)
         if _skips_masked(base):
             attach(inputs["attention_mask"], layout)
-        elif base.config._attn_implementation != "sdpa":  # the others add a mask to the scores
-            visible = inputs["attention_mask"]
-            inputs["attention_mask"] = torch.zeros(visible.shape, dtype=base.dtype).masked_fill_(
-                ~visible, torch.finfo(base.dtype).min
+        else:
+            hidden = ~inputs["attention_mask"]
+            inputs["attention_mask"] = torch.zeros(hidden.shape, dtype=_compute_dtype(base)).masked_fill_(
+                hidden, _HIDDEN
             )
     labels = [token for group in groups for row in group.rows for token in sequences[row][starts[row] :]]
     targets = torch.tensor([labels], dtype=torch.long, device=base.device)
@@ -174,13 +178,15 @@ def _sharing_error(model: Any, sequences: Sequence[Sequence[int]], shared: int, 
         ) as error:  # what models raise at a mask they do not know
             return f"it does not take a four-dimensional attention mask ({first_line(error)})"
     difference = (alone - together).abs().mean().item()
-    base = causal_lm(model)
-    device = base.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
-    tolerance = _TOLERANCE.get(dtype, 1e-4)
+    tolerance = _TOLERANCE.get(_compute_dtype(causal_lm(model)), 1e-4)
     if math.isnan(difference) or difference > tolerance:
         return f"log probabilities differ by {difference:.2g} on average, and rounding explains {tolerance:g}"
     return None
+
+
+def _compute_dtype(base: Any) -> torch.dtype:
+    device = base.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
 
 
 def _cut(group: Group, lengths: Sequence[int], budget: int, hidden_size: int) -> Iterator[Group]:
@@ -242,7 +248,8 @@ def _shared_rows(
     query, key = owner[:, :, None], owner[:, None, :]
     causal = torch.ones(owner.size(1), owner.size(1), dtype=torch.bool).tril()
     visible = causal & ((key == 0) | (key == query)) & (key >= 0)
-    visible |= torch.eye(owner.size(1), dtype=torch.bool)  # padding too must attend to something
+    visible |= torch.eye(owner.size(1), dtype=torch.bool)  # padding too must attend to something,
+    visible[:, :, 0] = True  # and every row to something in the first block of keys that a GPU's kernel reads
     inputs = {
         "input_ids": _padded(ids, pad),
         "position_ids": _padded(positions, 0),

@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-MODEL = "weights:qwen2.5-coder-0.5b-instruct"
+MODEL = "weights:qwen2.5-coder-1.5b-instruct"
 
 
 def main() -> None:
@@ -37,6 +37,9 @@ def main() -> None:
         "--config", type=Path, help="settings over the preset single-gpu; this package's recipe.toml if left out"
     )
     run.add_argument("--set", action="append", default=[], help="key=value over those")
+    run.add_argument("--name", default="state", help="folder of the state: works of several names go on side by side")
+    run.add_argument("--labels", type=int, default=0, help="keep so many human labels of train and of valid; 0: all")
+    run.add_argument("--test-pairs", type=int, default=1000, help="pairs of test that every teacher annotates")
     report = verbs.add_parser("report", help="measure the teachers on the test pairs")
     report.add_argument("folder", type=Path, help="what `run` wrote to --out")
     report.add_argument("--pairs", type=Path, required=True)
@@ -46,7 +49,9 @@ def main() -> None:
 
         arguments = [] if options.config is None else ["--config", str(options.config.resolve())]
         arguments += [word for value in options.set for word in ("--set", value)]
-        raise SystemExit(work(options.place, options.out, began + options.seconds, options.every, arguments))
+        arguments += ["--labels", str(options.labels), "--test-pairs", str(options.test_pairs)]
+        deadline = began + options.seconds
+        raise SystemExit(work(options.place, options.out, deadline, options.every, options.name, arguments))
     from benchmarks.gpu.pack import pack as write_parcels
     from benchmarks.gpu.report import report as measure
     from data.contracts import ContractError

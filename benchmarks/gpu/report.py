@@ -16,7 +16,7 @@ from data.contracts import ANNOTATIONS, PAIRS, ContractError, GradeScale, read_j
 from student.metrics import Labels, compare, evaluate
 from teacher.passk import pass_at_k
 
-_DIFFERENCES = (("agpo", "warm_start"), ("grpo", "warm_start"), ("agpo", "grpo"))
+_DIFFERENCES = (("warm_start", "base"), ("agpo", "warm_start"), ("grpo", "warm_start"), ("agpo", "grpo"))
 _METRICS = ("roc_auc", "pr_auc", "macro_f1", "accuracy", "ece")
 
 
@@ -40,7 +40,8 @@ def report(folder: Path, pairs: Path) -> None:
     probs: dict[str, np.ndarray] = {}
     result: dict[str, dict[str, Any]] = {}
     for name, rows in answers.items():
-        probs[name] = np.array([rows[pair_id]["grade_probs"] or [1 / scale.size] * scale.size for pair_id in common])
+        raw = [rows[pair_id]["grade_probs_raw"] or rows[pair_id]["grade_probs"] for pair_id in common]
+        probs[name] = np.array([given or [1 / scale.size] * scale.size for given in raw])
         measured = evaluate(labels, probs[name]).metrics
         result[name] = {metric: _rounded(measured[metric].model_dump()) for metric in _METRICS}
         result[name] |= _from_votes(labels.grade, [rows[pair_id] for pair_id in common])

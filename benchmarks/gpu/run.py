@@ -21,13 +21,14 @@ _MARGIN = 10.0  # seconds before the deadline at which the work is killed
 _REPOSITORY = Path(__file__).parents[2]
 
 
-def run(place: Path, out: Path, deadline: float, every: float, arguments: list[str]) -> int:
+def run(place: Path, out: Path, deadline: float, every: float, name: str, arguments: list[str]) -> int:
     """Work on the parcels in `place` until `deadline` (seconds since 1970); returns the exit code, 0 also if time was up.
 
-    `out` gets `summary.json`, `metrics.jsonl`, `work.log` and Parquet files of annotations every `every` seconds.
+    The work's state is in `place`/`name`: works of several names, with settings of their own, share the base model. Every
+    `every` seconds `out` gets `summary.json`, `metrics.jsonl`, `work.log` and Parquet files of annotations.
     """
     out.mkdir(parents=True, exist_ok=True)
-    state = place / "state"
+    state = place / name
     state.mkdir(parents=True, exist_ok=True)
     payload = _unpacked(place)
     environment = os.environ | _environment(_site(place, payload))

@@ -24,14 +24,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
 
 from benchmarks.trainer_overhead import measure
 from data.contracts import ANNOTATIONS, PAIRS, MetricsLog, read_json, read_table, whole_file, write_json
+from pipeline.annotation.calibration import Calibration, calibrated, fit
 from pipeline.annotation.job import annotation_key, sampling_of
 from pipeline.annotation.store import files_of, take_over
 from pipeline.annotation.worker import Job, annotate_partition
@@ -45,8 +48,7 @@ from teacher.train import train_teacher
 
 logger = logging.getLogger("benchmarks.gpu")
 
-TEACHERS = ("warm_start", "agpo", "grpo")
-TEST_PAIRS = 1000  # that every teacher annotates
+TEACHERS = ("base", "warm_start", "agpo", "grpo")
 _FOR_ANNOTATION = 0.2  # share of the time that is left for the trainings
 _LOADING = 20.0  # seconds, of a training beside its steps and its evaluation
 _ENDING = 20.0  # seconds before the deadline at which no more pairs are started
@@ -55,12 +57,18 @@ _FILE_ROWS = 40_000  # annotations in a file: it stays under 16 MiB
 
 @dataclass
 class Work:
-    """What every phase needs: the unpacked `payload`, the `state` so far, and the `deadline` in seconds since 1970."""
+    """What every phase needs: the unpacked `payload`, the `state` so far, and the `deadline` in seconds since 1970.
+
+    `labels` is how many of the pairs of train and of valid keep their human grade (0: all), `test_pairs` how many pairs of
+    test every teacher annotates.
+    """
 
     payload: Path
     state: Path
     deadline: float
     settings: PipelineConfig
+    labels: int
+    test_pairs: int
     phases: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,8 +78,13 @@ class Work:
 
     @property
     def pairs(self) -> Path:
-        """The folder that data-prepare wrote."""
-        return self.payload / "pairs"
+        """The folder that data-prepare wrote, or its copy with few labels."""
+        return self.state / "pairs" if self.labels else self.payload / "pairs"
+
+    @property
+    def model(self) -> Path:
+        """The base model as a plain folder, which all states beside this one share."""
+        return self.payload.parent / "model"
 
     @property
     def left(self) -> float:
@@ -86,16 +99,23 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, required=True)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("recipe.toml"))
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--labels", type=int, default=0)
+    parser.add_argument("--test-pairs", type=int, default=1000)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     settings = choose("single-gpu", options.config, overrides=options.set)
-    work = Work(options.payload.resolve(), options.state.resolve(), options.deadline, settings)
+    payload, state = options.payload.resolve(), options.state.resolve()
+    work = Work(payload, state, options.deadline, settings, options.labels, options.test_pairs)
     (work.state / "results").mkdir(exist_ok=True)
+    if work.labels and not work.pairs.exists():
+        _write_fewer_labels(work)
     record = work.state / "phases.json"
     if record.exists():
         work.phases = read_json(record)
     failed = []
     for name, phase in PHASES.items():
+        if name in POLICY_PHASES and not settings.teacher.agpo.steps:
+            continue
         if name in work.phases and not work.phases[name].keys() & {"error", "unfinished"}:
             continue
         logger.info("%s begins, %.0f s are left", name, work.left)
@@ -125,28 +145,60 @@ def _done(phase: Callable[[Work], dict[str, Any]], work: Work) -> dict[str, Any]
     return result | {"seconds": round(time.monotonic() - began, 1), "peak_gib": round(peak / 2**30, 2)}
 
 
+def _write_fewer_labels(work: Work) -> None:
+    """A copy of the pairs in which train and valid hold `labels` pairs each; fewer are part of more."""
+    table = read_table(work.payload / "pairs" / "pairs", PAIRS).sort_by("pair_id")
+    splits = table["split"].to_numpy(zero_copy_only=False)
+    rows = np.isin(splits, ["test", "pool"])
+    for split in ("train", "valid"):
+        rows[np.random.default_rng(0).permutation(np.flatnonzero(splits == split))[: work.labels]] = True
+    building = work.pairs.with_name(".pairs")
+    shutil.rmtree(building, ignore_errors=True)
+    (building / "pairs").mkdir(parents=True)
+    pq.write_table(table.filter(pa.array(rows)), building / "pairs" / "part-0.parquet")
+    shutil.copyfile(work.payload / "pairs" / "scale.json", building / "scale.json")
+    building.rename(work.pairs)
+
+
 def model(work: Work) -> dict[str, Any]:
-    """The base model as a plain folder, STATE/model."""
-    source, folder = work.payload / "model", work.state / "model"
-    if (gguf := next(source.glob("*.gguf"), None)) is None:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+    """The base model as a plain folder, in the model's own format where it is not one already."""
+    source, building = work.payload / "model", work.model.with_name(".model")
+    with FileLock(work.model.with_name(".model.lock")):  # of the states that begin at once, the first one makes it
+        if work.model.exists():
+            return {}
+        shutil.rmtree(building, ignore_errors=True)
+        if (gguf := next(source.glob("*.gguf"), None)) is None:
+            shutil.copytree(source, building)
+        else:
+            name, dtype = work.teacher.model.removeprefix("weights:"), "bfloat16"
+            if name != work.teacher.model:
+                check_sha256(gguf, catalogue_entry(name).sha256)
+                dtype = catalogue_entry(name).dtype
+            building.mkdir()
+            dequantise(gguf, building, dtype)
+        building.rename(work.model)
+    return {}
+
+
+def base(work: Work) -> dict[str, Any]:
+    """The base model with the prompt, not trained; left out unless `teacher.evaluation.base` is on."""
+    if not work.teacher.evaluation.base:
         return {}
-    name, dtype = work.teacher.model.removeprefix("weights:"), "bfloat16"
-    if name != work.teacher.model:
-        check_sha256(gguf, catalogue_entry(name).sha256)
-        dtype = catalogue_entry(name).dtype
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    dequantise(gguf, folder, dtype)
-    return {"dtype": dtype}
+    nothing = work.teacher.model_dump() | {
+        "warm_start": work.teacher.warm_start.model_dump() | {"examples": 0},
+        "agpo": work.teacher.agpo.model_dump() | {"steps": 0},
+        "evaluation": work.teacher.evaluation.model_dump() | {"base": False},
+    }
+    return train_teacher(TeacherConfig.model_validate(nothing), work.model, work.pairs, work.state / "base").figures
 
 
 def warm_start(work: Work) -> dict[str, Any]:
     """The warm start alone, and how long one evaluation takes."""
     agpo = work.teacher.agpo.model_copy(update={"steps": 0})
     began, out = time.time(), work.state / "warm_start"
-    config = work.teacher.model_copy(update={"agpo": agpo})
-    metrics = train_teacher(config, work.state / "model", work.pairs, out).figures
+    evaluation = work.teacher.evaluation.model_copy(update={"base": False})  # phase `base` has done it
+    config = work.teacher.model_copy(update={"agpo": agpo, "evaluation": evaluation})
+    metrics = train_teacher(config, work.model, work.pairs, out).figures
     log = MetricsLog(out / "metrics.jsonl")
     trained, evaluated = (log.read(phase)[-1]["time"] / 1000 for phase in ("warm_start", "valid_warm_start"))
     # From here on where an earlier call had trained already.
@@ -170,7 +222,7 @@ def _step(work: Work, side: str) -> dict[str, Any]:
         prompts=settings.prompts_per_step,
         group=settings.group_size,
         tokens=work.teacher.max_completion_tokens,
-        micro_batch=math.gcd(64, settings.prompts_per_step * settings.group_size),
+        micro_batch=math.gcd(16, settings.prompts_per_step * settings.group_size),
         micro_batch_tokens=settings.micro_batch_tokens,
         lora=work.teacher.lora_rank,
         steps=3,
@@ -208,7 +260,8 @@ def _policy(work: Work, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     limits = {"steps": planned["steps"], "max_sampled_tokens": planned["max_sampled_tokens"]}
     settings = AGPOConfig.model_validate(work.teacher.agpo.model_dump() | limits | changes)
     skip = work.teacher.warm_start.model_copy(update={"examples": 0})
-    config = work.teacher.model_copy(update={"agpo": settings, "warm_start": skip})
+    evaluation = work.teacher.evaluation.model_copy(update={"base": False})
+    config = work.teacher.model_copy(update={"agpo": settings, "warm_start": skip, "evaluation": evaluation})
     out.mkdir(exist_ok=True)
     if not (evaluations := out / "evaluation.json").exists():  # the warm start's weights have been evaluated
         done = read_json(work.state / "warm_start" / "evaluation.json")
@@ -225,17 +278,19 @@ def _policy(work: Work, name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def annotate_test(work: Work) -> dict[str, Any]:
     """The same test pairs annotated by every teacher, which has its votes and probabilities for each pair."""
-    return {
-        name: _annotate(work, name, "test", TEST_PAIRS) for name in TEACHERS if (work.state / name / "model").exists()
-    }
+    teachers = [name for name in TEACHERS if (work.state / name / "model").exists()]
+    return {name: _annotate(work, name, "test", work.test_pairs) for name in teachers}
 
 
 def annotate_pool(work: Work) -> dict[str, Any]:
-    """All of `valid`, then as much of the pool as there is time for, by the teacher that is best on `valid`."""
-    aucs = {name: work.phases.get(name, {}).get("agpo/auc", 0.0) for name in TEACHERS}
+    """All of `valid`, then as much of the pool as there is time for, by the trained teacher that is best on `valid`.
+
+    The probabilities in the results are calibrated on `valid`, with the raw ones beside, as the annotation job does.
+    """
+    aucs = {name: work.phases.get(name, {}).get("agpo/auc", 0.0) for name in TEACHERS[1:]}
     best = max(aucs, key=lambda name: aucs[name])
-    limit = work.settings.annotate.limit or 10**9
-    splits = {split: _annotate(work, best, split, limit) for split in ("valid", "pool")}
+    limits = {"valid": 10**9, "pool": work.settings.annotate.limit or 10**9}
+    splits = {split: _annotate(work, best, split, limit) for split, limit in limits.items()}
     unfinished = any(result["annotated"] < result["pairs"] for result in splits.values())
     return {"teacher": best} | splits | ({"unfinished": "time was up"} if unfinished else {})
 
@@ -301,11 +356,26 @@ def _annotated(out: Path, key: str) -> pa.Table:
 
 def _write_annotations(work: Work, teacher: str, key: str) -> pa.Table:
     """What a teacher has annotated, in files that are small enough to come back; returns all of it."""
-    table = _annotated(work.state / "annotations" / teacher, key)
+    raw = table = _annotated(work.state / "annotations" / teacher, key)
+    table = calibrated(raw, _calibration(work, raw)) if len(raw) else raw
     for number, start in enumerate(range(0, table.num_rows, _FILE_ROWS)):
         with whole_file(work.state / "results" / f"{key}-{teacher}-{number}.parquet") as temporary:
             pq.write_table(table.slice(start, _FILE_ROWS), temporary, compression="zstd")
     return table
+
+
+def _calibration(work: Work, table: pa.Table) -> Calibration:
+    """Fitted on what is annotated of `valid`."""
+    where = (pads.field("split") == "valid") & pads.field("grade").is_valid()
+    graded = read_table(work.pairs / "pairs", PAIRS, columns=["pair_id", "query_id", "grade"], where=where).to_pylist()
+    rows = zip(*(table[name].to_pylist() for name in ("pair_id", "grade_probs")), strict=True)
+    probs = {pair_id: given for pair_id, given in rows if given}
+    valid = [row for row in graded if row["pair_id"] in probs]
+    return fit(
+        np.array([probs[row["pair_id"]] for row in valid]),
+        np.array([row["grade"] for row in valid]),
+        np.array([row["query_id"] for row in valid]),
+    )
 
 
 def _write_summary(work: Work) -> None:
@@ -322,8 +392,9 @@ def _write_summary(work: Work) -> None:
 
 PHASES: dict[str, Callable[[Work], dict[str, Any]]] = {
     phase.__name__: phase
-    for phase in (model, warm_start, step_ours, step_stock, plan, agpo, grpo, annotate_test, annotate_pool)
+    for phase in (model, base, warm_start, step_ours, step_stock, plan, agpo, grpo, annotate_test, annotate_pool)
 }
+POLICY_PHASES = ("step_ours", "step_stock", "plan", "agpo", "grpo")  # left out where teacher.agpo.steps is 0
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ from data.contracts.errors import ContractError, Unavailable, first_line
 from data.contracts.files import digest, digest_bytes, digest_files, read_json, whole_file, write_json, write_text
 from data.contracts.human_labels import HUMAN_LABELS, HUMAN_LABELS_FILE, read_human_labels
 from data.contracts.metrics_log import MetricsLog, metric_lines
+from data.contracts.output import StageOutput
 from data.contracts.progress import OnProgress, log_progress, on_progress
 from data.contracts.scale import Grade, GradeScale
 from data.contracts.tables import (
@@ -25,43 +26,3 @@ from data.contracts.tables import (
     check_schema,
     read_table,
 )
-
-__all__ = [
-    "ANNOTATIONS",
-    "DISAGREEMENT",
-    "FREQUENCIES",
-    "HUMAN_LABELS",
-    "HUMAN_LABELS_FILE",
-    "KEY_FILE",
-    "PAIRS",
-    "RATIONALES",
-    "REASONS",
-    "SCORES",
-    "SPLITS",
-    "STRATA",
-    "TEXTS",
-    "Config",
-    "ContractError",
-    "Grade",
-    "GradeScale",
-    "MetricsLog",
-    "OnProgress",
-    "Unavailable",
-    "UserPath",
-    "annotation_key_of",
-    "check_schema",
-    "digest",
-    "digest_bytes",
-    "digest_files",
-    "first_line",
-    "log_progress",
-    "metric_lines",
-    "on_progress",
-    "read_annotations",
-    "read_human_labels",
-    "read_json",
-    "read_table",
-    "whole_file",
-    "write_json",
-    "write_text",
-]

@@ -61,9 +61,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises `FileNotFoundError`, and `ContractError` when the file is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ContractError(f"{path} is damaged ({error}); run its stage again") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ContractError(f"{path} is damaged (no JSON object); run its stage again")
-    return found
+    return content

@@ -112,24 +112,24 @@ SCORES = pa.schema(
 _OPTIONAL = frozenset({"grade_probs_raw"})
 
 
-def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
-    """Raise `ContractError` naming the first column of `expected` that `found` lacks or holds with another type.
+def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Raise `ContractError` naming the first column of `expected` that `actual` lacks or holds with another type.
 
     Extra columns are refused too: a table is exactly its contract. Nullability is not compared, since Parquet writers
     differ in what they declare.
     """
     for field in expected:
-        index = found.get_field_index(field.name)
+        index = actual.get_field_index(field.name)
         if index < 0 and field.name == "query_id":
             raise ContractError(f"{where} is from a version without the column 'query_id'; run data-prepare again")
         if index < 0 and field.name in _OPTIONAL:
             continue
         if index < 0:
             raise ContractError(f"{where}: column '{field.name}' is missing (expected {field.type})")
-        actual = found.field(index).type
-        if actual != field.type and not _same_up_to_child_names(actual, field.type):
-            raise ContractError(f"{where}: column '{field.name}' is {actual}, expected {field.type}")
-    for name in found.names:
+        kind = actual.field(index).type
+        if kind != field.type and not _same_up_to_child_names(kind, field.type):
+            raise ContractError(f"{where}: column '{field.name}' is {kind}, expected {field.type}")
+    for name in actual.names:
         if name not in expected.names:
             raise ContractError(f"{where}: unexpected column '{name}'")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,11 @@ from pydantic import ValidationError
 
 from data.config import DataConfig
 from data.contracts import ContractError, GradeScale, digest_files
-from data.sources import synthetic, table
-from data.sources.labels import Labels, grade_numbers, json_attributes, named_values
+from data.sources import synthetic
+from data.sources.labels import Source
 from data.sources.paths import list_files, open_bytes
 from data.sources.public import public_files, public_set, read_public
-from data.sources.table import check_columns, read_log, read_table, table_labels, table_scale
+from data.sources.table import check_columns, read_log, read_table, table_source
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -30,50 +29,32 @@ _GENERATED = pa.schema(
 _CHUNK = 20_000
 
 
-@dataclass(frozen=True)
-class Source:
-    """The rows of a source as text, and how they are to be read.
-
-    `frame` has `query`, `ad_title` and any of `ad_text`, `attributes`, `grade` (the label), `rationale`, `variance` (of
-    several raters), `frequency` (null but for rows of a log), and `problem` and `detail` (why a line is no row, and what it
-    holds).
-    """
-
-    frame: DataFrame
-    scale: GradeScale
-    labels: Labels
-    html: bool = False
-    """Titles and texts are HTML."""
-    attributes: Callable[[str], dict[str, str] | None] = json_attributes
-    """The attributes that a cell holds; None when it cannot be read."""
-
-
-def read_source(spark: SparkSession, config: DataConfig) -> Source:
-    """The configured source, with the rows of its log; raises `ContractError` for a file that cannot be read."""
+def source_of(config: DataConfig) -> Source:
+    """What the rows of the configured source mean; raises `ContractError` for a grade that its scale does not have."""
     if config.source_name == "synthetic":
-        frame = _read_generated(spark, synthetic.generate(config.rows, config.seed))
-        source = Source(
-            frame, synthetic.SCALE, grade_numbers(synthetic.SCALE.size - 1, "the grade is not on the scale")
-        )
+        source = synthetic.SOURCE
     elif config.source_name == "table":
-        source = Source(read_table(spark, config), table_scale(config), table_labels(config), config.html)
+        source = table_source(config)
     else:
-        chosen = public_set(config.source_name)
-        attributes = named_values if config.source_name == "wands" else json_attributes
-        source = Source(read_public(spark, config), chosen.scale, chosen.labels, chosen.html, attributes)
-    if config.log is not None:
-        log = read_log(spark, config.log, config.encoding)
-        source = replace(source, frame=source.frame.unionByName(log, allowMissingColumns=True))
-    return source if config.relevant_from is None else replace(source, scale=_relevant_from(source.scale, config))
+        source = public_set(config.source_name)
+    return source if config.relevant_from is None else source.model_copy(update={"scale": _scale(source, config)})
 
 
-def describe_source(config: DataConfig) -> dict[str, str]:
-    """Licence of the configured source, and how its ratings become grades, a sentence each."""
-    if config.source_name in ("synthetic", "table"):
-        module = synthetic if config.source_name == "synthetic" else table
-        return {"licence": module.LICENCE, "grading": module.GRADING}
-    chosen = public_set(config.source_name)
-    return {"licence": chosen.licence, "grading": chosen.grading}
+def read_source(spark: SparkSession, config: DataConfig) -> DataFrame:
+    """The rows of the configured source and of its log, as text; raises `ContractError` for a file that cannot be read.
+
+    Columns: `query`, `ad_title` and any of `ad_text`, `attributes`, `grade` (the label), `rationale`, `variance` (of several
+    raters), `frequency` (null but for rows of a log), and `problem` and `detail` (why a line is no row, and what it holds).
+    """
+    if config.source_name == "synthetic":
+        rows = _read_generated(spark, synthetic.generate(config.rows, config.seed))
+    elif config.source_name == "table":
+        rows = read_table(spark, config)
+    else:
+        rows = read_public(spark, config)
+    if config.log is None:
+        return rows
+    return rows.unionByName(read_log(spark, config.log, config.encoding), allowMissingColumns=True)
 
 
 def source_label(config: DataConfig) -> str:
@@ -133,11 +114,11 @@ def _read_generated(spark: SparkSession, rows: Iterator[dict[str, Any]]) -> Data
     return spark.createDataFrame(pa.concat_tables(chunks))
 
 
-def _relevant_from(scale: GradeScale, config: DataConfig) -> GradeScale:
+def _scale(source: Source, config: DataConfig) -> GradeScale:
     try:
-        return GradeScale.model_validate({"grades": scale.grades, "relevant_from": config.relevant_from})
+        return GradeScale.model_validate({"grades": source.scale.grades, "relevant_from": config.relevant_from})
     except ValidationError:
-        highest = scale.size - 1
+        highest = source.scale.size - 1
         raise ContractError(
             f"`data.relevant_from` is {config.relevant_from} and the highest grade is {highest}; choose 1 … {highest}"
         ) from None

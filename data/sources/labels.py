@@ -1,15 +1,15 @@
-"""From what a file holds to a grade, a number or attributes: plain functions of one cell's text."""
+"""What the rows of a source mean: from the text of a cell to a grade, a number or attributes."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from data.contracts import Config
+from data.contracts import Config, GradeScale
 
 # Python's own parser also takes "1_0" and "infinity", which no person writes as a rating.
 _NUMBER = re.compile(r"[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]{1,3})?")
@@ -41,6 +41,22 @@ class Labels(Config):
         if rating is None or not self.lowest <= rating <= self.highest or (self.whole and rating % 1):
             return rating, None, self.fault
         return rating, sum(rating >= threshold for threshold in self.thresholds), None
+
+
+class Source(Config):
+    """How the rows of a source are to be read; `licence` and `grading` (from its ratings to grades) are sentences."""
+
+    licence: str
+    grading: str
+    scale: GradeScale
+    labels: Labels
+    html: bool = False
+    """Titles and texts are HTML."""
+    attributes: Literal["json", "named values"] = "json"
+
+    def read_attributes(self, cell: str) -> dict[str, str] | None:
+        """The attributes that a cell holds; None when it cannot be read."""
+        return json_attributes(cell) if self.attributes == "json" else named_values(cell)
 
 
 def grade_numbers(highest: int, fault: str, missing: tuple[str, ...] | None = None) -> Labels:

@@ -70,12 +70,12 @@ def file_format(path: Path, format: str) -> str:
     """`csv`, `tsv`, `json` (lines or an array) or `parquet`: `format`, or by the file's name when that is `auto`."""
     if format != "auto":
         return format.replace("jsonl", "json")
-    found = _format_by_name(path)
-    if found is None:
+    by_name = _format_by_name(path)
+    if by_name is None:
         raise ContractError(
             f"the name of {path} does not tell its format; set `data.format` to csv, tsv, json, jsonl or parquet"
         )
-    return found
+    return by_name
 
 
 def open_bytes(path: Path) -> IO[bytes]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from data.config import DataConfig
-from data.contracts import Config, ContractError, GradeScale
+from data.contracts import ContractError
 from data.sources.delimited import Dialect
 from data.sources.files import read_columns
 from data.sources.json_records import json_names
-from data.sources.labels import Labels
+from data.sources.labels import Source
 from data.sources.paths import one_file, public_file, readable
 
 if TYPE_CHECKING:
@@ -24,13 +24,9 @@ _WANDS_FILES = ("label.csv", "query.csv", "product.csv")
 _ESCI_FILES = ("shopping_queries_dataset_examples.parquet", "shopping_queries_dataset_products.parquet")
 
 
-class PublicSet(Config):
-    """One set: its licence, how its labels become grades, and, where it is one file, which and what its columns mean."""
+class PublicSet(Source):
+    """One set and, where it is one file, which and what its columns mean."""
 
-    licence: str
-    grading: str
-    scale: GradeScale
-    labels: Labels
     html: bool = True
     file: str = ""
     format: str = "csv"
@@ -113,12 +109,12 @@ def _with_match(labels: DataFrame, others: DataFrame, keys: list[str], missing: 
 
     columns = [name for name in others.columns if name not in (*keys, "problem", "detail")]
     distinct = others.where(F.col("problem").isNull()).select(*keys, *columns).distinct()
-    found = distinct.groupBy(*keys).agg(F.count("*").alias("count"), *[F.first(name).alias(name) for name in columns])
+    matches = distinct.groupBy(*keys).agg(F.count("*").alias("count"), *[F.first(name).alias(name) for name in columns])
     several = missing.replace(" is not in ", " has different rows in ")
     problem = F.when(F.col("count").isNull(), missing).when(F.col("count") > 1, several)
     detail = F.when(F.col("problem").isNull() & problem.isNotNull(), F.concat_ws(" ", *keys))
     changed = {"detail": F.coalesce("detail", detail), "problem": F.coalesce("problem", problem)}
-    return labels.join(found, keys, "left").withColumns(changed).drop("count")
+    return labels.join(matches, keys, "left").withColumns(changed).drop("count")
 
 
 def _in_folder(folder: Path, inner: str, names: tuple[str, ...]) -> Path:

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data.contracts import Grade, GradeScale
+from data.sources.labels import Source, grade_numbers
 
-LICENCE = "the project's own, Apache-2.0"
-GRADING = "a grade follows from what the query asks and what the ad offers"
 SCALE = GradeScale(
     grades=(
         Grade(name="irrelevant", definition="the ad offers something else than the query asks for."),
@@ -30,6 +29,12 @@ SCALE = GradeScale(
         Grade(name="exact", definition="the ad offers the product asked for with every attribute asked for."),
     ),
     relevant_from=2,
+)
+SOURCE = Source(
+    licence="the project's own, Apache-2.0",
+    grading="a grade follows from what the query asks and what the ad offers",
+    scale=SCALE,
+    labels=grade_numbers(SCALE.size - 1, "the grade is not on the scale"),
 )
 
 # How often each grade is drawn, from 0 to 3.

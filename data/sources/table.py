@@ -9,13 +9,11 @@ from data.config import DataConfig, LogConfig
 from data.contracts import GradeScale
 from data.sources.delimited import Dialect
 from data.sources.files import open_parts, read_columns
-from data.sources.labels import Labels, grade_numbers
+from data.sources.labels import Labels, Source, grade_numbers
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-LICENCE = "the owner's"
-GRADING = "as the settings `grade_thresholds` or `grade_labels` say; without them the label is the grade"
 _NO_LABEL = ", and for what means that there is no label `data.missing_labels`"
 
 
@@ -32,12 +30,18 @@ def check_columns(config: DataConfig) -> None:
         open_parts(*_log(config.log, config.encoding))
 
 
-def table_scale(config: DataConfig) -> GradeScale:
-    """The scale that the settings describe; the highest grade is the relevant one."""
-    return GradeScale(grades=config.grades, relevant_from=len(config.grades) - 1)
+def table_source(config: DataConfig) -> Source:
+    """What the settings say of the table; the highest grade is the relevant one."""
+    return Source(
+        licence="the owner's",
+        grading="as the settings `grade_thresholds` or `grade_labels` say; without them the label is the grade",
+        scale=GradeScale(grades=config.grades, relevant_from=len(config.grades) - 1),
+        labels=_labels(config),
+        html=config.html,
+    )
 
 
-def table_labels(config: DataConfig) -> Labels:
+def _labels(config: DataConfig) -> Labels:
     """How the settings make grades of labels. An empty label or one of `missing_labels` is none."""
     missing = tuple(label.upper() for label in config.missing_labels)
     if config.grade_labels:

@@ -26,17 +26,12 @@ def config(path: Path, **more: Any) -> DataConfig:
     return DataConfig.model_validate(base | {"max_rejected_share": 1.0, "shares": ALL_TO_TRAIN} | more)
 
 
-def test_a_wrong_encoding_is_found_out(spark: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_encoding_is_found_out(spark: Any, tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     rows = [f"red shoes {i},title {i},1" for i in range(30)] + ["café,crème “brûlée”,0", "müsli,title,1"]
     file.write_bytes("\n".join(["q,t,g", *rows]).encode("cp1252"))
     with pytest.raises(ContractError, match=r"2 of 32 .* looks like windows-1252 \('café'\), so set `data.encoding`"):
         prepare(config(file, max_rejected_share=0.05), tmp_path, spark)
-    prepare(config(file), tmp_path, spark)
-    assert "looks like windows-1252 ('café'), so set `data.encoding`" in caplog.text
-    card = json.loads((tmp_path / "card.json").read_text())
-    damaged = "damaged: bytes that are no utf-8 (another `data.encoding`?)"
-    assert card["rejected_by_reason"] == {f"the query is {damaged}": 2}
     # Read as latin-1 nothing is rejected, but the quotes have become control characters.
     prepare(config(file, encoding="latin-1"), tmp_path, spark)
     card = json.loads((tmp_path / "card.json").read_text())

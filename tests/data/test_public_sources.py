@@ -12,14 +12,14 @@ import pytest
 from data.config import DataConfig, Shares
 from data.contracts import DISAGREEMENT, PAIRS, ContractError, read_table
 from data.prepare import prepare
-from data.sources import input_fingerprint, read_source
+from data.sources import input_fingerprint, read_source, source_of
 from data.text import pair_id
 from data.validation import validated
 
 
 def checked(spark: Any, config: DataConfig) -> list[dict[str, Any]]:
     """The rows of a source after its checks."""
-    return [row.asDict() for row in validated(read_source(spark, config), config).collect()]
+    return [row.asDict() for row in validated(read_source(spark, config), source_of(config), config).collect()]
 
 
 def wands_folder(folder: Path) -> Path:

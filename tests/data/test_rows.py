@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from data.config import DataConfig
-from data.sources import Source
 from data.sources.labels import Labels, json_attributes, named_values, number
 from data.sources.public import public_set
-from data.sources.table import table_labels, table_scale
+from data.sources.table import table_source
 from data.text import key_id, normalise_key, pair_id
-from data.validation import validated_rows
+from data.validation import CELLS, RowChecks
 
 GRADES = [{"name": name, "definition": "d"} for name in ("no", "so", "yes")]
 COLUMNS = {"query": "q", "ad_title": "t", "grade": "g"}
@@ -23,9 +23,10 @@ def config(**more: Any) -> DataConfig:
 
 def check(cells: dict[str, str | None], settings: DataConfig | None = None, **more: Any) -> dict[str, Any]:
     settings = settings or config()
-    source = Source(None, table_scale(settings), table_labels(settings), **more)  # type: ignore[arg-type]
-    (row,) = validated_rows(source, settings, [{"query": "q", "ad_title": "t"} | cells])
-    return row
+    checks = RowChecks(table_source(settings).model_copy(update=more), settings)
+    batch = pa.RecordBatch.from_pylist([{"query": "q", "ad_title": "t"} | cells], schema=CELLS)
+    (checked,) = checks([batch])
+    return checked.to_pylist()[0]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ MISSING = ["", " ", None, "NA", "n/a", "#N/A", "<NA>", "NaN", "None", "null", "\
     ],
 )  # fmt: skip
 def test_labels_of_a_table(settings: dict[str, Any], expected: dict[str, tuple[Any, Any] | None]) -> None:
-    labels = table_labels(config(**settings))
+    labels = table_source(config(**settings)).labels
     for label, found in expected.items():
         assert labels.read(label) == ((*found, None) if found else (*labels.read(label)[:1], None, labels.fault)), label
 

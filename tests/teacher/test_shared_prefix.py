@@ -1,5 +1,6 @@
 """Sharing a prompt among its completions changes nothing but the cost."""
 
+import itertools
 import logging
 
 import pytest
@@ -9,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from data.contracts import MetricsLog
+from data.contracts import ContractError, MetricsLog
 from teacher.config import WarmStartConfig
 from teacher.decoding import sample_completions
 from teacher.examples import Example
@@ -299,3 +300,23 @@ def test_a_warm_start_is_the_same_with_a_shared_guideline(decoder, tmp_path):
     assert (weights[0] - weights[1]).abs().max() <= 1e-4
     start = torch.cat([parameter.flatten() for parameter in load_model(decoder, TINY)[0].parameters()])
     assert (weights[0] - start).abs().max() >= 1e-3
+
+
+@pytest.mark.parametrize("bad", [{2}, {2, 3}, set(range(20))])
+def test_a_step_without_a_finite_gradient_is_left_out_and_many_end_the_training(bad, decoder, tmp_path, caplog):
+    model, tokenizer = load_model(decoder, TINY)
+    calls = itertools.count(1)
+    weight = next(model.parameters())
+    weight.register_hook(lambda gradient: gradient * float("nan") if next(calls) in bad else gradient)
+    examples = [Example(f"grade {word}<|assistant|>", 0, f"it is {word}") for word in ("red", "blue", "green", "big")]
+    warm = WarmStartConfig(examples=4, epochs=8, batch_size=4, learning_rate=1e-3)
+    config = TINY.model_copy(update={"warm_start": warm})
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    if len(bad) > 4:
+        with pytest.raises(ContractError, match="not finite in 5 steps in a row, the last of them step 5; lower"):
+            warm_start(config, model, tokenizer, examples, tmp_path / "out", log)
+    else:
+        warm_start(config, model, tokenizer, examples, tmp_path / "out", log)
+        assert caplog.text.count("is left out, as its gradient is not finite") == len(bad)
+        assert log.read("warm_start")[-1]["loss"] < log.read("warm_start")[0]["loss"]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.math_task import load_problems, math_judge
 from data.contracts import ContractError
-from teacher.math_task import load_problems, math_judge
 
 MATH = Path(__file__).resolve().parents[3] / "shared" / "data" / "math"
 SETS = {

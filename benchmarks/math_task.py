@@ -1,7 +1,7 @@
 """Task `math`, the other half of the paper: problems with one short answer, which `math-verify` compares.
 
-Its prompt, its problems and its judge are here together. It shares trainer, estimators and pass@k with `relevance`; the
-product's flows do not run it: `benchmarks/estimators.py` does. What was left out: proofs and multiple choice.
+Its prompt, its problems and its judge are here together. It shares trainer, estimators and pass@k with task `relevance`, of
+which the product is made; `benchmarks/estimators.py` runs it. What was left out: proofs and multiple choice.
 """
 
 from __future__ import annotations
