@@ -126,7 +126,7 @@ def distill(
     for name, other in taught_otherwise(config, rows.training, whole).items():
         trained = first if first and name == "gold_only" else train(other, name)
         systems.append(measured(setup, name, trained, rows.valid, rows.test))
-    systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
+    systems += smaller_students(setup, base, student, rows, pairs, out, metrics, free)
     systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
     evaluation = evaluate(setup, systems, student, rows.test) | bound | ({"ensemble": pool} if pool else {})
     key = key_metrics(evaluation, card, student.valid_roc_auc)
@@ -174,7 +174,14 @@ def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples)
 
 
 def smaller_students(
-    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog, free: list[System]
+    setup: Setup,
+    base: Path,
+    student: Calibrated,
+    rows: Rows,
+    pairs: Path,
+    out: Path,
+    metrics: MetricsLog,
+    free: list[System],
 ) -> list[System]:
     """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
 
@@ -193,7 +200,7 @@ def smaller_students(
     for layers in sizes:
         phase, folder = f"student_{layers}_layers", out / FOLDER.format(layers)
         shutil.rmtree(folder, ignore_errors=True)
-        save_tokenizer(setup.base, folder, config.max_length)
+        save_tokenizer(base, folder, config.max_length)  # a warmed-up encoder's folder has none
         start = replace(setup, base=cut(reader.model, layers, out / "checkpoints" / f"{phase}.start"))
         fitted = fit(start, training, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         smaller = calibrate(setup, fitted, rows.valid)
