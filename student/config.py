@@ -78,6 +78,8 @@ class StudentConfig(Config):
     """Weight of a row with a human grade relative to a fully agreed annotation."""
     agreement_power: float = Field(default=1.0, ge=0, le=10)
     """An annotated row weighs agreement to this power; 0 weighs all annotations alike."""
+    cascade_weight: float = Field(default=1.0, ge=0, le=10)
+    """Weight of an annotation that an earlier student gave (`annotate.cascade`), relative to the teacher's."""
     min_agreement: float = Field(default=0.0, ge=0, le=1)
     """Annotations with less agreement than this are not learned from."""
     class_balance: float = Field(default=0.0, ge=0, le=1)

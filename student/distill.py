@@ -300,7 +300,11 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc:
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    metrics |= counts | fitted | before | {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
+    shares = {
+        "teacher_kept": (evaluation["teacher_kept"] or {}).get("share"),
+        "teacher_weight": evaluation.get("ensemble", {}).get("weight"),
+    }
+    metrics |= counts | fitted | before | shares
     return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 
