@@ -107,7 +107,7 @@ def distill(
         setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
-        equal = for_as_many_steps(setup, len(rows.training), len(chosen))
+        equal = setup.for_as_many_steps(len(rows.training), len(chosen))
         fitted = fit(equal, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
@@ -153,16 +153,6 @@ def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, di
     soft = training.soft.copy()
     soft[at] = pooled(soft[at], probs(training.take(at)), weight)
     return replace(rows, training=replace(training, soft=soft)), chosen
-
-
-def for_as_many_steps(setup: Setup, rows: int, chosen: int) -> Setup:
-    """The setup under which `chosen` rows get as many optimiser steps, and as much patience, as `rows` do under `setup`.
-
-    A student of few human labels would else be stopped before it has learned them, and lose for that alone.
-    """
-    times = max(1, round(rows / max(chosen, 1)))
-    more = {name: min(100, times * getattr(setup.config, name)) for name in ("epochs", "patience")}
-    return replace(setup, config=setup.config.model_copy(update=more)) if times > 1 else setup
 
 
 def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
