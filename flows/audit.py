@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+
+from flows.runtime import refusals
 
 What = Literal["sample", "doubtful", "disagreements", "low-agreement", "suspects"]
 
@@ -36,7 +36,7 @@ def audit_export(
     folder
         Folder that holds all runs.
     """
-    with _refusals():
+    with refusals():
         from data.contracts import ContractError
         from pipeline.audit.draw import Draw, export
         from pipeline.report.compare import find_run
@@ -74,7 +74,7 @@ def audit_import(
     folder
         Folder that holds all runs.
     """
-    with _refusals():
+    with refusals():
         from pipeline.audit.answers import import_answers, summarise
         from pipeline.report.compare import find_run
         from pipeline.report.page import write_report
@@ -94,14 +94,3 @@ def audit_import(
     if imported.refused:
         print("not used:", *imported.refused, sep="\n  ", file=sys.stderr)
         raise SystemExit(1)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    from data.contracts import ContractError
-
-    try:
-        yield
-    except ContractError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None

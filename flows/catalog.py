@@ -18,6 +18,8 @@ class Entry:
     help: str
     from_labels: bool = False
     """Whether its student learns from human labels alone, whatever `student.use_annotations` says."""
+    in_rounds: bool = False
+    """Whether it runs other flows, round after round."""
 
     @property
     def function(self) -> str:
@@ -25,7 +27,11 @@ class Entry:
         return self.name.replace("-", "_")
 
     def own(self, settings: PipelineConfig) -> PipelineConfig:
-        """The settings that the flow runs under."""
+        """The settings that the flow runs under; in rounds, those of the first with annotations."""
+        if self.in_rounds:
+            from pipeline.rounds import settings_of_round
+
+            return settings_of_round(settings, 1)
         if not self.from_labels:
             return settings
         student = settings.student.model_copy(update={"use_annotations": False})
@@ -51,6 +57,12 @@ FLOWS: dict[str, Entry] = {
             "relevance-pipeline",
             ("data", "teacher", "annotate", "student", "export"),
             "The whole way: pairs, teacher, annotations, student, export.",
+        ),
+        Entry(
+            "relevance-loop",
+            ("data", "teacher", "annotate", "student", "export"),
+            "Rounds of choosing pairs, annotating, distilling and measuring, within a budget.",
+            in_rounds=True,
         ),
     )
 }

@@ -11,7 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -20,6 +20,7 @@ from flows.audit import audit_export, audit_import
 from flows.catalog import FLOWS, Entry
 from flows.compare import compare
 from flows.environment import set_environment
+from flows.runtime import fail, refusals
 
 if TYPE_CHECKING:
     from pipeline.settings import PipelineConfig
@@ -152,15 +153,11 @@ def main() -> None:
 
 
 def _start(flow: str, options: Options) -> None:
-    from data.contracts import ContractError
-
-    try:
+    with refusals():
         flow, settings = chosen(flow, options)
         if options.dry_run:
             _show_plan(flow, settings)
             return
-    except ContractError as error:
-        _fail(str(error), 2)
     run_here(flow, settings, options.config)
 
 
@@ -183,14 +180,11 @@ def chosen(flow: str, options: Options) -> tuple[str, PipelineConfig]:
 
 def _help(flow: str, options: Options) -> None:
     """The options, then every setting of the flow's own stages with its type, its value and its help."""
-    from data.contracts import ContractError
     from flows.settings_help import show_settings
 
     run_app.help_print([flow])
-    try:
+    with refusals():
         show_settings(flow, chosen(flow, options)[1])
-    except ContractError as error:
-        _fail(str(error), 2)
 
 
 def _show_plan(flow: str, settings: PipelineConfig) -> None:
@@ -224,13 +218,13 @@ def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) ->
         with progress_view(with_upstream(entry.stages, entry.own(settings)), log):
             summary = getattr(relevance, entry.function)(settings)
     except Busy as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except ContractError as error:
-        _fail(str(error), 1, _go_on(settings, config))
+        fail(str(error), 1, _go_on(settings, config))
     except KeyboardInterrupt:
-        _fail("interrupted", 130, _go_on(settings, config))
+        fail("interrupted", 130, _go_on(settings, config))
     except Exception as error:  # Prefect has logged it, with its traceback
-        _fail(f"{flow} failed: {type(error).__name__}: {first_line(error)}", 1, _go_on(settings, config))
+        fail(f"{flow} failed: {type(error).__name__}: {first_line(error)}", 1, _go_on(settings, config))
     _show(summary)
 
 
@@ -258,11 +252,6 @@ def _show(summary: dict[str, Any]) -> None:
     for stage, sentence in summary.get("untracked", {}).items():
         print(f"{stage} is {sentence}")
     print(f"again: {summary['command']}")
-
-
-def _fail(message: str, code: int, remedy: str = "") -> NoReturn:
-    print(f"error: {' '.join(message.split())}", *remedy.splitlines(), sep="\n", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

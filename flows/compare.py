@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from flows.runtime import refusals
+
 if TYPE_CHECKING:
     from pipeline.report.compare import RunComparison
 
@@ -43,7 +45,7 @@ def compare(
     from data.contracts import ContractError
     from pipeline.report.compare import compare_runs, find_run, save_comparison
 
-    try:
+    with refusals():
         if len(runs) != 2:
             raise ContractError(
                 f"compare takes two runs, as in --runs sample tuned; given: {', '.join(runs) or 'none'}"
@@ -55,9 +57,6 @@ def compare(
         if first.resolve() == second.resolve():
             raise ContractError(f"both are the same run, {first}; name two")
         comparison = compare_runs(first, second, n_boot=resamples, seed=seed)
-    except ContractError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
     data, text = save_comparison(comparison, folder)
     _print(comparison)
     print(f"\n{comparison.result}\nwritten to {data} and {text.name}")

@@ -30,6 +30,7 @@ from pipeline.executions import FLOW, Execution, executing
 from pipeline.locks import exclusive
 from pipeline.report.summary import code_commit, reproduce_command, summary_metrics
 from pipeline.resume import remember
+from pipeline.rounds import CHOSEN, RANDOM, begin_round, gains_stopped, point, write_curve
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, with_upstream
 from pipeline.tracking.tracker import tracking
@@ -96,9 +97,45 @@ def _flow(entry: Entry) -> Any:
         publish(summary)
         return summary
 
+    return _named(run, entry, "the content of `summary.json`")
+
+
+def _named(run: Any, entry: Entry, returns: str) -> Any:
+    """The function as a flow of the entry's name."""
     run.__name__ = run.__qualname__ = entry.function
-    run.__doc__ = f"`prefect run {entry.name}`: the content of `summary.json`."
+    run.__doc__ = f"`prefect run {entry.name}`: {returns}."
     return flow(name=entry.name, description=entry.help, flow_run_name=_RUN_NAME)(run)
+
+
+def _loop(entry: Entry) -> Any:
+    def run(settings: PipelineConfig) -> dict[str, Any]:
+        set_environment()
+        connect_logging()
+        entry.own(settings)  # refuses settings without a budget
+        with exclusive(settings.folder, 60 * settings.wait_minutes):
+            remember(settings, entry.name)
+            points, summary = _rounds(settings, CHOSEN, [])
+            if settings.loop.compare_random:
+                points += _rounds(settings, RANDOM, points[:1])[0][1:]
+            report = write_curve(settings.folder, settings.run, points)
+        return summary | {"report": str(report), "command": reproduce_command(settings, entry.name)}
+
+    return _named(run, entry, "the summary of the last round")
+
+
+def _rounds(
+    settings: PipelineConfig, kind: str, points: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The points of all rounds, of which there are the first `points` already, and the summary of the last round."""
+    points, summary = [*points], {}
+    for number in range(len(points), settings.loop.rounds + 1):
+        run = globals()["relevance_pipeline" if number else "student_from_labels"]
+        summary = run(begin_round(settings, number, kind))
+        points.append(point(number, kind, summary))
+        logger.info("%s %d: ROC-AUC on valid %.4f", kind, number, points[-1]["valid_roc_auc"])
+        if gains_stopped(points, settings.loop.min_gain):
+            break
+    return points, summary
 
 
 def _announce_drift(run: str, record: StageRecord) -> None:
@@ -134,4 +171,4 @@ def _advise(settings: PipelineConfig) -> None:
     )
 
 
-globals().update({entry.function: _flow(entry) for entry in FLOWS.values()})
+globals().update({entry.function: (_loop if entry.in_rounds else _flow)(entry) for entry in FLOWS.values()})

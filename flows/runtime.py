@@ -1,12 +1,31 @@
-"""What surrounds a flow's stages: our logs in Prefect's, and errors without tracebacks."""
+"""What surrounds a flow's stages: our logs in Prefect's, and errors without tracebacks. Light to import."""
 
 from __future__ import annotations
 
 import logging
-
-from data.contracts import ContractError
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 ROOMS = ("data", "teacher", "student", "pipeline", "flows")
+
+
+def fail(message: str, code: int, remedy: str = "") -> NoReturn:
+    """End the process with a message in one line, and below it what to do."""
+    print(f"error: {' '.join(message.split())}", *remedy.splitlines(), sep="\n", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """A `ContractError` in the body ends the process with its message and exit code 2: the command was wrong."""
+    from data.contracts import ContractError
+
+    try:
+        yield
+    except ContractError as error:
+        fail(str(error), 2)
 
 
 def connect_logging() -> None:
@@ -39,6 +58,8 @@ def _inside_a_run(record: logging.LogRecord) -> bool:
 
 def _one_line(record: logging.LogRecord) -> bool:
     """A `ContractError` is a message for a person: of Prefect's two tracebacks (task, flow) one line is left."""
+    from data.contracts import ContractError
+
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     if isinstance(error, ContractError):
         record.msg, record.args = "%s", (error,)

@@ -29,7 +29,7 @@ def show_settings(flow: str, settings: PipelineConfig) -> None:
     table.add_column("--set", no_wrap=True)
     table.add_column("value", max_width=32)
     table.add_column("help", ratio=1)
-    for part in (*own, "drift", "spark", "tracking"):
+    for part in (*own, *(["loop"] if FLOWS[flow].in_rounds else []), "drift", "spark", "tracking"):
         for key, value, told in described(getattr(settings, part), f"{part}."):
             table.add_row(key, Text(value), Text(told))
         table.add_section()

@@ -46,16 +46,16 @@ def of_the_split(annotations: Path, pairs: Path) -> pads.Expression:
     return ~pads.field("pair_id").isin(_pairs(pairs).to_table(["pair_id"], filter=beside)["pair_id"].combine_chunks())
 
 
-def worst(batches: Iterable[pa.Table], limit: int, what: What = "all", low: float = LOW) -> list[Row]:
+def worst(batches: Iterable[pa.Table], limit: int, what: What = "all") -> list[Row]:
     """At most `limit` doubtful rows of `usable_annotations`, worst first; `why` says what is doubtful.
 
-    disagreements: the human grade is another than the teacher's. low-agreement: at most `low` of the samples agree.
+    disagreements: the human grade is another than the teacher's. low-agreement: at most `LOW` of the samples agree.
     """
 
     def rows() -> Iterator[Row]:
         for table in batches:
             differs = pc.fill_null(pc.not_equal(table["human_grade"], table["teacher_grade"]), False)
-            unsure = pc.less_equal(table["agreement"], low)
+            unsure = pc.less_equal(table["agreement"], LOW)
             chosen = {"disagreements": differs, "low-agreement": unsure, "all": pc.or_(differs, unsure)}[what]
             yield from table.filter(chosen).to_pylist()
 
@@ -66,7 +66,7 @@ def worst(batches: Iterable[pa.Table], limit: int, what: What = "all", low: floa
 
     def why(row: Row) -> str:
         reasons = ["teacher and human differ"] if row["human_grade"] not in (None, row["teacher_grade"]) else []
-        return "; ".join(reasons + (["samples disagree"] if row["agreement"] <= low else []))
+        return "; ".join(reasons + (["samples disagree"] if row["agreement"] <= LOW else []))
 
     return [row | {"why": why(row)} for row in heapq.nsmallest(limit, rows(), key=order)]
 

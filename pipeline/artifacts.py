@@ -14,36 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from data.contracts import Config, ContractError, digest, write_json
+from data.contracts import Config, ContractError, StageOutput, digest, write_json
 from pipeline.redact import flatten
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
-UNTRACKED = "_untracked.jsonl"  # of older versions, for MLflow
 # Big files, which no stage changes once it has finished: two runs can share one by a link.
 LINKED = (".parquet", ".safetensors", ".onnx")
-
-
-class Output(Protocol):
-    """What a stage function returns: the fingerprint of what it made, and its key figures."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def figures(self) -> dict[str, Any]: ...
-
-
-class StageOutput(BaseModel):
-    """The result of the stages that live in this room; the other rooms return a like type of their own."""
-
-    fingerprint: str
-    figures: dict[str, Any]
 
 
 class StartedStage(BaseModel):
@@ -151,7 +134,7 @@ def reason_to_run(folder: Path, recipe: Recipe) -> str:
 def run_stage(
     folder: Path,
     recipe: Recipe,
-    work: Callable[[Path], Output],
+    work: Callable[[Path], StageOutput],
     *,
     incremental: bool = False,
     share: bool = True,
@@ -189,6 +172,15 @@ def run_stage(
     return record
 
 
+def begin_with(source: Path, folder: Path) -> None:
+    """Let an incremental stage that has not begun in `folder` go on from the rows of `source`, the same stage's in another
+    run; both can be deleted."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _copy(source, temporary := folder.with_name(f".{folder.name}.{os.getpid()}.tmp"))
+        temporary.rename(folder)
+
+
 def _completed(folder: Path, recipe: Recipe) -> StageRecord | None:
     record = read_record(folder)
     if record is None or recipe.difference(record):
@@ -221,14 +213,8 @@ def _put_aside(folder: Path) -> None:
 def _take(record: StageRecord, folder: Path) -> bool:
     """Bring another run's finished stage into `folder`; False when it could not be had whole."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(
-            record.folder,
-            temporary,
-            copy_function=_link_or_copy,
-            ignore=shutil.ignore_patterns(MANIFEST, STARTED, UNTRACKED, "*.tmp", "_tmp-*"),
-        )
+        _copy(record.folder, temporary)
         now = read_record(record.folder)
         if now is None or (now.key, now.finished_at) != (record.key, record.finished_at):
             raise OSError("that run was making it anew")
@@ -242,6 +228,13 @@ def _take(record: StageRecord, folder: Path) -> bool:
         logger.warning("%s could not be taken from run '%s': %s", record.stage, record.made_by, error)
         return False
     return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """What a stage has made in `source`, without what says how it was made, in a new folder."""
+    shutil.rmtree(target, ignore_errors=True)
+    own = shutil.ignore_patterns(MANIFEST, STARTED, "*.tmp", "_tmp-*")
+    shutil.copytree(source, target, copy_function=_link_or_copy, ignore=own)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -278,10 +278,8 @@ def _shadow(count: int, run: Path, old: pa.Table, new: pa.Table) -> list[Measure
 
 
 def _shares(name: str, old: int, of_old: int, new: int, of_new: int) -> Measure:
-    shares = (f"{part / max(whole, 1):.1%}" for part, whole in ((old, of_old), (new, of_new)))
-    return Measure(
-        name=name, expected=next(shares), found=next(shares), psi=psi([old, of_old - old], [new, of_new - new])
-    )
+    expected, found = (f"{part / max(whole, 1):.1%}" for part, whole in ((old, of_old), (new, of_new)))
+    return Measure(name=name, expected=expected, found=found, psi=psi([old, of_old - old], [new, of_new - new]))
 
 
 def _bins(name: str, old: Mapping[str, int], new: Mapping[str, int]) -> Measure:

@@ -1,7 +1,7 @@
 """The record of a run's executions: what was done when, with which settings and inputs, and how it ended.
 
 `RUN/executions.jsonl` gets a line when the execution of a stage, a flow or a comparison begins and one when it ends, and one
-for each stage that a flow reused and each file that was attached later. All lines of an execution make one `Execution`.
+for each stage that a flow reused. All lines of an execution make one `Execution`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uuid import uuid4
 import psutil
 from pydantic import BaseModel
 
-from data.contracts import ContractError, first_line, read_json
+from data.contracts import ContractError, first_line
 from pipeline.artifacts import read_record
 from pipeline.redact import redact, redact_text
 
@@ -76,7 +76,6 @@ class Execution(BaseModel):
     model: Registration | None = None
     reused: dict[str, str] = {}
     """Stages that a flow reused, and the execution that made each."""
-    attached: list[str] = []
 
     def finish(
         self,
@@ -118,8 +117,6 @@ def executing(
     """
     flow, tracking = _flow.get(), settings.tracking
     about = {"run": settings.run, "preset": settings.preset, "folder": str(folder.resolve()), **tags}
-    if name == FLOW and len(str(tags.get("stages", "")).split()) == 1:
-        tracking = tracking.model_copy(update={"enabled": False})  # the stage's own run says it all
     execution = Execution(
         execution=uuid4().hex,
         name=name,
@@ -154,28 +151,17 @@ def executing(
 
 def reused(name: str, folder: Path) -> None:
     """Record for the flow that is running, if there is one, that the output of a stage was reused."""
-    if (flow := _flow.get()) is None:
-        return
-    try:  # an output from before executions were recorded is known by its run in MLflow
-        maker = (read_writers(folder) or [str(read_json(folder / "_mlflow.json").get("run_id", ""))])[-1]
-    except (FileNotFoundError, ContractError):
-        maker = ""
-    _append(Path(flow.tags["folder"]) / EXECUTIONS, {"execution": flow.execution, "reused": {name: maker}})
-
-
-def attach(folder: Path, path: Path) -> None:
-    """Record that a file, such as the report, belongs to the execution that wrote last into a stage's folder."""
-    for execution in read_writers(folder)[-1:]:
-        _append(folder.parent / EXECUTIONS, {"execution": execution, "attached": [_relative(path, folder)]})
+    if (flow := _flow.get()) is not None:
+        maker = (read_writers(folder) or [""])[-1]
+        _append(Path(flow.tags["folder"]) / EXECUTIONS, {"execution": flow.execution, "reused": {name: maker}})
 
 
 def read_executions(run_folder: Path) -> list[Execution]:
     """The executions of a run, oldest first; those that ended without a word are KILLED."""
     values: dict[str, dict[str, Any]] = {}
     for line in _lines(run_folder / EXECUTIONS):
-        known = values.setdefault(line["execution"], {"reused": {}, "attached": []})
+        known = values.setdefault(line["execution"], {"reused": {}})
         known["reused"] |= line.pop("reused", {})
-        known["attached"] += line.pop("attached", [])
         known |= line
     # Without a first line, which a full disk has cut short, nothing is known of an execution.
     executions = [Execution.model_validate(known) for known in values.values() if "started_at" in known]

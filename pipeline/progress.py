@@ -16,14 +16,14 @@ EVERY = 10.0  # seconds
 
 
 @contextmanager
-def watched(look: Callable[[], None], every: float = EVERY) -> Iterator[None]:
-    """Call `look` every so many seconds, in a thread, while the body runs, and once more when it ends."""
+def watched(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every `EVERY` seconds, in a thread, while the body runs, and once more when it ends."""
     finished = threading.Event()
 
     def loop() -> None:
         over = False
         while not over:
-            over = finished.wait(every)
+            over = finished.wait(EVERY)
             try:
                 look()
             except Exception as error:  # the job itself says what is wrong with its files

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, SCORES, ContractError, check_schema, digest, log_progress, read_json
-from pipeline.artifacts import StageOutput
+from data.contracts import PAIRS, SCORES, ContractError, StageOutput, check_schema, digest, log_progress, read_json
 from pipeline.progress import duration, watched
 from pipeline.rows import attributes_as_json, row_chunks
 from student.config import ScoreConfig

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.config import DataConfig, data_of_preset
 from data.contracts import Config, ContractError, UserPath
-from pipeline.annotation.config import AnnotateConfig
+from pipeline.annotation.config import AnnotateConfig, SelectConfig
 from pipeline.drift import DriftConfig
 from pipeline.keys import explain, fields, merge, nearest, parse_overrides
 from pipeline.spark import SparkConfig
@@ -30,6 +30,21 @@ PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "sample"
 StageName = Literal["data", "teacher", "annotate", "student", "export", "score"]
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class LoopConfig(Config):
+    """Flow relevance-loop: rounds of choosing, annotating, distilling and measuring."""
+
+    rounds: int = Field(default=4, ge=1, le=100)
+    """Rounds with annotations; each has an equal share of the budget."""
+    select: SelectConfig = SelectConfig()
+    """The budget of all rounds together (in pairs), and how they are chosen; `uncertain` goes by the student of the round
+    before."""
+    min_gain: float = Field(default=0.0, ge=-1, le=1)
+    """The loop ends after a round whose student is not by so much better on `valid` (ROC-AUC) than the best before; -1 goes
+    on until the budget is spent."""
+    compare_random: bool = False
+    """Also run the rounds with pairs chosen by chance, to compare: up to twice the annotations."""
 
 
 class PipelineConfig(Config):
@@ -63,6 +78,8 @@ class PipelineConfig(Config):
     """The deployable folder and the checks on it."""
     score: ScoreConfig = ScoreConfig()
     """Scoring whole tables with the exported student."""
+    loop: LoopConfig = LoopConfig()
+    """The rounds of flow relevance-loop."""
     drift: DriftConfig = DriftConfig()
     """When new pairs are too unlike those that teacher and student learned from."""
     spark: SparkConfig = SparkConfig()
@@ -115,13 +132,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ContractError(f"config file {path} does not exist") from None
-    except IsADirectoryError:
-        files = sorted(file.name for file in path.glob("*.toml"))
-        raise ContractError(f"config {path} is a folder; name a TOML file in it{nearest('', files)}") from None
     except OSError as error:
-        raise ContractError(f"config file {path} cannot be read ({error.strerror})") from None
+        raise ContractError(f"config file {path} cannot be read ({error.strerror}); name a TOML file") from None
     except UnicodeDecodeError:
         raise ContractError(f"config file {path} is not text in UTF-8; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:

@@ -6,7 +6,6 @@ go in `extra` as Spark's own keys and win over everything set here.
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from data.contracts import Config, ContractError, first_line
+from pipeline.locks import visible_gpus
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -112,8 +112,7 @@ def use_assigned_gpu(workers: int) -> None:
     if assigned is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.addresses)
         return
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = listed.split(",") if listed else [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    gpus = visible_gpus()
     if workers > 1 and len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[context.partitionId() % len(gpus)]
 

@@ -8,10 +8,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from data.contracts import Config, ContractError
-from pipeline.artifacts import Output, Recipe, StageRecord, read_record, run_stage
+from data.contracts import Config, ContractError, StageOutput
+from pipeline.artifacts import Recipe, StageRecord, read_record, run_stage
 from pipeline.executions import Registration, executing, reused
 from pipeline.locks import own_gpus
 from pipeline.settings import PipelineConfig
@@ -28,16 +27,7 @@ class Input:
     place: Path | str
 
 
-@dataclass(frozen=True)
-class Registered:
-    """The model that a stage registers: its role, its folder within the stage's, and the stage it was trained by."""
-
-    role: Literal["teacher", "student"]
-    folder: str = "."
-    trained_by: str = ""
-
-
-Work = Callable[[PipelineConfig, Mapping[str, Path], Path], Output]
+Work = Callable[[PipelineConfig, Mapping[str, Path], Path], StageOutput]
 """From the settings and the folders of the stages it needs, by name, into the stage's own folder."""
 
 
@@ -67,7 +57,8 @@ class Stage:
     """The figures that summaries show, in this order, as far as they are there."""
     artifacts: tuple[str, ...] = ()
     """Files of its folder that tracking uploads."""
-    registers: Registered | None = None
+    registers: Callable[[Path, Mapping[str, Path]], Registration] | None = None
+    """The model that it registers, given its folder and those of the stages that it reads."""
 
     @property
     def title(self) -> str:
@@ -126,27 +117,25 @@ class Stage:
 
     def run(self, settings: PipelineConfig) -> StageRecord:
         """The record of this stage's output, reused or made; raises what the work raises."""
-        if (held := self.held(settings)) is not None:
-            reused(self.name, held.folder)
-            logger.info("%s: kept as it is (hold)", self.name)
-            return held
-        inputs = self.inputs(settings)
-        record = run_stage(
-            self.path(settings),
-            self.recipe(settings, inputs),
-            partial(self._work_tracked, settings, inputs),
-            incremental=self.incremental,
-            share=settings.share,
-        )
+        record = held = self.held(settings)
+        if record is None:
+            inputs = self.inputs(settings)
+            record = run_stage(
+                self.path(settings),
+                self.recipe(settings, inputs),
+                partial(self._work_tracked, settings, inputs),
+                incremental=self.incremental,
+                share=settings.share,
+            )
         if record.reused:
             reused(self.name, record.folder)
             origin = f"made by run '{record.made_by}'" if record.made_by else "nothing changed"
-            logger.info("%s: reused, %s", self.name, origin)
+            logger.info("%s: reused, %s", self.name, "held as it is" if held else origin)
         else:
             logger.info("%s: done in %.0f s", self.name, record.seconds)
         return record
 
-    def _work_tracked(self, settings: PipelineConfig, inputs: dict[str, Input], out: Path) -> Output:
+    def _work_tracked(self, settings: PipelineConfig, inputs: dict[str, Input], out: Path) -> StageOutput:
         """Work within an execution that is recorded; its metrics by step are read from the stage's folder."""
         folders = {needed.name: needed.path(settings) for needed in self.needed(settings)}
         execution = executing(
@@ -162,10 +151,6 @@ class Stage:
         with gpus, tracking(settings), execution as running:
             output = self.work(settings, folders, out)
             artifacts = [out / name for name in self.artifacts]
-            running.finish(output.figures, output.fingerprint, artifacts, self._registration(folders, out))
+            registration = self.registers(out, folders) if self.registers else None
+            running.finish(output.figures, output.fingerprint, artifacts, registration)
         return output
-
-    def _registration(self, folders: Mapping[str, Path], out: Path) -> Registration | None:
-        if (model := self.registers) is None:
-            return None
-        return Registration(role=model.role, folder=out / model.folder, student=folders.get(model.trained_by))

@@ -10,18 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.contracts import HUMAN_LABELS_FILE, digest, read_human_labels, write_json
+from data.contracts import (
+    HUMAN_LABELS_FILE,
+    ContractError,
+    StageOutput,
+    digest,
+    read_human_labels,
+    read_json,
+    write_json,
+)
 from pipeline import drift
-from pipeline.artifacts import Output, StageRecord, read_record
+from pipeline.artifacts import StageRecord, read_record
+from pipeline.executions import Registration
 from pipeline.settings import PipelineConfig
 from pipeline.spark import spark_session
-from pipeline.stage import Input, Registered, Stage
+from pipeline.stage import Input, Stage
 
 Folders = Mapping[str, Path]
 """Of the stages that one needs, by name."""
 
 
-def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from data.prepare import prepare
 
     with spark_session(settings.spark) as spark:
@@ -30,31 +39,31 @@ def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
-def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from teacher.train import train_teacher
 
-    config, pairs = settings.teacher, folders["data"]
-    base, *reason_model = (
-        _base(settings, name, "decoder", pairs, config.seed)
-        for name in (config.model, config.warm_start.reason_model)
-        if name
-    )
+    config, pairs, reasons = settings.teacher, folders["data"], settings.teacher.warm_start.reason_model
+    base = _base(settings, config.model, "decoder", pairs, config.seed)
+    reason_model = _base(settings, reasons, "decoder", pairs, config.seed) if reasons else None
     cache = settings.weights_cache / "reasons"
-    output = train_teacher(config, base, pairs, out, reason_model=next(iter(reason_model), None), cache=cache)
+    output = train_teacher(config, base, pairs, out, reason_model=reason_model, cache=cache)
     drift.remember(pairs, out)
     return output
 
 
-def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _annotate(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from pipeline.annotation.job import annotate
 
+    config, pairs = settings.annotate, folders["data"]
+    diverse = "diverse" in config.select.shares
+    encoder = _base(settings, config.select.encoder, "encoder", pairs, config.seed) if diverse else None
     with spark_session(settings.spark) as spark:
-        output = annotate(settings.annotate, folders["teacher"] / "model", folders["data"], out, spark)
+        output = annotate(config, folders["teacher"] / "model", pairs, out, spark, encoder=encoder)
     checks = drift.check_annotations(settings.drift, settings.folder, out, output.figures["annotation_key"])
     return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
-def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from student.distill import distill
 
     config, pairs, annotations = settings.student, folders["data"], folders.get("annotate")
@@ -73,13 +82,13 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
     return output
 
 
-def _export(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _export(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from student.ladder import export_sizes
 
     return export_sizes(settings.export, folders["student"], folders["data"], out)
 
 
-def _score(settings: PipelineConfig, folders: Folders, out: Path) -> Output:
+def _score(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutput:
     from pipeline.score import score
 
     with spark_session(settings.spark) as spark:
@@ -109,6 +118,16 @@ def _own_models(**names: str) -> dict[str, Input]:
             fingerprint = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
             inputs[role] = Input(fingerprint, folder)
     return inputs
+
+
+def _annotating_student(settings: PipelineConfig) -> dict[str, Input]:
+    """The exported student that the annotation job has beside the teacher, where there is one."""
+    folder = settings.annotate.student
+    if folder is None:
+        return {}
+    if not (folder / "student.json").exists():
+        raise ContractError(f"annotate.student: {folder} holds no exported student (no student.json)")
+    return {"annotating_student": Input(str(read_json(folder / "student.json").get("fingerprint")), folder)}
 
 
 def _human_labels(settings: PipelineConfig) -> dict[str, Input]:
@@ -141,7 +160,7 @@ TEACHER = Stage(
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
     artifacts=("metrics.jsonl", "evaluation.json", "reasons.json", "model/model_card.md"),
-    registers=Registered("teacher", "model"),
+    registers=lambda out, folders: Registration(role="teacher", folder=out / "model"),
 )
 ANNOTATE = Stage(
     name="annotate",
@@ -150,16 +169,22 @@ ANNOTATE = Stage(
     work=_annotate,
     version=2,
     needs=(DATA, TEACHER),
+    reads_besides=lambda settings: (
+        _own_models(encoder=settings.annotate.select.encoder) | _annotating_student(settings)
+    ),
     uses_gpus=lambda settings: settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local"),
     incremental=True,
-    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "pairs_per_s", "drift", "drift_not_judged"),
+    headline=(
+        *("pairs", "n_new", "ok_share", "accuracy", "agreement", "n_spared", "pairs_per_s"),
+        *("drift", "drift_not_judged"),
+    ),
 )
 STUDENT = Stage(
     name="student",
     folder="student",
     experiment="student-distill",
     work=_distil,
-    version=2,
+    version=3,
     needs=(DATA, ANNOTATE),
     spares=lambda settings: () if settings.student.use_annotations else ("annotate",),
     reads_besides=lambda settings: (
@@ -183,7 +208,7 @@ EXPORT = Stage(
     reads_only_labelled=True,
     headline=("fp32_max_abs_dp", "int8_auc_loss", "fp32_pairs_per_second", "int8_pairs_per_second"),
     artifacts=("export.json", "model_card.md"),
-    registers=Registered("student", trained_by="student"),
+    registers=lambda out, folders: Registration(role="student", folder=out, student=folders["student"]),
 )
 SCORE = Stage(
     name="score",

@@ -87,11 +87,13 @@ class Examples:
 
 
 class Annotated(NamedTuple):
-    """What an annotation teaches: grade probabilities (K,), agreement in [0, 1], and the reason if it was asked for."""
+    """What an annotation teaches: grade probabilities (K,), agreement in [0, 1], the reason if it was asked for, and whether
+    an earlier student gave it in the teacher's stead."""
 
     probs: list[float]
     agreement: float
     reasoning: str
+    by_student: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,8 @@ def read_training(
         soft=np.array([row.probs for row in rows]).reshape(extra.soft.shape),
         reasons=np.array([row.reasoning for row in rows], dtype=object),
         mix=np.zeros(len(rows)),
-        weight=np.array([row.agreement for row in rows]) ** config.agreement_power,
+        weight=np.array([row.agreement for row in rows]) ** config.agreement_power
+        * np.where([row.by_student for row in rows], config.cascade_weight, 1.0),
     )
     training = gold.joined(labelled).joined(extra)
     if not training.weight.sum() > 0:
@@ -287,7 +290,7 @@ def read_annotated(
     if annotations is None or not annotations.exists():
         return "", {}
     key = annotation_key or annotation_key_of(annotations)
-    columns = ["pair_id", "grade_probs", "agreement", *(["reasoning"] if reasons else [])]
+    columns = ["pair_id", "grade_probs", "agreement", "annotator", *(["reasoning"] if reasons else [])]
     usable = pads.field("status") == "ok"
     of_key = pads.field("annotation_key") == key
     rows = read_table(annotations, ANNOTATIONS, columns=columns, where=usable & of_key).to_pylist()
@@ -297,7 +300,10 @@ def read_annotated(
     # Without a recorded agreement the probability of the likeliest grade stands in for it.
     return key, {
         row["pair_id"]: Annotated(
-            probs, max(probs) if row["agreement"] is None else row["agreement"], row.get("reasoning") or ""
+            probs,
+            max(probs) if row["agreement"] is None else row["agreement"],
+            row.get("reasoning") or "",
+            row["annotator"] is not None,
         )
         for row in rows
         if (probs := row["grade_probs"])

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 
 from data.contracts import (
     ContractError,
     GradeScale,
     MetricsLog,
+    StageOutput,
     digest,
     digest_files,
     read_human_labels,
@@ -43,13 +43,6 @@ from student.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
-
-
-class StudentResult(BaseModel):
-    """The fingerprint of the trained student and its metrics."""
-
-    fingerprint: str
-    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ def distill(
     cache: Path | None = None,
     scored_by: Path | None = None,
     human_labels: Path | None = None,
-) -> StudentResult:
+) -> StageOutput:
     """Train, calibrate and evaluate a student into `out`.
 
     Writes `out/model/` (complete in itself), `evaluation.json`, `curves.json`, `test_predictions.parquet` and
@@ -114,7 +107,7 @@ def distill(
         setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
-        equal = for_as_many_steps(setup, len(rows.training), len(chosen))
+        equal = setup.for_as_many_steps(len(rows.training), len(chosen))
         fitted = fit(equal, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
@@ -133,18 +126,13 @@ def distill(
     for name, other in taught_otherwise(config, rows.training, whole).items():
         trained = first if first and name == "gold_only" else train(other, name)
         systems.append(measured(setup, name, trained, rows.valid, rows.test))
-    systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
+    systems += smaller_students(setup, base, student, rows, pairs, out, metrics, free)
     systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
     evaluation = evaluate(setup, systems, student, rows.test) | bound | ({"ensemble": pool} if pool else {})
     key = key_metrics(evaluation, card, student.valid_roc_auc)
-    write_json(building / "metrics.json", key)
     write_evaluation(out, systems, evaluation, rows.test, scale)
-    metrics.rewind("test", -1)
-    metrics.write("test", student.fitted.steps, {name: each for name, each in key.items() if isinstance(each, float)})
-    for old in (out / "model", out / "checkpoints"):
-        shutil.rmtree(old, ignore_errors=True)
-    building.rename(out / "model")
-    return StudentResult(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
+    finish(out, building, key, metrics, student.fitted.steps)
+    return StageOutput(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
 def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, dict[str, Any]]:
@@ -167,16 +155,6 @@ def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, di
     return replace(rows, training=replace(training, soft=soft)), chosen
 
 
-def for_as_many_steps(setup: Setup, rows: int, chosen: int) -> Setup:
-    """The setup under which `chosen` rows get as many optimiser steps, and as much patience, as `rows` do under `setup`.
-
-    A student of few human labels would else be stopped before it has learned them, and lose for that alone.
-    """
-    times = max(1, round(rows / max(chosen, 1)))
-    more = {name: min(100, times * getattr(setup.config, name)) for name in ("epochs", "patience")}
-    return replace(setup, config=setup.config.model_copy(update=more)) if times > 1 else setup
-
-
 def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
     """What the students learn from that the student is compared with, by name; `whole` has the suspect labels too."""
     others = {"with_suspects": whole} if len(whole) > len(training) else {}
@@ -186,7 +164,14 @@ def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples)
 
 
 def smaller_students(
-    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog, free: list[System]
+    setup: Setup,
+    base: Path,
+    student: Calibrated,
+    rows: Rows,
+    pairs: Path,
+    out: Path,
+    metrics: MetricsLog,
+    free: list[System],
 ) -> list[System]:
     """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
 
@@ -205,7 +190,7 @@ def smaller_students(
     for layers in sizes:
         phase, folder = f"student_{layers}_layers", out / FOLDER.format(layers)
         shutil.rmtree(folder, ignore_errors=True)
-        save_tokenizer(setup.base, folder, config.max_length)
+        save_tokenizer(base, folder, config.max_length)  # a warmed-up encoder's folder has none
         start = replace(setup, base=cut(reader.model, layers, out / "checkpoints" / f"{phase}.start"))
         fitted = fit(start, training, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         smaller = calibrate(setup, fitted, rows.valid)
@@ -305,8 +290,22 @@ def key_metrics(evaluation: dict[str, Any], card: dict[str, Any], valid_roc_auc:
     counts = {name: card[name] for name in ("n_gold", "n_annotated", "epochs", "best_epoch")}
     fitted = {name: float(card[name]) for name in ("temperature", "threshold")}
     before = {"test_ece_before": evaluation["ece_before_calibration"]}
-    metrics |= counts | fitted | before | {"teacher_kept": (evaluation["teacher_kept"] or {}).get("share")}
+    shares = {
+        "teacher_kept": (evaluation["teacher_kept"] or {}).get("share"),
+        "teacher_weight": evaluation.get("ensemble", {}).get("weight"),
+    }
+    metrics |= counts | fitted | before | shares
     return {name: value for name, value in metrics.items() if value is not None and value == value}
+
+
+def finish(out: Path, building: Path, key: dict[str, Any], metrics: MetricsLog, step: int) -> None:
+    """Record the metrics, and put the complete model folder in its place."""
+    write_json(building / "metrics.json", key)
+    metrics.rewind("test", -1)
+    metrics.write("test", step, {name: each for name, each in key.items() if isinstance(each, float)})
+    for old in (out / "model", out / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
+    building.rename(out / "model")
 
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 from scipy.stats import binomtest
 from transformers import PreTrainedModel
 
-from data.contracts import ContractError, GradeScale, digest_files, read_json, write_json, write_text
+from data.contracts import ContractError, GradeScale, StageOutput, digest_files, read_json, write_json, write_text
 from student import scorer
 from student.card import export_card
 from student.config import ExportConfig
@@ -34,14 +33,7 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray
 
 
-class ExportResult(BaseModel):
-    """The fingerprint of the exported folder and its metrics."""
-
-    fingerprint: str
-    figures: dict[str, Any]
-
-
-def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) -> ExportResult:
+def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) -> StageOutput:
     """Write `model.onnx`, `model.int8.onnx`, tokenizer, scale, `student.json`, `score.py` and cards into `out`.
 
     `student` is the trained model's folder; `pairs` what data-prepare wrote, of which graded rows of test and valid are
@@ -97,7 +89,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     trained_card = (source / "model_card.md").read_text(encoding="utf-8")
     write_text(out / "model_card.md", export_card(trained_card, parity))
     served = (*files.values(), *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
-    return ExportResult(fingerprint=digest_files(served), figures=_key_metrics(parity))
+    return StageOutput(fingerprint=digest_files(served), figures=_key_metrics(parity))
 
 
 def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path: Path) -> None:

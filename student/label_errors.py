@@ -106,7 +106,8 @@ def find(
     which is fitted on row numbers of `human`.
     """
     probs = cross_fitted(len(human), scorer, setup.config.seed)
-    heard = {i: annotations[pair] for i, pair in enumerate(human.pair_ids) if pair in pool and pair in annotations}
+    by_teacher = {pair: row for pair, row in annotations.items() if pair in pool and not row.by_student}
+    heard = {i: by_teacher[pair] for i, pair in enumerate(human.pair_ids) if pair in by_teacher}
     for i, annotation in heard.items():
         probs[i] = (probs[i] + annotation.probs) / 2
     rows, likely = ranked(human.grade, probs)

@@ -13,10 +13,10 @@ import numpy as np
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from data.contracts import ContractError, read_json, write_json
+from data.contracts import ContractError, StageOutput, read_json, write_json
 from student.config import ExportConfig
 from student.dataset import Examples
-from student.export import ExportResult, export_student
+from student.export import export_student
 from student.model import quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def taught_by(rows: Examples, probs: Array, gold_mix: float) -> Examples:
     return replace(rows, soft=np.where(annotated, (rows.soft + probs) / 2, probs), mix=mix)
 
 
-def export_sizes(config: ExportConfig, trained: Path, pairs: Path, out: Path) -> ExportResult:
+def export_sizes(config: ExportConfig, trained: Path, pairs: Path, out: Path) -> StageOutput:
     """Export the size that `config.layers` names into `out`, and each other one into `out/layers-N`.
 
     `trained` is the output of the student's stage. With more than one size `out/ladder.json` says how good and how fast

@@ -133,16 +133,8 @@ def a_grae(rewards: Tensor, epsilon: float = 1e-6, alpha: float = 1.0, clip: flo
 
 
 ESTIMATORS: dict[str, Callable[..., Tensor]] = {
-    "agpo": agpo,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "psr": psr,
-    "nsr": nsr,
-    "w_reinforce": w_reinforce,
-    "ngrpo": ngrpo,
-    "mc_grpo": mc_grpo,
-    "a_grae": a_grae,
+    function.__name__: function
+    for function in (agpo, grpo, dr_grpo, rloo, psr, nsr, w_reinforce, ngrpo, mc_grpo, a_grae)
 }
 
 

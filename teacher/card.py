@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data.contracts import write_text
 from teacher.config import TeacherConfig
 from teacher.prompt import Prompt
 
@@ -50,4 +51,4 @@ Accuracy and macro-F1 are of the greedy answer; pass@1 and the AUC are of sample
 It was measured on queries and ads like those it was trained on. Its reasons are generated text: they may be wrong where
 its grade is right. Use `prefect run annotate`, which counts what it fails to answer.
 """
-    (folder / "model_card.md").write_text(text, encoding="utf-8")
+    write_text(folder / "model_card.md", text)

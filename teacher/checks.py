@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from data.contracts import ContractError, first_line
+from data.contracts import ContractError
 from teacher.chat_template import render
 from teacher.engines.base import position_limit
 from teacher.verifier import ANSWER
@@ -47,15 +46,6 @@ def check_decoder(model: Any, tokenizer: Any, longest: int) -> None:
             "prompt.max_text_chars or max_completion_tokens, shorten the guideline, or choose another model"
         )
     _check_embedding(tokenizer, rows=model.get_input_embeddings().weight.shape[0])
-    if model.generation_config is not None:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                model.generation_config.save_pretrained(folder)
-        except (ValueError, TypeError) as error:
-            raise ContractError(
-                f"generation_config.json cannot be saved again, and so no checkpoint ({first_line(error)}): "
-                "correct that file, or delete it"
-            ) from error
 
 
 def _check_embedding(tokenizer: Any, rows: int) -> None:

@@ -25,17 +25,21 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 
 
 def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
-    """The causal language model and tokenizer in `folder`; no remote code, safetensors only.
+    """See `load_causal_lm`; in the number format that it is to be trained in."""
+    # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
+    return load_causal_lm(folder, config.dtype if config.lora_rank else "float32")
+
+
+def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """The causal language model and tokenizer in `folder`, on a GPU where there is one; no remote code, safetensors only.
 
     The model ends a completion at every token of `end_tokens`. Raises `ContractError` when the folder holds no such model.
     """
-    # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
-    dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
     tokenizer = load_tokenizer(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     # The model's own sampling settings are not ours, and some of them cannot even be saved again.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_tokens(folder, tokenizer)),

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data.contracts import ContractError, GradeScale, digest
+from data.contracts import ContractError, GradeScale, digest, write_json
 from teacher.chat_template import render, special_tokens
 from teacher.config import PromptConfig, TeacherConfig
 from teacher.rationale import compare_words
@@ -106,24 +106,13 @@ class Prompt:
         ad_text: str | None = None,
         attributes: Mapping[str, str] | None = None,
     ) -> str:
-        """The prompt as the tokenizer's chat template renders it, ready for a completion."""
+        """The prompt as the tokenizer's chat template renders it, ready for a completion. The template has placed every
+        control token, so whoever tokenises it adds none."""
         return self.render(tokenizer, self.messages(query, ad_title, ad_text, attributes, special_tokens(tokenizer)))
 
     def render(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
         """`render` with the config's `chat_template_kwargs`."""
         return render(tokenizer, messages, self.config.chat_template_kwargs)
-
-    def ids(
-        self,
-        tokenizer: Any,
-        query: str,
-        ad_title: str,
-        ad_text: str | None = None,
-        attributes: Mapping[str, str] | None = None,
-    ) -> list[int]:
-        """Token ids of `text`; the chat template has placed every control token, so none is added."""
-        text = self.text(tokenizer, query, ad_title, ad_text, attributes)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class PromptWriter:
@@ -139,7 +128,7 @@ class PromptWriter:
         self._special = special_tokens(tokenizer)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control = frozenset(added | set(tokenizer.all_special_ids))
-        self._expected = self._controls(prompt.ids(tokenizer, "query", "title", "text"))
+        self._expected = self._controls(next(self._ids([prompt.text(tokenizer, "query", "title", "text")])))
         self._head, self._frame = self._tokenised_once(_frame(prompt, tokenizer))
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[int] | str]:
@@ -147,31 +136,25 @@ class PromptWriter:
 
         A pair has `query`, `ad_title`, `ad_text` and `attributes`, a list of (name, value); any of them may be None.
         """
-        heads: list[list[int] | None] = []
-        texts: list[str] = []
-        made: list[list[int] | str] = []
-        for pair in pairs:
-            try:
-                head, text = self._text(pair)
-                heads.append(head)
-                texts.append(text)
-                made.append("")
-            except Exception as error:  # whatever a hostile text sets off is that pair's failure
-                heads.append(None)
-                made.append(f"{error}" if isinstance(error, _NoPromptError) else f"{type(error).__name__}: {error}")
-        ids = self._ids(texts)
-        for place, begun in enumerate(heads):
-            if begun is not None:
-                tokens = begun + next(ids)
-                sound = self._controls(tokens) == self._expected
-                made[place] = tokens if sound else "the text would become a control token of the teacher"
-        return made
+        begun = [self._begin(pair) for pair in pairs]
+        ids = self._ids([each[1] for each in begun if not isinstance(each, str)])
+        return [each if isinstance(each, str) else self._checked(each[0] + next(ids)) for each in begun]
 
-    def _text(self, pair: Mapping[str, Any]) -> tuple[list[int], str]:
-        """The token ids that a pair's prompt begins with, and the text of the rest."""
+    def _begin(self, pair: Mapping[str, Any]) -> tuple[list[int], str] | str:
+        """The token ids that a pair's prompt begins with and the text of the rest, or the reason why it has none."""
+        try:
+            return self._text(pair)
+        except Exception as error:  # whatever a hostile text sets off is that pair's failure
+            return f"{type(error).__name__}: {error}"
+
+    def _checked(self, tokens: list[int]) -> list[int] | str:
+        sound = self._controls(tokens) == self._expected
+        return tokens if sound else "the text would become a control token of the teacher"
+
+    def _text(self, pair: Mapping[str, Any]) -> tuple[list[int], str] | str:
         for name, called in (("query", "query"), ("ad_title", "ad title")):
             if not as_data(pair[name] or "", self._prompt.config.max_title_chars, ()):
-                raise _NoPromptError(f"the {called} is empty or has no visible character")
+                return f"the {called} is empty or has no visible character"
         attributes = dict(pair["attributes"] or ())
         messages = self._prompt.messages(pair["query"], pair["ad_title"], pair["ad_text"], attributes, self._special)
         data = messages[-1]["content"]
@@ -201,7 +184,7 @@ class PromptWriter:
         return (head, (before[cut:], after)) if head + rest == whole else ([], frame)
 
     def _ids(self, texts: list[str]) -> Iterator[list[int]]:
-        """Token ids of each text, as `Prompt.ids` has them; a `tokenizers` tokenizer makes them without the padding,
+        """Token ids of each text, no control token added; a `tokenizers` tokenizer makes them without the padding,
         masks and offsets that the call of a transformers tokenizer adds, in two thirds of its time."""
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
         if fast is None:
@@ -212,10 +195,6 @@ class PromptWriter:
 
     def _controls(self, tokens: list[int]) -> list[int]:
         return [token for token in tokens if token in self._control]
-
-
-class _NoPromptError(ValueError):
-    """A pair that cannot be asked about; its text is the reason."""
 
 
 def _frame(prompt: Prompt, tokenizer: Any) -> tuple[str, str] | None:
@@ -278,7 +257,7 @@ def save_prompt(prompt: Prompt, folder: Path, **more: Any) -> None:
         "max_completion_tokens": prompt.max_completion_tokens,
         **more,
     }
-    (folder / TEACHER_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / TEACHER_FILE, content)
 
 
 def load_prompt(folder: Path) -> Prompt:

@@ -163,41 +163,40 @@ class _Asker:
     def ask(self, rows: Sequence[Row]) -> list[Row]:
         """A `REASONS` row for each of some labelled pairs, in their order."""
         by_id = {row["pair_id"]: row for row in rows}
-        written = dict(zip(by_id, self._writer(rows), strict=True))
-        faults = {pair_id: f"no prompt: {ids}" for pair_id, ids in written.items() if isinstance(ids, str)}
-        prompts = {pair_id: ids for pair_id, ids in written.items() if not isinstance(ids, str)}
-        reasons, n_right = {}, Counter[str]()
+        dropped = {
+            "outcome": "dropped",
+            "reasoning": None,
+            "dropped": "the engine could not complete its prompt",
+            "n_right": 0,
+        }
+        answers = {pair_id: {"pair_id": pair_id, "grade": row["grade"], **dropped} for pair_id, row in by_id.items()}
+        prompts: dict[str, list[int]] = {}
+        for pair_id, ids in zip(by_id, self._writer(rows), strict=True):
+            if isinstance(ids, str):
+                answers[pair_id]["dropped"] = f"no prompt: {ids}"
+            else:
+                prompts[pair_id] = ids
         for pair_id, samples in self._sampled(prompts, self._sampling).items():
             read = [self._candidate(sample, by_id[pair_id], hinted=False) for sample in samples]
-            n_right[pair_id] = sum(candidate.fault != _WRONG for candidate in read)
+            answers[pair_id]["n_right"] = sum(candidate.fault != _WRONG for candidate in read)
             if (best := _best(read)) is not None:
-                reasons[pair_id] = ("right", best.reason)
-        hints = {pair_id: self._with_hint(by_id[pair_id]) for pair_id in prompts if pair_id not in reasons}
+                answers[pair_id] |= {"outcome": "right", "reasoning": best.reason, "dropped": ""}
+        hints = {
+            pair_id: self._with_hint(by_id[pair_id]) for pair_id in prompts if answers[pair_id]["outcome"] == "dropped"
+        }
         led: dict[str, str] = {}
         for pair_id, samples in self._sampled(hints, self._sampling).items():
             read = [self._candidate(sample, by_id[pair_id], hinted=True) for sample in samples]
             if (best := _best(read)) is not None:
                 led[pair_id] = best.reason
             else:
-                faults[pair_id] = max((candidate.fault for candidate in read), key=_FAULTS.index)
+                answers[pair_id]["dropped"] = max((candidate.fault for candidate in read), key=_FAULTS.index)
         for pair_id, grade in self._grades_after(prompts, led).items():
             if grade == by_id[pair_id]["grade"]:
-                reasons[pair_id] = ("hinted", led[pair_id])
+                answers[pair_id] |= {"outcome": "hinted", "reasoning": led[pair_id], "dropped": ""}
             else:
-                faults[pair_id] = _ELSEWHERE
-        return [
-            {
-                "pair_id": pair_id,
-                "grade": row["grade"],
-                "outcome": reasons.get(pair_id, ("dropped", None))[0],
-                "reasoning": reasons.get(pair_id, ("dropped", None))[1],
-                "dropped": ""
-                if pair_id in reasons
-                else faults.get(pair_id, "the engine could not complete its prompt"),
-                "n_right": n_right[pair_id],
-            }
-            for pair_id, row in by_id.items()
-        ]
+                answers[pair_id]["dropped"] = _ELSEWHERE
+        return list(answers.values())
 
     def _sampled(self, prompts: Mapping[str, list[int]], sampling: Sampling) -> dict[str, list[Sample]]:
         completions = self._completed(prompts, sampling)

@@ -63,6 +63,11 @@ def common_prefix(sequences: Sequence[list[int]]) -> int:
     return next((t for t, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of every row where the mask is 1; both (rows, width)."""
+    return [row.tolist() for row in ids[mask.bool()].split(mask.sum(dim=1).tolist())]
+
+
 def micro_batches(
     groups: Sequence[Group], lengths: Sequence[int], budget: int, hidden_size: int, at_least: int = 1
 ) -> list[list[Group]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from data.contracts import ContractError, MetricsLog, read_json, write_json
+from data.contracts import ContractError, MetricsLog, StageOutput, read_json, write_json
 from teacher.card import write_card
 from teacher.checks import check_decoder, check_tokenizer
 from teacher.config import TeacherConfig
@@ -44,14 +42,6 @@ _CHECKED = 100  # examples whose targets the tokenizer must be able to write
 _LOW_PARSE_RATE = 0.5  # below it AGPO hardly starts
 
 
-@dataclass(frozen=True)
-class TeacherResult:
-    """`figures`: metrics by phase (`base/…`, `warm_start/…`, `agpo/…`, `test/…`); `fingerprint`: of the weights."""
-
-    fingerprint: str
-    figures: dict[str, Any]
-
-
 def train_teacher(
     config: TeacherConfig,
     base: Path,
@@ -60,13 +50,14 @@ def train_teacher(
     *,
     reason_model: Path | None = None,
     cache: Path | None = None,
-) -> TeacherResult:
+) -> StageOutput:
     """Train a teacher from the model folder `base` on the labelled pairs, into `out/model`.
 
     `reason_model` is the folder of the model that gives the reasons of the warm start, `base` itself unless it is given;
     `cache` keeps what models were asked (in `out` without one). `out` also gets `metrics.jsonl` (every logged step),
     `evaluation.json` and, while training, `checkpoints/`, from which an interrupted call resumes: a complete warm start is
-    not repeated, AGPO continues with step, optimiser, RNG and data order.
+    not repeated, AGPO continues with step, optimiser, RNG and data order. The output's metrics are named by phase (`base/…`,
+    `warm_start/…`, `agpo/…`, `test/…`), its fingerprint is that of the weights.
 
     Raises:
         ContractError: the split `train` or `valid` has no labelled pair, `base` is no causal language model, or this machine
@@ -79,7 +70,7 @@ def train_teacher(
     if config.processes > 1 and world_size() == 1:
         paths = {"base": str(base.resolve()), "pairs": str(pairs.resolve()), "out": str(out.resolve())}
         task = {"config": config.model_dump(mode="json"), **paths}
-        return TeacherResult(**launch("teacher.train", config.processes, task, out))
+        return StageOutput(**launch("teacher.train", config.processes, task, out))
     set_seed(config.seed)
     disable_progress_bar()  # of saving and loading weights; our own lines say how far it is
     training = _Training(config, base, pairs, out)
@@ -90,10 +81,10 @@ def train_teacher(
     if training.engine:
         training.engine.close()
     if not is_main():
-        return TeacherResult("", {})
+        return StageOutput(fingerprint="", figures={})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     metrics = training.metrics()
-    return TeacherResult(fingerprint, metrics | ({"stopped": stopped} if stopped else {}))
+    return StageOutput(fingerprint=fingerprint, figures=metrics | ({"stopped": stopped} if stopped else {}))
 
 
 class _Training:
@@ -258,7 +249,7 @@ def main() -> None:
     config = TeacherConfig.model_validate(task["config"])
     result = train_teacher(config, Path(task["base"]), Path(task["pairs"]), Path(task["out"]))
     if is_main():
-        write_json(Path(sys.argv[2]), dataclasses.asdict(result))
+        write_json(Path(sys.argv[2]), result.model_dump())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from teacher.shared_prefix import (
     masked_hidden_size,
     micro_batches,
     token_log_probs,
+    unpadded,
 )
 
 Advantages = Callable[[Tensor], Tensor]
@@ -123,7 +124,7 @@ class AGPOTrainer(GRPOTrainer):
 
     def _anchor_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The supervised loss of the batch's prompts, whose gradient is already there, times its weight."""
-        prompts, targets = (_unpadded(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for name in ("prompt", "target"))
+        prompts, targets = (unpadded(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for name in ("prompt", "target"))
         examples = {tuple(prompt): target for prompt, target in zip(prompts, targets, strict=True)}
         sequences = [[*prompt, *target] for prompt, target in examples.items()]
         starts, lengths = [len(prompt) for prompt in examples], [len(sequence) for sequence in sequences]
@@ -328,12 +329,7 @@ class AGPOTrainer(GRPOTrainer):
 def _sequences(input_ids: Tensor, mask: Tensor, completion_length: int) -> tuple[list[list[int]], list[int]]:
     """The tokens of every row where the mask is 1, and at which of them its completion starts; from (B, P + C)."""
     starts = mask[:, : mask.size(1) - completion_length].sum(dim=1).tolist()
-    return _unpadded(input_ids, mask), starts
-
-
-def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The tokens of every row where the mask is 1; both (rows, width)."""
-    return [row.tolist() for row in ids[mask.bool()].split(mask.sum(dim=1).tolist())]
+    return unpadded(input_ids, mask), starts
 
 
 def _padded(tensor: Tensor, width: int, fill: float, left: bool) -> Tensor:

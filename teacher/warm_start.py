@@ -27,6 +27,7 @@ from teacher.shared_prefix import (
     masked_hidden_size,
     micro_batches,
     token_log_probs,
+    unpadded,
 )
 
 
@@ -81,11 +82,10 @@ class _SharedPrefixTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The mean negative log probability of the batch's targets, over all processes."""
-        mask, labels = inputs["attention_mask"].bool(), inputs["labels"]
-        lengths = mask.sum(dim=1).tolist()
-        sequences = [ids.tolist() for ids in inputs["input_ids"][mask].split(lengths)]
+        sequences = unpadded(inputs["input_ids"], inputs["attention_mask"])
+        lengths = [len(sequence) for sequence in sequences]
         # Targets are the end of an example, and nothing predicts a first token.
-        counts = (labels != -100).sum(dim=1).tolist()
+        counts = (inputs["labels"] != -100).sum(dim=1).tolist()
         starts = [max(1, length - count) for length, count in zip(lengths, counts, strict=True)]
         shared = common_prefix(sequences) if self.shared_prefix else 0
         hidden_size = masked_hidden_size(self.model)

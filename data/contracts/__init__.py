@@ -20,6 +20,7 @@ from data.contracts.tables import (
     RATIONALES,
     REASONS,
     SCORES,
+    SELECTION,
     SPLITS,
     STRATA,
     TEXTS,

@@ -95,6 +95,7 @@ ANNOTATIONS = pa.schema(
         pa.field("prompt_tokens", pa.int64(), nullable=False),
         pa.field("completion_tokens", pa.int64(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("annotator", pa.string()),  # version of the student that graded it, null: the teacher
     ]
 )
 
@@ -107,9 +108,16 @@ SCORES = pa.schema(
     ]
 )
 
+# Which pairs a budget of annotations goes to, the first choice first, and why.
+SELECTION = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("why", pa.string(), nullable=False),
+    ]
+)
 
 # Columns that tables of earlier versions lack; they are then null.
-_OPTIONAL = frozenset({"grade_probs_raw"})
+_OPTIONAL = frozenset({"grade_probs_raw", "annotator"})
 
 
 def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:

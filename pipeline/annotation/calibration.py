@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,12 @@ class Calibration(BaseModel):
     queries: int = 0
     log_loss: dict[str, float] = {}
 
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What a tracker shows of it."""
+        losses = {f"valid_log_loss_{method}": value for method, value in self.log_loss.items()}
+        return {"calibration": self.method, "n_calibration": self.rows} | losses
+
     def apply(self, probs: Array) -> Array:
         """Calibrated probabilities (N, K) of raw ones (N, K)."""
         if self.method == "none":
@@ -50,7 +56,13 @@ class Calibration(BaseModel):
 
 
 def calibrated(table: pa.Table, calibration: Calibration) -> pa.Table:
-    """Rows of `ANNOTATIONS` with `grade_probs` made from `grade_probs_raw`, or, in rows of older tables, from themselves."""
+    """Rows of `ANNOTATIONS` with `grade_probs` made from `grade_probs_raw`, or, in rows of older tables, from themselves.
+
+    What a student graded stays as it is.
+    """
+    if table["annotator"].null_count < table.num_rows:
+        ours = pc.is_null(table["annotator"])
+        return pa.concat_tables([calibrated(table.filter(ours), calibration), table.filter(pc.invert(ours))])
     raw = pc.coalesce(table["grade_probs_raw"], table["grade_probs"]).combine_chunks()
     probs, given = raw, raw.is_valid().to_numpy(zero_copy_only=False)
     if given.any():

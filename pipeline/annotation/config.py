@@ -6,8 +6,61 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data.contracts import Config
+from data.contracts import Config, UserPath
 from teacher.engines.config import EngineConfig, VLLMConfig
+
+
+class SelectConfig(Config):
+    """Which pairs of the split are annotated where there is a budget. The strategies have shares of it."""
+
+    pairs: int = Field(default=0, ge=0)
+    """At most so many pairs, those counted in that are annotated already; 0 sets no limit."""
+    tokens: int = Field(default=0, ge=0)
+    """As many pairs as take about so many tokens, of prompts and completions, going by what the measured pairs of `valid`
+    and `test` took; 0 sets no limit."""
+    random: float = Field(default=1.0, ge=0)
+    """Share of pairs chosen by chance."""
+    uncertain: float = Field(default=0.0, ge=0)
+    """Share of pairs whose two likeliest grades are nearest, by the exported student in `annotate.student`."""
+    diverse: float = Field(default=0.0, ge=0)
+    """Share of pairs chosen evenly from clusters (k-means) of the vectors of `encoder`."""
+    by_stratum: float = Field(default=0.0, ge=0)
+    """Share of pairs chosen evenly from strata of the query's frequency: those of the log, or the number of its ads."""
+    encoder: str = ""
+    """Encoder of `diverse`, named as `student.base` is."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The strategies in use, with their shares."""
+        shares = {name: getattr(self, name) for name in ("random", "uncertain", "diverse", "by_stratum")}
+        return {name: share / sum(shares.values()) for name, share in shares.items() if share}
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether pairs are chosen at all."""
+        return bool(self.pairs or self.tokens)
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> SelectConfig:
+        if not self.shares:
+            raise ValueError("no strategy has a share: set one of random, uncertain, diverse and by_stratum")
+        if "diverse" in self.shares and not self.encoder:
+            raise ValueError("`diverse` needs `encoder`")
+        if not self.has_budget and self.shares.keys() != {"random"}:
+            raise ValueError("a strategy needs a budget: set `pairs` or `tokens`")
+        return self
+
+
+class CascadeConfig(Config):
+    """Which pairs an exported student grades in the teacher's stead (`annotate.student`)."""
+
+    max_loss: float = Field(default=0.0, ge=0, lt=1)
+    """The student grades the pairs that it is surest of, as many as cost at most this share of the annotations' accuracy,
+    by the labelled pairs of `valid_pairs`: 0.005 is half a point. 0 leaves every pair to the teacher."""
+    confidence: float = Field(default=0.9, ge=0.5, lt=1)
+    """How sure it is that they cost no more: the fewer labelled pairs there are, the fewer pairs the student then grades."""
+    checked: float = Field(default=0.05, ge=0, le=1)
+    """Share of these pairs that the teacher grades all the same, to show how often it says otherwise."""
 
 
 class AnnotateConfig(Config):
@@ -17,6 +70,12 @@ class AnnotateConfig(Config):
     """Which pairs the teacher labels."""
     limit: int = Field(default=0, ge=0)
     """At most so many pairs, the first in the order of their ids; 0 takes all."""
+    student: UserPath | None = None
+    """Folder of an exported student, for `select.uncertain` and `cascade`."""
+    select: SelectConfig = SelectConfig()
+    """A budget, and how pairs are chosen for it."""
+    cascade: CascadeConfig = CascadeConfig()
+    """Sparing the teacher the pairs that a student is sure of."""
     valid_pairs: int = Field(default=1000, ge=0)
     """Labelled pairs of split `valid` that the teacher labels too, the first in the order of their ids: its probabilities
     are calibrated on them. 0 leaves the probabilities as they are."""
@@ -64,6 +123,19 @@ class AnnotateConfig(Config):
         if self.confidence and self.n_max < self.n:
             raise ValueError(f"n_max ({self.n_max}) is smaller than n ({self.n}): raise n_max, or set confidence to 0")
         return self
+
+    @model_validator(mode="after")
+    def _has_its_student(self) -> AnnotateConfig:
+        if self.uses_student and self.student is None:
+            raise ValueError("`select.uncertain` and `cascade` need `student`, the folder of an exported student")
+        if self.cascade.max_loss and (self.split in ("valid", "test") or not self.valid_pairs):
+            raise ValueError("`cascade` is for splits train and pool, and needs `valid_pairs`, which say what it costs")
+        return self
+
+    @property
+    def uses_student(self) -> bool:
+        """Whether what `student` says of the pairs is needed."""
+        return bool("uncertain" in self.select.shares or self.cascade.max_loss)
 
     @property
     def adaptive(self) -> bool:

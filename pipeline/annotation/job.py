@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,27 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from data.contracts import KEY_FILE, ContractError, GradeScale, Unavailable, digest, log_progress, read_json, write_json
+from data.contracts import (
+    KEY_FILE,
+    ContractError,
+    GradeScale,
+    StageOutput,
+    Unavailable,
+    digest,
+    log_progress,
+    read_json,
+    write_json,
+)
+from pipeline.annotation.budget import Scores, Sources, select
 from pipeline.annotation.calibration import calibration_of, recalibrate
+from pipeline.annotation.cascade import cascade_metrics, spare
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.metrics import Reasons, annotated, measured_beside, table_metrics
 from pipeline.annotation.plan import chosen_pairs, in_order, measured_ids, missing, pairs_of
-from pipeline.annotation.store import compact, disk_errors, drop_failed, files_of, take_over
+from pipeline.annotation.store import compact, disk_errors, drop, files_of, take_over
 from pipeline.annotation.worker import Job, annotate_partition, start_annotator
-from pipeline.artifacts import StageOutput
 from pipeline.progress import duration, watched
+from student.config import ScoreConfig
 from teacher.annotator import Annotator
 from teacher.engines.base import Sampling
 from teacher.engines.config import EngineConfig, LocalEngine
@@ -52,12 +64,14 @@ def annotate(
     out: Path,
     spark: SparkSession,
     load: Callable[[Job], Annotator] = start_annotator,
+    encoder: Path | None = None,
 ) -> StageOutput:
     """Label the pairs of `config.split` that `out` does not have yet under this teacher, prompt and sampling; before them
     the labelled pairs of splits valid and test that the teacher is calibrated and measured on.
 
     `teacher` is a teacher's model folder, `pairs` the folder that data-prepare wrote, `out` the annotations' folder;
-    `load` starts the teacher in a worker (a function of a module that workers can import).
+    `load` starts the teacher in a worker (a function of a module that workers can import); `encoder` is the folder of
+    `select.encoder`.
     Raises `ContractError` when too many pairs failed or too few got a grade (the annotations stay), when the teacher and the
     pairs have different scales, when the disk is full, when no engine can be had, when a worker died more often than Spark
     tries again, or when another run takes the folder over.
@@ -71,7 +85,8 @@ def annotate(
         raise ContractError(f"teacher {teacher} and pairs {pairs} have different scales; train one on these pairs")
     run = take_over(out)
     if config.retry_failed:
-        drop_failed(out, key, run)
+        dropped = drop(out, key, run, pc.field("status") == "failed")
+        log.info("annotate: %d failed rows dropped, to be tried again", dropped)
     job = Job(key, str(teacher.resolve()), str(out.resolve()), run, config, sampling, config.engines, load)
     chosen, ids = chosen_pairs(spark, config, pairs), measured_ids(config, pairs)
     if measured := ids["valid"] + ids["test"]:
@@ -81,6 +96,10 @@ def annotate(
     log.info("annotate: probabilities calibrated by %s, on %d pairs", calibration.method, calibration.rows)
     begin = time.monotonic()
     beside = measured_beside(spark, pairs, config.split)
+    scores = _scores(config, pairs, out, spark) if config.uses_student else None
+    limit = spare(job, chosen, scores, pairs, ids["valid"])
+    if config.select.has_budget:
+        chosen = _within_budget(job, chosen, measured, Sources(pairs, scores, encoder))
     done = annotated(spark, out, key, beside) if files_of(out, key) else None
     todo, total, count = missing(chosen, done, prompt.config)
     label(job, todo, total, count, config.split)
@@ -92,9 +111,33 @@ def annotate(
     fingerprint, metrics, reasons = table_metrics(spark, out, key, pairs, config.split)
     _check_shares(config, metrics, reasons)
     metrics |= {"n_new": count, "n_reused": total - count, "pairs_per_s": round(count / seconds, 3) if count else 0.0}
-    metrics |= {"calibration": calibration.method, "n_calibration": calibration.rows}
-    metrics |= {f"valid_log_loss_{method}": value for method, value in calibration.log_loss.items()}
-    return StageOutput(fingerprint=fingerprint, figures=metrics)
+    if scores is not None and limit is not None:
+        metrics |= cascade_metrics(annotated(spark, out, key, beside), scores.table(spark), limit)
+    return StageOutput(fingerprint=fingerprint, figures=metrics | calibration.metrics)
+
+
+def _scores(config: AnnotateConfig, pairs: Path, out: Path, spark: SparkSession) -> Scores:
+    """What the exported student says of the split, and of valid; only new pairs are scored."""
+    from pipeline.score import score
+
+    assert config.student is not None
+    splits = tuple(dict.fromkeys((config.split, "valid")))
+    scored = score(ScoreConfig(splits=splits), config.student, pairs, out / "_scores", spark)
+    return Scores(out / "_scores", scored.figures["model_version"])
+
+
+def _within_budget(job: Job, chosen: DataFrame, measured: Sequence[str], sources: Sources) -> DataFrame:
+    """Those of the pairs that the budget goes to; what a student has graded costs nothing."""
+    from pyspark.sql import functions as F
+
+    spark, out = chosen.sparkSession, Path(job.out)
+    candidates = chosen.select("pair_id", "query_id").distinct()
+    if files_of(out, job.key):
+        by_student = annotated(spark, out, job.key).where(F.col("annotator").isNotNull()).select("pair_id")
+        candidates = candidates.join(by_student, "pair_id", "left_anti")
+    config = job.config
+    selection = select(config.select, config.seed, candidates.toArrow(), out, job.key, measured, sources)
+    return chosen.join(spark.createDataFrame(selection.select(["pair_id"])), "pair_id", "left_semi")
 
 
 def label(job: Job, todo: DataFrame, total: int, count: int, what: str) -> None:

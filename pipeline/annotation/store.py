@@ -89,12 +89,12 @@ def commit(path: Path, table: pa.Table, run: str) -> None:
         raise
 
 
-def drop_failed(out: Path, key: str, run: str) -> int:
-    """Take the failed rows of `key` out of their files, one file at a time; returns how many they were."""
+def drop(out: Path, key: str, run: str, where: pc.Expression) -> int:
+    """Take the rows of `key` for which `where` holds out of their files, one file at a time; returns how many they were."""
     dropped = 0
     for file in files_of(out, key):
         table = read_file(file)
-        remaining = table.filter(pc.not_equal(table["status"], "failed"))
+        remaining = table.filter(~where)
         dropped += table.num_rows - remaining.num_rows
         # Under the old name, by one rename: no row is ever there twice. A new part cannot have this name, as its pairs
         # would be those of the old one, of which some are still here.
@@ -102,7 +102,6 @@ def drop_failed(out: Path, key: str, run: str) -> int:
             file.unlink()
         elif remaining.num_rows < table.num_rows:
             commit(file, remaining, run)
-    log.info("annotate: %d failed rows dropped, to be tried again", dropped)
     return dropped
 
 

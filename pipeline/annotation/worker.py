@@ -209,6 +209,7 @@ def table_of(key: str, pair_ids: Sequence[str], answers: Sequence[Answer]) -> pa
     now = pa.scalar(datetime.now(UTC), ANNOTATIONS.field("created_at").type)
     columns |= {"annotation_key": pa.repeat(key, len(pair_ids)), "created_at": pa.repeat(now, len(pair_ids))}
     columns |= {"pair_id": pair_ids, "error": errors, "grade_probs_raw": columns["grade_probs"]}
+    columns["annotator"] = pa.nulls(len(pair_ids))
     return pa.Table.from_pydict(columns, schema=ANNOTATIONS)
 
 

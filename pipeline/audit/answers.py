@@ -191,14 +191,13 @@ def _record(run: Path, settings: PipelineConfig, imported: Imported) -> None:
     write_json(audit / SUMMARY, counts | {"draws": [draw.model_dump(mode="json") for draw in draws]})
     metrics: dict[str, float] = {name: float(count) for name, count in counts.items()}
     for draw in draws:
-        metrics[f"{draw.name}/answered"] = draw.answered
-        if draw.accuracy is not None and draw.accuracy.value is not None:
-            values = draw.accuracy.model_dump(include={"value", "low", "high"})
-            metrics |= {f"{draw.name}/accuracy{'' if name == 'value' else f'_{name}'}": v for name, v in values.items()}
+        values: dict[str, float | None] = {"answered": draw.answered}
+        if (found := draw.accuracy) is not None:
+            values |= {"accuracy": found.value, "accuracy_low": found.low, "accuracy_high": found.high}
         for each in draw.agreements:
-            for kind in ("kappa", "quadratic_kappa"):
-                if (value := getattr(each, kind)) is not None:
-                    metrics[f"{draw.name}/{each.a} {each.b}/{kind}"] = value
+            pair = f"{each.a} {each.b}"
+            values |= {f"{pair}/kappa": each.kappa, f"{pair}/quadratic_kappa": each.quadratic_kappa}
+        metrics |= {f"{draw.name}/{name}": value for name, value in values.items() if value is not None}
     config = imported.model_dump(exclude={"refused"}) | {"refused": len(imported.refused)}
     with tracking(settings), executing(settings, FOLDER, audit, config=config, inputs={}) as execution:
         execution.finish(metrics, artifacts=[audit / SUMMARY])

@@ -38,6 +38,9 @@ _SHOWN: dict[str, tuple[str, ...]] = {
     "sample": (),
     "suspects": ("why", "human_grade", "likely_grade", "teacher_grade", "expected_loss", "reasoning"),
 }
+_DRAWN = pa.schema(
+    [("pair_id", pa.string()), ("stratum", pa.string()), ("probability", pa.float64()), ("teacher_grade", pa.int32())]
+)
 _SURE = 0.05  # error rate that a stratum whose samples all agree is taken to have, for the allocation
 
 
@@ -83,12 +86,7 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
         row["id"] = f"{folder.name}/{row['pair_id']}"
         row["votes"] = " ".join(map(str, row.get("votes") or ()))
     shown = _SHOWN.get(what, _DOUBTFUL)
-    columns = ("pair_id", "stratum", "probability", "teacher_grade")
-    types = (pa.string(), pa.string(), pa.float64(), pa.int32())
-    schema = pa.schema(list(zip(columns, types, strict=True)))
-    pq.write_table(
-        pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema), folder / DRAWN
-    )
+    pq.write_table(pa.Table.from_pylist(rows, _DRAWN), folder / DRAWN)
     rows = [dict.fromkeys(shown) | row for row in rows]
     scale = GradeScale.load(pairs)
     write_sheet(folder / "sheet.csv", rows, shown)

@@ -17,7 +17,6 @@ from pipeline.artifacts import StageRecord
 from pipeline.executions import COMPARE, executing
 from pipeline.redact import flatten, redact
 from pipeline.report.sections.student import METRICS
-from pipeline.report.summary import metrics_of
 from pipeline.report.text import number, verdict
 from pipeline.settings import build_settings, nearest
 from pipeline.stages import STAGES, finished_stages
@@ -120,7 +119,7 @@ def compare_runs(a: Path, b: Path, *, n_boot: int = 1000, seed: int = 0) -> RunC
     if names[0] == names[1]:
         names = [f"{folder.resolve().parent.name}-{folder.resolve().name}" for folder in (a, b)]
     lacking = [name for name, each in zip(names, records, strict=True) if "student" not in each]
-    metrics = [{stage: flatten(metrics_of(record)) for stage, record in each.items()} for each in records]
+    metrics = [{stage: flatten(record.figures) for stage, record in each.items()} for each in records]
     return RunComparison(
         a=names[0],
         b=names[1],

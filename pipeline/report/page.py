@@ -16,14 +16,12 @@ import jinja2
 from markupsafe import Markup
 
 from data.contracts import ContractError, first_line, read_json, write_json, write_text
-from pipeline import drift
 from pipeline.artifacts import StageRecord
-from pipeline.executions import attach
 from pipeline.report.sections.annotation import annotation_section
 from pipeline.report.sections.data import pairs_section
 from pipeline.report.sections.student import export_section, student_section
 from pipeline.report.sections.teacher import teacher_section
-from pipeline.report.summary import headline, metrics_of, summarise
+from pipeline.report.summary import headline, summarise
 from pipeline.report.text import interval, number, verdict
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, finished_stages
@@ -31,15 +29,15 @@ from pipeline.stages import STAGES, finished_stages
 logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Anchor (and macro), title, and the stage whose files it shows.
+# Anchor (and macro), title, the stage whose files it shows, and what reads them.
 _SECTIONS = (
-    ("pairs", "Pairs", "data"),
-    ("teacher", "Teacher", "teacher"),
-    ("annotation", "Annotation", "annotate"),
-    ("student", "Student", "student"),
-    ("export", "Export", "export"),
-    ("examples", "Examples", "annotate"),
-    ("second_look", "For a second look", "annotate"),
+    ("pairs", "Pairs", "data", pairs_section),
+    ("teacher", "Teacher", "teacher", teacher_section),
+    ("annotation", "Annotation", "annotate", annotation_section),
+    ("student", "Student", "student", student_section),
+    ("export", "Export", "export", export_section),
+    ("examples", "Examples", "annotate", annotation_section),
+    ("second_look", "For a second look", "annotate", annotation_section),
 )
 _TILES = ("student", "teacher", "annotation", "export")
 
@@ -59,9 +57,6 @@ def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], 
         return summary
     summary |= {"report": str(report), "report_link": report.resolve().as_uri()}
     write_json(settings.folder / "summary.json", summary)
-    for record in records:
-        if not record.reused:
-            attach(record.folder, report)
     return summary
 
 
@@ -114,14 +109,14 @@ def _sections(folder: Path, environment: jinja2.Environment) -> list[dict[str, A
     records, macros = finished_stages(folder), environment.get_template("macros.html").module
     contents: dict[str, dict[str, Any]] = {}
     sections = []
-    for anchor, title, name in _SECTIONS:
+    for anchor, title, name, read in _SECTIONS:
         section = {"anchor": anchor, "title": title, "stage": STAGES[name].title, "body": "", "tile": ""}
         sections.append(section)
         if name not in records:
             continue
         place = folder / STAGES[name].folder
         try:
-            content = contents[name] = contents.get(name) or _content(place, records[name])
+            content = contents[name] = contents.get(name) or read(place, records[name])
             section["body"] = getattr(macros, anchor)(content)
             if anchor in _TILES:
                 section["tile"] = getattr(macros, f"{anchor}_tile")(content)
@@ -131,18 +126,3 @@ def _sections(folder: Path, environment: jinja2.Environment) -> list[dict[str, A
                 f"its section '{title}' cannot be made from {place} ({cause}); run the stage again"
             ) from error
     return sections
-
-
-def _content(place: Path, record: StageRecord) -> dict[str, Any]:
-    if record.stage == "annotate":
-        pairs = place.with_name(STAGES["data"].folder)
-        audit = place.parent / "audit" / "audit.json"
-        content = annotation_section(place, pairs, metrics_of(record), record.config)
-        return content | {"audit": read_json(audit) if audit.exists() else None, "drift": drift.load(place)}
-    if record.stage == "export":
-        return export_section(place)
-    if record.stage == "student":
-        return student_section(place, place.with_name(STAGES["data"].folder))
-    if record.stage == "data":
-        return pairs_section(place) | {"drift": drift.load(place)}
-    return teacher_section(place)

@@ -28,10 +28,7 @@ MARKERS = ("o", "s", "^", "D", "X", "P")
 COLOURS = ("c0", "c1", "c2", "c3", "c4")
 _MARKED = 6  # markers along a curve that has too many points to mark each
 _LARGEST = 200.0  # area of the largest sized marker
-_STAND_IN = {
-    name: f"#0000{number:02x}"
-    for number, name in enumerate(("bg", "fg", "dim", "rule", *COLOURS, "a0", "a1", "a2"), start=1)
-}
+_STAND_IN = {name: f"#0000{number:02x}" for number, name in enumerate(("bg", "fg", "dim", "rule", *COLOURS), start=1)}
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -102,23 +99,6 @@ def line_chart(
     if x_range is None:  # steps, or samples
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     return _markup(axes, note)
-
-
-@rc_context(_STYLE)
-def area_chart(shares: pd.DataFrame, x_label: str, y_label: str) -> Markup:
-    """Shares that add up to 1, stacked, the first column at the bottom; empty with fewer than two rows.
-
-    The index is x. Many rows are averaged into fewer, so that the mix can be seen.
-    """
-    if len(shares) < 2:
-        return Markup("")
-    width = max(1, len(shares) // SMOOTHED)
-    means = shares.reset_index().groupby(np.arange(len(shares)) // width).mean()
-    x, *layers = (means[column] for column in means)
-    axes = Figure().add_subplot(xlabel=x_label, ylabel=y_label, xlim=(x.iloc[0], x.iloc[-1]), ylim=(0, 1))
-    colours = [_STAND_IN[f"a{place}"] for place in range(len(layers))]
-    axes.stackplot(x, *layers, labels=list(shares), colors=colours)
-    return _markup(axes, f"means of {width} successive points" if width > 1 else "")
 
 
 def _thinned(line: pd.Series) -> pd.Series:

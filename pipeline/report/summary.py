@@ -24,11 +24,6 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def metrics_of(record: StageRecord) -> dict[str, Any]:
-    """The final metrics of a completed stage."""
-    return record.figures
-
-
 def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], spent: list[float]) -> dict[str, Any]:
     """The content of `summary.json`.
 
@@ -39,17 +34,13 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
     stages = {}
     for name, finished in finished_stages(settings.folder).items():
         record, seconds = in_flow.get(name, (finished, 0.0))
+        recorded = {"reused", "finished_at", "key", "inputs", "fingerprint", "figures"}
         stages[name] = {
             "in_flow": name in in_flow,
-            "reused": record.reused,
             "seconds": seconds,
             "made_in_seconds": record.seconds,
-            "finished_at": record.finished_at.isoformat(),
             "folder": STAGES[name].folder,
-            "key": record.key,
-            "inputs": record.inputs,
-            "fingerprint": record.fingerprint,
-            "figures": metrics_of(record),
+            **record.model_dump(mode="json", include=recorded),
         }
     return {
         "flow": flow,

@@ -27,7 +27,7 @@ def verdict(low: float, high: float, above: str, below: str) -> str:
     return above if low > 0 else below if high < 0 else "no difference is shown"
 
 
-def interval(values: dict[str, float | None] | None, sign: str = "") -> str:
+def interval(values: dict[str, float | None] | None) -> str:
     """`0.900 (0.850 to 0.950)` of {value, low, high}; a dash where there is no value.
 
     >>> interval({"value": 0.9, "low": 0.85, "high": 0.95}), interval({"value": 0.5, "low": None}), interval(None)
@@ -35,5 +35,5 @@ def interval(values: dict[str, float | None] | None, sign: str = "") -> str:
     """
     if values is None or values["value"] is None:
         return "–"
-    text = f"{values['value']:{sign}.3f}"
+    text = f"{values['value']:.3f}"
     return text if values["low"] is None else f"{text} ({values['low']:.3f} to {values['high']:.3f})"

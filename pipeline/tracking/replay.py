@@ -74,8 +74,6 @@ class Replay:
     def _send(self) -> str:
         self._client = self._client or open_client(self.uri)
         self._notes = read_notes(self.folder, self.uri)
-        for old in (*self.folder.glob("_untracked.jsonl"), *self.folder.glob("*/_untracked.jsonl")):
-            self._warn(f"{old} was kept for MLflow by an older version of this product and cannot be sent; delete it")
         self._executions = [each for each in read_executions(self.folder) if each.tracking["enabled"]]
         reasons = [self._step(step, each) for step in (self._deliver, self._link) for each in self._executions]
         return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
@@ -103,20 +101,17 @@ class Replay:
                 self._send_result(execution)
                 self._client.set_terminated(note["run_id"], execution.status, execution.ended_at or last)
                 self._note(execution, status=execution.status)
-        for path in execution.attached[note.get("attached", 0) :]:
-            self._upload(execution, path)
-            self._note(execution, attached=note.get("attached", 0) + 1)
 
     def _begin(self, execution: Execution) -> dict[str, Any]:
         """Find the execution's run or create it; send its parameters and datasets."""
         experiment_id = self._experiment(execution.experiment)
-        run_id = self._find(execution.execution, [experiment_id])
-        if not run_id:
+        run = self._find(execution.execution, [experiment_id])
+        if run is None:
             tags = {**execution.tags, "execution": execution.execution, "stage": execution.name}
             tags |= {f"upstream.{name}": given["fingerprint"] for name, given in execution.inputs.items()}
             tags = {metric_name(key): _text(value) for key, value in tags.items()}
             run = self._client.create_run(experiment_id, execution.started_at, tags, execution.tags["run"])
-            run_id = run.info.run_id
+        run_id = str(run.info.run_id)
         self._sent.pop(execution.execution, None)
         self._notes[execution.execution] = {"name": execution.name, "run_id": run_id, "experiment_id": experiment_id}
         params = flatten(execution.config).items()
@@ -183,7 +178,8 @@ class Replay:
             links[child.name] = ["executed", made["experiment_id"], made["run_id"]]
         for stage, maker in flow.reused.items():
             if stage not in links:
-                links[stage] = ["reused", *self._find_anywhere(maker)]
+                made_by = self._find(maker, [each.experiment_id for each in self._client.search_experiments()])
+                links[stage] = ["reused", *((made_by.info.experiment_id, made_by.info.run_id) if made_by else ("", ""))]
         if links == note.get("links", {}):
             return
         tags: dict[str, str] = {}
@@ -255,15 +251,10 @@ class Replay:
             )
         return str(found.experiment_id)
 
-    def _find(self, execution: str, experiments: list[str]) -> str:
-        found = self._client.search_runs(experiments, f"tags.execution = '{execution}'", max_results=1)
-        return str(found[0].info.run_id) if found else ""
-
-    def _find_anywhere(self, maker: str) -> tuple[str, str]:
-        """Experiment and run of an execution, of whatever run; empty where the store has none."""
-        every = [each.experiment_id for each in self._client.search_experiments()]
-        run_id = self._find(maker, every) or (maker if maker and self._exists(maker) else "")
-        return (str(self._client.get_run(run_id).info.experiment_id), run_id) if run_id else ("", "")
+    def _find(self, execution: str, experiments: list[str]) -> Any:
+        """The store's run of an execution; None without one."""
+        runs = self._client.search_runs(experiments, f"tags.execution = '{execution}'", max_results=1)
+        return runs[0] if runs and execution else None
 
     def _exists(self, run_id: str) -> bool:
         try:
@@ -314,8 +305,7 @@ def read_notes(folder: Path, uri: str = "") -> Notes:
 
 def is_complete(execution: Execution, notes: Notes) -> bool:
     """Whether the store has all of an execution."""
-    note = notes.get(execution.execution, {})
-    return note.get("status") == execution.status and note.get("attached", 0) == len(execution.attached)
+    return notes.get(execution.execution, {}).get("status") == execution.status
 
 
 def metric_name(name: str) -> str:

@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.contracts import ContractError
 from teacher.decoding import decode, draw
 from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
 from teacher.engines.config import TransformersConfig
+from teacher.model import load_causal_lm
 
 MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all
 
 
 class TransformersEngine(Engine):
-    """Batched generation with a causal language model that is already loaded; the model stays the caller's.
+    """Batched generation with a model and tokenizer that `teacher.model` has loaded; the model stays the caller's.
 
     Its mode (train or eval) is put back after every call.
     """
@@ -35,8 +34,7 @@ class TransformersEngine(Engine):
         self._batch_size = batch_size
         own = position_limit(model.config)
         self.max_model_len = min(max_model_len or own, own)
-        self._end = _end_tokens(model, tokenizer)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end[0]
+        self._ends = frozenset(model.generation_config.eos_token_id)
         self._queue: list[tuple[Any, list[int], Sampling]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[Completion]]:
@@ -98,11 +96,13 @@ class TransformersEngine(Engine):
         seeds = [prompt_seed(asked.seed, prompt) + asked.first + number for prompt, asked, number in batch]
         sampler = _Sampler(sampling, seeds, self._model.device)
         limits = [min(sampling.max_tokens, self.max_model_len - len(prompt)) for prompt in prompts]
-        sampled = decode(self._model, prompts, limits, ends=self._end, pad=self._pad, choose=sampler)
+        sampled = decode(
+            self._model, prompts, limits, ends=self._ends, pad=self._tokenizer.pad_token_id, choose=sampler
+        )
         return [self._completion(tokens, sampler.top_logprobs[row]) for row, tokens in enumerate(sampled)]
 
     def _completion(self, tokens: list[int], top_logprobs: list[dict[int, float]] | None) -> Completion:
-        stopped = tokens[-1] in self._end
+        stopped = tokens[-1] in self._ends
         # An end token may be an ordinary one, and is no text either way.
         text = tokens[:-1] if stopped else tokens
         return Completion(
@@ -151,26 +151,10 @@ def load_transformers(config: TransformersConfig, folder: Path) -> TransformersE
     """The engine over a model folder; raises `ContractError` when the folder cannot be loaded."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ContractError(f"transformers cannot load {folder}: {error}") from error
-    return TransformersEngine(model.to(device), tokenizer, config.batch_size, config.max_model_len)
+    dtype = "float32" if config.dtype == "auto" and not torch.cuda.is_available() else config.dtype
+    return TransformersEngine(*load_causal_lm(folder, dtype), config.batch_size, config.max_model_len)
 
 
 def _alike(sampling: Sampling) -> Sampling:
     """What requests of one batch have in common: all but which samples they ask for."""
     return replace(sampling, n=1, first=0)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """All tokens that end a completion: the tokenizer's and those of the generation config, as vLLM has it."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    named = dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])])
-    named.pop(None, None)
-    if not named:
-        raise ContractError("the model has no end-of-text token: set eos_token_id in its generation_config.json")
-    return list(named)

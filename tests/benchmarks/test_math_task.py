@@ -38,33 +38,25 @@ def judge():
 
 
 @pytest.mark.parametrize(
-    ("text", "gold"),
+    ("text", "gold", "verdict"),
     [
-        ("half of 144 is \\boxed{72}", "72"),
-        ("\\boxed{72.0}", "72"),
-        ("\\boxed{\\frac{144}{2}}", "72"),
-        ("\\boxed{\\left(3, \\frac{\\pi}{2}\\right)}", "\\left( 3, \\frac{\\pi}{2} \\right)"),
-        ("\\boxed{0.5}", "\\frac{1}{2}"),
-        ("1 or 2? It is \\boxed{2}.", "2"),
+        ("half of 144 is \\boxed{72}", "72", True),
+        ("\\boxed{72.0}", "72", True),
+        ("\\boxed{\\frac{144}{2}}", "72", True),
+        ("\\boxed{\\left(3, \\frac{\\pi}{2}\\right)}", "\\left( 3, \\frac{\\pi}{2} \\right)", True),
+        ("\\boxed{0.5}", "\\frac{1}{2}", True),
+        ("1 or 2? It is \\boxed{2}.", "2", True),
+        *((text, "72", False) for text in ("\\boxed{71}", "\\boxed{1} or \\boxed{72}", "\\boxed{72} no, \\boxed{71}")),
+        *((text, "72", False) for text in ("\\boxed{\\infty}", "\\boxed{720/100}")),
+        # No box is no answer.
+        *(
+            (text, "72", None)
+            for text in ("", "72", "the answer is 72", "\\boxed{", "\\boxed{}", "\\boxed" * 1000, "x" * 10**5)
+        ),
     ],
 )
-def test_equal_answers_are_right_however_written(judge, text, gold):
-    assert judge(text, gold) is True
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["\\boxed{71}", "\\boxed{1} or \\boxed{72}", "\\boxed{72} no, \\boxed{71}", "\\boxed{\\infty}", "\\boxed{720/100}"],
-)
-def test_other_answers_are_wrong(judge, text):
-    assert judge(text, "72") is False
-
-
-@pytest.mark.parametrize(
-    "text", ["", "72", "the answer is 72", "\\boxed{", "\\boxed{}", "\\boxed" * 1000, "x" * 100_000]
-)
-def test_no_box_is_no_answer(judge, text):
-    assert judge(text, "72") is None
+def test_what_is_in_the_box_is_compared_however_written(judge, text, gold, verdict):
+    assert judge(text, gold) is verdict
 
 
 def test_a_tower_of_powers_does_not_hold_the_training_up(judge):
@@ -86,26 +78,21 @@ def test_problems_are_read_plain_and_gzipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("name", "content", "word"),
     [
-        ("", "no problem"),
-        ("{\n", "line 1 is no JSON"),
-        ('{"question": "a"}\n', "lacks the text fields"),
-        ("[1]\n", "lacks"),
+        ("a.jsonl", b"", "no problem"),
+        ("a.jsonl", b"{\n", "line 1 is no JSON"),
+        ("a.jsonl", b'{"question": "a"}\n', "lacks the text fields"),
+        ("a.jsonl", b"[1]\n", "lacks"),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "a", "answer": "b"}\n' * 1000)[:60], "cannot be read"),
     ],
 )
-def test_a_bad_file_is_named(content, word, tmp_path):
-    (tmp_path / "bad.jsonl").write_text(content)
+def test_a_bad_file_is_named(name, content, word, tmp_path):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ContractError, match=word):
-        load_problems(tmp_path / "bad.jsonl", Chat())
-
-
-def test_missing_and_broken_files_are_named(tmp_path):
+        load_problems(tmp_path / name, Chat())
     with pytest.raises(ContractError, match="cannot be read"):
         load_problems(tmp_path / "absent.jsonl", Chat())
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a", "answer": "b"}\n' * 1000)[:60])
-    with pytest.raises(ContractError, match="cannot be read"):
-        load_problems(tmp_path / "cut.jsonl.gz", Chat())
 
 
 @pytest.mark.skipif(not MATH.is_dir(), reason="the math sets (shared/data/math) are not on this machine")

@@ -18,8 +18,10 @@ import pytest
 from data.config import DataConfig
 from data.contracts import DISAGREEMENT, PAIRS, RATIONALES, ContractError, GradeScale, read_table
 from data.prepare import prepare
+from data.sources import read_source, source_of
 from data.sources.table import table_source
 from data.text import key_id, normalise_key, pair_id
+from data.validation import validated
 
 pytestmark = pytest.mark.spark
 
@@ -77,23 +79,23 @@ def test_every_format_gives_the_same_table(spark: Any, tmp_path: Path) -> None:
     columns = dict(zip(HEADER, zip(*table, strict=True), strict=True))
     pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "a.parquet")
 
-    made = {}
-    for file in sorted(folder.iterdir()):
-        out = tmp_path / f"out {file.name}"
-        out.mkdir()
-        made[file.name] = prepare(config(file), out, spark)
-        assert made[file.name].figures["rejected"] == 0, rejected(out)
-    assert len({result.fingerprint for result in made.values()}) == 1
-    found = pairs(tmp_path / "out a.csv")
-    assert len(found) == 60
+    def checked(file: Path) -> list[str]:
+        settings = config(file)
+        return sorted(map(str, validated(read_source(spark, settings), source_of(settings), settings).collect()))
+
+    first, *others = (checked(file) for file in sorted(folder.iterdir()))
+    assert all(other == first for other in others)
+    assert prepare(config(folder / "a.csv"), tmp_path, spark).figures["rejected"] == 0
+    found = pairs(tmp_path)
+    assert len(found) == len(first) == 60
     row = found[pair_id("Query 1", "Title, 4", 'a "quoted", text in two lines with a tab 4')]
     assert row["ad_text"] == 'a "quoted", text\nin two lines\twith a tab 4'
     assert dict(row["attributes"]) == {"size": "4", "a": "x"}
     assert (row["grade"], row["grade_raw"], row["source"]) == (1, 1.0, "table")
-    ids = read_table(tmp_path / "out a.csv" / "pairs", PAIRS)["pair_id"].to_pylist()
+    ids = read_table(tmp_path / "pairs", PAIRS)["pair_id"].to_pylist()
     assert ids == sorted(ids)
-    assert GradeScale.load(tmp_path / "out a.csv").relevant_from == 2
-    assert read_table(tmp_path / "out a.csv" / "rationales", RATIONALES).num_rows == 0
+    assert GradeScale.load(tmp_path).relevant_from == 2
+    assert read_table(tmp_path / "rationales", RATIONALES).num_rows == 0
 
 
 def test_faults_are_named_and_every_row_is_accounted_for(spark: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 
 from data.contracts import log_progress
 from flows import artifacts
-from flows.artifacts import PageProgress, artifact_key, plain, progress_on_page, publish
+from flows.artifacts import PageProgress, plain, progress_on_page, publish
 
 pytestmark = pytest.mark.usefixtures("server")
 HOSTILE = "![x](http://ads.invalid/x.png) <img src=x onerror=alert(1)> | **b** `c` www.ads.invalid a@b.invalid"
@@ -72,10 +72,16 @@ def test_a_run_without_report_or_student_has_its_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nobody_listens")
-def test_a_server_that_refuses_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_refuses_costs_a_warning_for_the_summary_and_one_for_a_bar(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "FlowRunContext", SimpleNamespace(get=lambda: True))
+    progress = PageProgress("gone")
     with caplog.at_level(logging.WARNING, logger="flows.artifacts"):
         publish(summary_of(tmp_path, "lost"))
-    assert [record.name for record in caplog.records].count("flows.artifacts") == 1
+        for _ in range(3):
+            progress(1, 1)
+    assert [record.name for record in caplog.records].count("flows.artifacts") == 2
 
 
 def test_a_task_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,33 +129,11 @@ def test_updates_are_few_and_the_last_one_is_sent(monkeypatch: pytest.MonkeyPatc
     assert found("often")[0].data == 100.0
 
 
-def test_outside_a_run_nothing_is_sent() -> None:
-    PageProgress("nowhere")(1, 1)
-    assert not found("nowhere")
-
-
-@pytest.mark.usefixtures("nobody_listens")
-def test_progress_that_is_refused_costs_one_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(artifacts, "FlowRunContext", SimpleNamespace(get=lambda: True))
-    progress = PageProgress("gone")
-    with caplog.at_level(logging.WARNING, logger="flows.artifacts"):
-        for _ in range(3):
-            progress(1, 1)
-    assert [record.name for record in caplog.records].count("flows.artifacts") == 1
-
-
 def test_markdown_makes_nothing_of_plain_text() -> None:
     assert plain(HOSTILE) == (
         r"\!\[x\](http:\//ads.invalid/x.png) \<img src=x onerror=alert(1)\> \| \*\*b\*\* \`c\` www\.ads.invalid a\@b.invalid"
     )
     assert plain("a\n# b") == r"a \# b"
-
-
-@pytest.mark.parametrize(("name", "key"), [("My run_2: Ü", "my-run-2"), ("Ü", "run"), ("a--b", "a-b")])
-def test_a_key_is_as_prefect_takes_it(name: str, key: str) -> None:
-    assert artifact_key(name) == key
 
 
 def test_a_bar_follows_the_progress_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,5 +149,6 @@ def test_a_bar_follows_the_progress_of_a_stage(monkeypatch: pytest.MonkeyPatch) 
         log_progress(log, 4, 4, "after the stage")
 
     running()
+    PageProgress("trial 1 annotate")(4, 4)  # outside a run nothing is sent
     (bar,) = found("trial-1-annotate")
     assert bar.data == 75.0

@@ -1,13 +1,14 @@
 """The verb as people and scripts meet it: what it prints and how it ends."""
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flows.catalog import FLOWS
+from flows.cli import run_app
 from pipeline.artifacts import StageOutput, run_stage
 from pipeline.settings import load_preset
 from pipeline.stages import STAGES, with_upstream
@@ -15,24 +16,26 @@ from pipeline.stages import STAGES, with_upstream
 ROOT = Path(__file__).parents[2]
 
 
-def prefect(*arguments: str, module: bool = False) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "flows.cli"] if module else ["-m", "prefect", "run"]
-    return subprocess.run(
-        [sys.executable, *command, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+Run = Callable[..., tuple[int, str, str]]
 
 
-def test_alone_it_lists_the_flows() -> None:
-    done = prefect()
-    assert done.returncode == 0
-    lines = done.stdout.strip().splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "data-prepare", "teacher-train", "annotate", "student-distill", "student-export",
-        "student-from-labels", "student-score",
-        "relevance-pipeline",
-    ]  # fmt: skip
-    assert all(len(line.split()) > 3 for line in lines)
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line; returns its exit code, and what it prints to stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run_app(arguments)
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_alone_it_lists_the_flows(run: Run) -> None:
+    code, out, _ = run()
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(FLOWS)
+    assert all(len(line.split()) > 3 for line in out.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -43,54 +46,48 @@ def test_alone_it_lists_the_flows() -> None:
         (("teacher-train", "--set", "teacher.sed=1"), "unknown key 'teacher.sed': did you mean teacher.seed"),
         (("teacher-train", "--set", "teacher.seed=-1"), "teacher.seed: "),
         (("teacher-train", "--set", "nonsense"), "key=value"),
-        (("teacher-train", "--config", "nowhere.toml"), "nowhere.toml does not exist"),
+        (("teacher-train", "--config", "nowhere.toml"), "nowhere.toml cannot be read (No such file or directory)"),
         (("teacher-train", "--name", "../x"), "run: "),
-        (("teacher-train", "--config", "flows"), "config flows is a folder; name a TOML file in it"),
+        (("teacher-train", "--config", "flows"), "config file flows cannot be read (Is a directory); name a TOML file"),
         (("teacher-train", "teacher.seed=3"), "'teacher.seed=3' is too much; give settings as --set key=value"),
         (("teacher-train", "shop.toml"), "'shop.toml' is too much; give a file as --config shop.toml"),
         (("compare", "--runs", "a", "b", "--folder", "nowhere"), "nowhere"),
     ],
 )
-def test_a_wrong_command_is_one_line_and_exit_code_2(arguments: tuple[str, ...], told: str) -> None:
-    done = prefect(*arguments, module=True)
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""
+def test_a_wrong_command_is_one_line_and_exit_code_2(arguments: tuple[str, ...], told: str, run: Run) -> None:
+    code, out, error = run(*arguments)
+    assert (code, out) == (2, "")
+    assert told in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_the_same_through_prefect_itself() -> None:
-    done = prefect("teacher-trian")
+    command = [sys.executable, "-m", "prefect", "run", "teacher-trian"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no flow 'teacher-trian': did you mean teacher-train?\n"
 
 
-def test_help_names_every_option() -> None:
-    done = prefect("teacher-train", "--help")
-    assert done.returncode == 0
-    for option in ("--preset", "--set", "--config", "--name", "--runs", "--dry-run"):
-        assert option in done.stdout
+def test_help_names_every_option_and_the_flows_settings(run: Run) -> None:
+    code, out, _ = run("teacher-train", "--help")
+    assert code == 0
+    for option in ("--preset", "--set", "--config", "--name", "--runs", "--dry-run", "teacher.agpo.steps", "data.*"):
+        assert option in out
 
 
-def test_importing_the_command_line_is_light() -> None:
-    code = (
-        "import sys, flows.plugin, flows.cli, flows.catalog\n"
-        "heavy = {'torch', 'pyspark', 'mlflow', 'transformers', 'vllm', 'pyarrow', 'pandas', 'sklearn'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("flows.plugin, flows.cli, flows.catalog", "torch pyspark mlflow transformers vllm pyarrow pandas sklearn"),
+        ("flows.relevance, pipeline.stages, pipeline.plan", "torch pyspark mlflow transformers vllm sklearn"),
+    ],
+)
+def test_importing_the_command_line_and_the_flows_is_light(modules: str, heavy: str) -> None:
+    code = f"import sys, {modules}; sys.exit(' '.join({set(heavy.split())} & sys.modules.keys()) or 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-def test_importing_the_flows_starts_no_heavy_library() -> None:
-    code = (
-        "import sys, flows.relevance, pipeline.stages, pipeline.plan\n"
-        "heavy = {'torch', 'pyspark', 'mlflow', 'transformers', 'vllm', 'sklearn'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
-
-
-def test_a_dry_run_says_what_would_run_and_why(tmp_path: Path) -> None:
+def test_a_dry_run_says_what_would_run_and_why(tmp_path: Path, run: Run) -> None:
     settings = load_preset("sample", [f"runs={tmp_path}"])
     for name in ("data", "teacher"):
         run_stage(
@@ -100,9 +97,9 @@ def test_a_dry_run_says_what_would_run_and_why(tmp_path: Path) -> None:
         )
 
     def rows(*more: str) -> dict[str, str]:
-        done = prefect("annotate", "--runs", str(tmp_path), "--dry-run", *more, module=True)
-        assert done.returncode == 0, done.stderr
-        lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()[1:]]
+        code, out, error = run("annotate", "--runs", str(tmp_path), "--dry-run", *more)
+        assert (code, error) == (0, "")
+        lines = [line.split(maxsplit=2) for line in out.splitlines()[1:]]
         return {stage: f"{action}: {reason}" for action, stage, reason in lines}
 
     planned = rows()
@@ -126,6 +123,7 @@ def test_every_flow_brings_the_stages_it_needs() -> None:
         "student-from-labels": ("data", "student", "export"),
         "student-score": ("data", "teacher", "annotate", "student", "export", "score"),
         "relevance-pipeline": ("data", "teacher", "annotate", "student", "export"),
+        "relevance-loop": ("data", "teacher", "annotate", "student", "export"),
     }
-    settings = load_preset("sample")
+    settings = load_preset("sample", ["loop.select.pairs=100"])
     assert {name: with_upstream(entry.stages, entry.own(settings)) for name, entry in FLOWS.items()} == wanted

@@ -5,7 +5,7 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,65 @@ def test_a_student_from_labels_needs_no_teacher_and_leaves_its_pairs_to_the_pipe
     ]
 
 
+def test_the_loop_runs_rounds_until_the_budget_is_spent_or_gains_stop_and_resumes(
+    settings: PipelineConfig, calls: list[str], works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aucs = {0: 0.6, 30: 0.7, 60: 0.75, 90: 0.74}
+    before: list[int] = []
+
+    def annotate(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        select, student = settings.annotate.select, settings.annotate.student
+        if "uncertain" in select.shares:
+            assert student is not None
+            assert json.loads((student / "student.json").read_text())["fingerprint"] == f"student {select.pairs - 30}"
+        before.append(len(list(out.glob("rows-*"))))
+        calls.append(f"annotate {select.pairs}")
+        (out / f"rows-{select.pairs}").touch()
+        tokens = {"prompt_tokens": select.pairs, "completion_tokens": 0}
+        return StageOutput(fingerprint=str(select.pairs), figures={"pairs": select.pairs} | tokens)
+
+    def student(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        pairs = settings.annotate.select.pairs
+        if pairs == 60 and fails:
+            raise fails.pop()
+        figures = {"valid_roc_auc": aucs[pairs], "test_roc_auc": 0.5}
+        return StageOutput(fingerprint=str(pairs), figures=figures)
+
+    def export(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
+        fingerprint = f"student {settings.annotate.select.pairs}"
+        (out / "student.json").write_text(json.dumps({"fingerprint": fingerprint}))
+        return StageOutput(fingerprint=fingerprint, figures={})
+
+    fails = [ContractError("the power went")]
+    works("annotate", annotate)
+    works("student", student)
+    works("export", export)
+    chosen = ["loop.select.pairs=120", "loop.rounds=4", "loop.select.uncertain=1", "loop.compare_random=true"]
+    settings = apply_overrides(settings, chosen)
+    with pytest.raises(SystemExit):
+        cli.run_here("relevance-loop", settings)
+    assert [call for call in calls if call.startswith("annotate")] == ["annotate 30", "annotate 60"]
+    assert calls.count("teacher") == 1
+    name, again = cli.chosen("", cli.Options(resume="sample", runs=settings.runs))
+    calls.clear()
+    cli.run_here(name, again)
+    # The third round gains nothing, so the fourth is not run; by chance all is the same.
+    assert calls.count("teacher") == 0
+    assert [call for call in calls if call.startswith("annotate")] == [
+        "annotate 90",
+        *(f"annotate {pairs}" for pairs in (30, 60, 90)),
+    ]
+    assert before == [0, 1, 2, 0, 1, 2]
+    points = json.loads((settings.folder / "loop.json").read_text())["rounds"]
+    assert [(each["kind"], each["pairs"], each["valid_roc_auc"]) for each in points] == [
+        ("round", 0, 0.6),
+        *((kind, pairs, aucs[pairs]) for kind in ("round", "random") for pairs in (30, 60, 90)),
+    ]
+    page = (settings.folder / "report.html").read_text()
+    assert "by chance" in page
+    assert "sample-random-3/report.html" in page
+
+
 def test_a_refusal_is_one_line_with_the_way_to_go_on_and_exit_code_1(
     settings: PipelineConfig, works: Works, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,38 +233,30 @@ def test_drift_is_an_event_once(settings: PipelineConfig, works: Works, monkeypa
     assert payload == {"payload": {"stage": "data", "psi": 0.2}}
 
 
-def test_a_run_goes_on_by_its_name(settings: PipelineConfig, calls: list[str], tmp_path: Path) -> None:
-    begun = load_preset("sample", [f"runs={tmp_path}", "run=trial", "tracking.enabled=false", "teacher.seed=4"])
+def test_a_run_goes_on_by_its_name_with_what_is_given_over_its_own_settings(
+    settings: PipelineConfig, calls: list[str], tmp_path: Path
+) -> None:
+    begun = apply_overrides(settings, ["run=trial", "teacher.seed=4", "student.seed=4"])
     cli.run_here("annotate", begun)
-    flow, again = cli.chosen("", cli.Options(resume="trial", runs=tmp_path))
-    assert (flow, again) == ("annotate", begun)
-    flow, changed = cli.chosen(
-        "relevance-pipeline", cli.Options(resume="trial", runs=tmp_path, set_=("student.seed=9",))
-    )
-    assert (flow, changed.teacher.seed, changed.student.seed) == ("relevance-pipeline", 4, 9)
-    with pytest.raises(ContractError, match=r"no run 'trail' in .*: did you mean trial"):
-        cli.chosen("", cli.Options(resume="trail", runs=tmp_path))
-    with pytest.raises(ContractError, match="leave --name out"):
-        cli.chosen("", cli.Options(resume="trial", runs=tmp_path, name="other"))
-
-
-def test_what_is_given_with_resume_applies_over_the_runs_own_settings(tmp_path: Path) -> None:
-    begun = load_preset("sample", [f"runs={tmp_path}", "run=trial", "teacher.seed=4", "student.seed=4"])
-    remember(begun, "annotate")
     file = tmp_path / "mended.toml"
     file.write_text("[teacher]\nseed = 5\n")
 
-    def seeds(**options: Any) -> tuple[str, int, int]:
-        settings = cli.chosen("", cli.Options(resume="trial", runs=tmp_path, **options))[1]
-        assert settings.run == "trial"
-        return settings.preset, settings.teacher.seed, settings.student.seed
+    def resumed(flow: str = "", **options: Any) -> tuple[str, PipelineConfig]:
+        return cli.chosen(flow, cli.Options(**{"resume": "trial", "runs": tmp_path} | options))
 
-    assert seeds() == ("sample", 4, 4)
-    assert seeds(config=file) == ("sample", 5, 4)
-    assert seeds(config=file, set_=("teacher.seed=6",)) == ("sample", 6, 4)
-    assert seeds(preset="cpu-real", config=file) == ("cpu-real", 5, 4)
-    changed = cli.chosen("", cli.Options(resume="trial", runs=tmp_path, preset="cpu-real"))[1]
+    assert resumed() == ("annotate", begun)
+    assert resumed("relevance-pipeline", config=file) == (
+        "relevance-pipeline",
+        apply_overrides(begun, ["teacher.seed=5"]),
+    )
+    assert resumed(config=file, set_=("teacher.seed=6",))[1] == apply_overrides(begun, ["teacher.seed=6"])
+    changed = resumed(preset="cpu-real", config=file)[1]
+    assert (changed.run, changed.preset, changed.teacher.seed, changed.student.seed) == ("trial", "cpu-real", 5, 4)
     assert changed.data.source == "home_depot"
+    with pytest.raises(ContractError, match=r"no run 'trail' in .*: did you mean trial"):
+        resumed(resume="trail")
+    with pytest.raises(ContractError, match="leave --name out"):
+        resumed(name="other")
 
 
 def test_a_secret_is_not_kept_with_a_run_and_is_asked_for(tmp_path: Path) -> None:
@@ -231,13 +282,17 @@ def test_another_run_takes_what_is_the_same(settings: PipelineConfig, calls: lis
     assert (trial.folder / "teacher" / "made").read_text() == (settings.folder / "teacher" / "made").read_text()
 
 
-def test_a_held_stage_stays_as_it_is(settings: PipelineConfig, calls: list[str]) -> None:
+def test_a_held_stage_stays_as_it_is_and_is_not_trained_by_surprise(settings: PipelineConfig, calls: list[str]) -> None:
     cli.run_here("annotate", settings)
     calls.clear()
     held = apply_overrides(settings, ["teacher.seed=5", 'hold=["teacher"]'])
     assert [row.action for row in plan(held, ("data", "teacher"))] == ["reuse", "reuse"]
     cli.run_here("annotate", held)
     assert calls == []
+    teacher = settings.folder / "teacher"
+    teacher.rename(teacher.with_name("teacher.previous"))
+    with pytest.raises(ContractError, match=r"teacher is to be held, and .* is not finished"):
+        plan(held, ("data", "teacher"))
 
 
 @pytest.mark.parametrize(("error", "code"), [(RuntimeError("a defect"), 1), (KeyboardInterrupt(), 130)])
@@ -251,17 +306,6 @@ def test_other_endings(
     *_, message, remedy = capsys.readouterr().err.strip().splitlines()
     assert message.startswith("error: ")
     assert "prefect run --resume sample" in remedy
-
-
-def test_a_held_stage_that_is_not_finished_is_not_trained_by_surprise(
-    settings: PipelineConfig, calls: list[str]
-) -> None:
-    cli.run_here("teacher-train", settings)
-    teacher = settings.folder / "teacher"
-    teacher.rename(teacher.with_name("teacher.previous"))
-    held = apply_overrides(settings, ['hold=["teacher"]'])
-    with pytest.raises(ContractError, match=r"teacher is to be held, and .* is not finished"):
-        plan(held, ("data", "teacher"))
 
 
 def test_a_run_that_is_in_use_gets_no_advice_to_go_on(
@@ -310,53 +354,47 @@ def _hold(folder: Path, ready: object, done: object) -> None:
         done.wait(60)  # type: ignore[attr-defined]
 
 
-def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
+    """Another process that holds the folder `a`, and the event that has it end."""
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "a", ready, done))
-    other.start()
-    try:
-        assert ready.wait(60)
-        with pytest.raises(ContractError, match=f"in use by process {other.pid}"), exclusive(tmp_path / "a"):
-            pass
-        with exclusive(tmp_path / "b"):
-            pass
-    finally:
-        done.set()
-        other.join(60)
-    with exclusive(tmp_path / "a"):
-        pass
-
-
-def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "a", ready, done))
-    other.start()
+    process = context.Process(target=_hold, args=(tmp_path / "a", ready, done))
+    process.start()
     assert ready.wait(60)
-    other.kill()
-    other.join(60)
+    yield process, done
+    if process.is_alive():  # an event waits for all that wait for it, also for the dead
+        done.set()
+    process.join(60)
+
+
+def test_two_processes_cannot_share_a_run_and_one_that_was_killed_holds_nothing(
+    tmp_path: Path, holder: tuple[Any, Any]
+) -> None:
+    process, _ = holder
+    with pytest.raises(ContractError, match=f"in use by process {process.pid}"), exclusive(tmp_path / "a"):
+        pass
+    with exclusive(tmp_path / "b"):
+        pass
+    process.kill()
+    process.join(60)
     with exclusive(tmp_path / "a"):
         pass
+
+
+def test_a_flow_can_wait_for_a_run_that_is_in_use(
+    tmp_path: Path, holder: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.05)
+    threading.Timer(0.5, holder[1].set).start()
+    with exclusive(tmp_path / "a", wait=60):
+        assert holder[1].is_set()
 
 
 def test_a_folder_of_runs_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ContractError, match="cannot be made"), exclusive(tmp_path / "runs" / "a"):
         pass
-
-
-def test_a_flow_can_wait_for_a_run_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "POLL_SECONDS", 0.05)
-    context = multiprocessing.get_context("fork")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "a", ready, done))
-    other.start()
-    assert ready.wait(60)
-    threading.Timer(0.5, done.set).start()
-    with exclusive(tmp_path / "a", wait=60):
-        assert done.is_set()
-    other.join(60)
 
 
 def test_two_trainings_do_not_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

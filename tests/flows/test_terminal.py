@@ -7,10 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from flows.terminal import StagesView, show
-
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import logging, pathlib, subprocess, sys
@@ -22,6 +18,7 @@ setup_logging()
 connect_logging()
 log = logging.getLogger("pipeline")
 with progress_view(("data", "teacher"), pathlib.Path(sys.argv[1])):
+    log_progress(log, 1, 8, "before any stage runs")
     show("data", "reused")
     show("teacher", "running")
     show("another", "done")
@@ -56,7 +53,7 @@ def test_a_person_sees_bars_below_the_log_and_what_children_write_is_kept(tmp_pa
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     environment.pop("CI", None)
     shown = on_a_terminal(environment, tmp_path / "new" / "stderr.log")
-    lines = ["a line of Python", "agpo: step 3 of 8"]
+    lines = ["before any stage runs", "a line of Python", "agpo: step 3 of 8"]
     places = [shown.index(line) for line in lines]
     assert places == sorted(places)
     last = shown[places[-1] :]
@@ -70,13 +67,5 @@ def test_a_person_sees_bars_below_the_log_and_what_children_write_is_kept(tmp_pa
 def test_ci_gets_plain_lines(tmp_path: Path) -> None:
     shown = on_a_terminal({**os.environ, "TERM": "xterm", "CI": "true"}, tmp_path / "stderr.log")
     lines = [line.rpartition(" - ")[2] for line in shown.splitlines()]
-    assert lines == ["a line of Python", "from a child", "agpo: step 3 of 8", "left"]
+    assert lines == ["before any stage runs", "a line of Python", "from a child", "agpo: step 3 of 8", "left"]
     assert not (tmp_path / "stderr.log").exists()
-
-
-def test_progress_before_any_stage_runs_and_stages_without_a_view_change_nothing() -> None:
-    view = StagesView(("data",), Console(file=open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115 - closed with it
-    view.progress(1, 2)
-    show("data", "running")
-    (task,) = view.bars.tasks
-    assert (task.completed, task.started) == (0, False)

@@ -3,10 +3,8 @@
 import csv
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from data.sources.synthetic import SCALE, generate
 from pipeline.settings import PipelineConfig, load_preset
+from tests.servers import Server
 
 HOSTILE = (
     '<script>alert("x")</script> "><img src=x onerror=alert(1)> </pre></style><svg onload=alert(1)> '
@@ -33,49 +32,25 @@ TINY = [
 ]  # fmt: skip
 
 
-class Teacher(BaseHTTPRequestHandler):
-    """Answers for a server of completions: hostile reasons, votes that agree more or less; some prompts fail."""
-
-    def log_message(self, *_: object) -> None: ...
-
-    def reply(self, status: int, value: object) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.reply(200, {"data": [{"id": "teacher", "max_model_len": 1024}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["prompt"]
-        if isinstance(prompt, str) or len(prompt) < 8:  # the engine asks what the server takes
-            self.reply(
-                200, {"choices": [{"index": i, "text": "a", "finish_reason": "stop"} for i in range(body.get("n", 1))]}
-            )
-            return
-        number = sum(prompt)
-        if number % 11 == 0:
-            self.reply(400, {"error": f"refused {number}: {HOSTILE}"})
-            return
-        grades = [(number + other) % 4 for other in (0, 0, number // 7 % 2, number // 5 % 3)]
-        texts = [f"@SUM(1) because {HOSTILE} <answer>{grade}</answer>" for grade in grades]
-        choices = [
-            {"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts[: body.get("n", 1)])
-        ]
-        self.reply(200, {"choices": choices})
+def teacher(body: dict[str, Any], choices: Any) -> Any:
+    """Answers of a server: hostile reasons, votes that agree more or less; some prompts fail."""
+    count, prompt = body.get("n", 1), body["prompt"]
+    if isinstance(prompt, str) or len(prompt) < 8:  # the engine asks what the server takes
+        return {"choices": [{"index": i, "text": "a", "finish_reason": "stop"} for i in range(count)]}
+    number = sum(prompt)
+    if number % 11 == 0:
+        return 400, {"error": f"refused {number}: {HOSTILE}"}
+    grades = [(number + other) % 4 for other in (0, 0, number // 7 % 2, number // 5 % 3)]
+    texts = [f"@SUM(1) because {HOSTILE} <answer>{grade}</answer>" for grade in grades[:count]]
+    return {"choices": [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts)]}
 
 
 @pytest.fixture(scope="session")
 def teacher_server() -> Iterator[str]:
     """The address of a server of completions."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    server = Server(teacher, models={"data": [{"id": "teacher", "max_model_len": 1024}]})
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Presets, overrides, and what people are told when one of them is wrong."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from data.contracts import ContractError
-from pipeline.keys import fields, merge, nearest, parse_value
+from pipeline.keys import fields, parse_value
+from pipeline.resume import remember, resume
 from pipeline.settings import (
     PipelineConfig,
     apply_overrides,
@@ -17,7 +19,9 @@ from pipeline.settings import (
     preset_names,
     read_toml,
 )
-from teacher.engines.config import TransformersConfig
+from teacher.engines.config import ServerConfig, TransformersConfig, VLLMConfig
+
+URLS = 'annotate.engine.urls=["http://a:1/v1"]'
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -113,6 +117,11 @@ def test_overrides_reach_nested_fields_with_the_right_types() -> None:
         ("data.shares.train=0.9", "sum to 1"),
         ("preset=sampel", "did you mean sample"),
         ('teacher={"sed"=3}', "teacher.seed"),
+        (URLS, "urls has no effect on kind 'vllm': leave it out, or set the kind to openai"),
+        ("annotate.engine.kind=openai", "annotate.engine.urls: kind 'openai' needs `urls`"),
+        ("annotate.engine.kind=vlm", "'vllm', 'openai', 'transformers'"),
+        ("annotate.engine.kv_cache_gb=8", "did you mean annotate.engine.kv_cache_gib"),
+        ("annotate.engine.kv_cache_gib=0", "annotate.engine.kv_cache_gib: "),
     ],
 )
 def test_a_wrong_override_is_one_line_that_helps(override: str, told: str) -> None:
@@ -177,24 +186,34 @@ def test_files_take_values_from_the_environment(tmp_path: Path, monkeypatch: pyt
         read_toml(file)
 
 
-def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, r"cannot be read \(No such file or directory\)"),
+        (b"run = ", "is not TOML"),
+        (b"[data]\npath = labels.csv", r"is not TOML: .* line 2, .*; texts stand in quotes"),
+        ('run = "é"'.encode("utf-16"), r"is not text in UTF-8; save it as UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(content: bytes | None, reason: str, tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
-    with pytest.raises(ContractError, match="does not exist"):
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ContractError, match=reason):
         read_toml(file)
-    file.write_text("run = ")
-    with pytest.raises(ContractError, match="is not TOML"):
-        read_toml(file)
-    file.write_text("[data]\npath = labels.csv")
-    with pytest.raises(ContractError, match=r"is not TOML: .* line 2, .*; texts stand in quotes"):
-        read_toml(file)
-    file.write_text('run = "é"', encoding="utf-16")
-    with pytest.raises(ContractError, match=r"is not text in UTF-8; save it as UTF-8"):
-        read_toml(file)
+
+
+def test_a_folder_is_not_a_file_of_settings(tmp_path: Path) -> None:
+    (file := tmp_path / "a.toml").write_text('run = "x"')
     with pytest.raises(ContractError, match=r"is a folder; name a TOML file in it; choose one of a\.toml"):
         read_toml(tmp_path)
     with pytest.raises(ContractError, match=r"cannot be read \(Not a directory\)"):
         read_toml(file / "b.toml")
-    file.write_text('# Grüße\nrun = "x"\r\n', encoding="utf-8-sig")  # the mark that Windows puts first
+
+
+def test_a_file_may_begin_with_the_mark_that_windows_puts_first(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('# Grüße\nrun = "x"\r\n', encoding="utf-8-sig")
     assert read_toml(file) == {"run": "x"}
 
 
@@ -222,20 +241,6 @@ def test_paths_in_a_file_start_at_its_folder_and_others_where_one_is(
     assert load_preset("sample", ["data.source=qbqtc", "data.path=~/a"]).data.path == Path("/home/me/a")
 
 
-def test_another_kind_of_engine_keeps_what_it_has_too() -> None:
-    assert load_preset("sample").annotate.engine.max_model_len == 512
-    assert load_preset("sample", ["annotate.engine.kind=vllm"]).annotate.engine.max_model_len == 512
-    other = load_preset("sample", ["annotate.engine.kind=transformers", "annotate.n=1"])
-    # What the preset says of the engine holds for the other kind too, where that has such a setting.
-    assert other.annotate.engine == TransformersConfig(max_model_len=512)
-
-
-def test_the_nearest_names_or_all_of_a_few() -> None:
-    assert nearest("Sampel", ["sample", "cluster"]) == ": did you mean sample?"
-    assert nearest("zzz", ["sample"]) == "; choose one of sample"
-    assert nearest("zzz", map(str, range(21))) == ""
-
-
 def test_every_field_has_help_for_the_form() -> None:
     schema = PipelineConfig.model_json_schema()
     models = [schema, *schema["$defs"].values()]
@@ -248,10 +253,6 @@ def test_every_field_has_help_for_the_form() -> None:
     assert not bare
 
 
-def test_merge_replaces_values_and_joins_tables() -> None:
-    assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}}
-
-
 def test_fields_have_dotted_keys() -> None:
     assert {"teacher.agpo.delta", "data.log.path", "run"} <= fields(PipelineConfig).keys()
     assert {"runs", "data.path"} <= fields(PipelineConfig, of=Path).keys() < fields(PipelineConfig).keys()
@@ -262,3 +263,58 @@ def test_the_store_lies_in_the_folder_of_runs(tmp_path: Path) -> None:
     assert config.tracking_uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert config.folder == tmp_path / "sample"
     assert PipelineConfig().preset == "sample"
+
+
+def test_a_preset_of_another_kind_does_not_stand_in_the_way() -> None:
+    single = load_preset("single-gpu").annotate.engine
+    assert (single.kind, single.max_model_len) == ("vllm", 2048)
+    engine = load_preset("single-gpu", ["annotate.engine.kind=transformers"]).annotate.engine
+    assert engine == TransformersConfig(max_model_len=2048)
+    engine = load_preset("cluster", ["annotate.engine.kind=vllm", "annotate.engine.kv_cache_gib=4"]).annotate.engine
+    assert engine == VLLMConfig(kv_cache_gib=4)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_overrides_does_not_matter(order: int) -> None:
+    engine = load_preset("sample", ["annotate.engine.kind=openai", URLS][::order]).annotate.engine
+    assert engine == ServerConfig(urls=("http://a:1/v1",), max_model_len=512)
+    with pytest.raises(ContractError, match=r"annotate\.engine: kv_cache_gib has no effect on kind 'transformers'"):
+        load_preset("sample", ["annotate.engine.kind=transformers", "annotate.engine.kv_cache_gib=4"][::order])
+
+
+def test_a_file_over_a_preset_and_overrides_over_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[annotate.engine]\nkind = "openai"\nurls = ["http://a:1/v1"]\nretries = 2\n')
+    assert choose("sample", file).annotate.engine == ServerConfig(urls=("http://a:1/v1",), retries=2, max_model_len=512)
+    back = choose("sample", file, overrides=["annotate.engine.kind=vllm"]).annotate.engine
+    assert back == VLLMConfig(max_model_len=512)
+    file.write_text('[annotate.engine]\nkind = "transformers"\nretries = 2\n')
+    with pytest.raises(ContractError, match="retries has no effect on kind 'transformers'"):
+        choose("sample", file)
+
+
+def test_prefects_form_takes_settings_that_leave_the_kind_to_the_preset() -> None:
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.schema_tools import validate
+
+    def flow(settings: PipelineConfig): ...
+
+    schema = parameter_schema(flow).model_dump_for_openapi()
+
+    def faults(engine):
+        return validate({"settings": {"annotate": {"engine": engine}}}, schema, ignore_required=True)
+
+    for engine in ({"max_model_len": 512}, {"retries": 3}, {"kind": "openai", "urls": ["http://a:1/v1"]}):
+        assert not faults(engine)
+    for engine in ({"kind": "vlm"}, {"max_num_seqs": 0}):
+        assert faults(engine)
+
+
+def test_a_run_of_an_earlier_release_that_recorded_all_kinds_settings_resumes(tmp_path: Path) -> None:
+    settings = load_preset("sample", [f"runs={tmp_path}"])
+    remember(settings, "annotate")
+    path = settings.folder / "settings.json"
+    record = json.loads(path.read_text())
+    record["settings"]["annotate"]["engine"] |= {"urls": [], "retries": 6, "batch_size": 32}
+    path.write_text(json.dumps(record))
+    assert resume(tmp_path, "sample") == ("annotate", settings)

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from data.contracts import ContractError
-from pipeline.spark import SparkConfig, start_spark
+from pipeline.spark import SparkConfig, start_spark, use_assigned_gpu
 
 
 def test_no_java_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -27,6 +28,19 @@ def test_no_java_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_settings_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SparkConfig.model_validate(change)
+
+
+@pytest.mark.parametrize(
+    ("assigned", "workers", "seen"), [({}, 2, "5"), ({}, 1, "4,5"), ({"gpu": SimpleNamespace(addresses=["1"])}, 2, "1")]
+)
+def test_each_worker_sees_its_gpu(
+    assigned: dict[str, Any], workers: int, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(resources=lambda: assigned, partitionId=lambda: 3)
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    use_assigned_gpu(workers)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 @pytest.mark.spark

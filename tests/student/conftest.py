@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.contracts import ANNOTATIONS, PAIRS, Grade, GradeScale
-from student.config import StudentConfig
+from data.contracts import ANNOTATIONS, PAIRS, Grade, GradeScale, StageOutput
+from student.config import ExportConfig, StudentConfig
 
 THINGS = ("kettle", "sofa", "tent", "lamp", "phone", "bicycle")
 COLOURS = ("red", "blue", "green", "black")
@@ -162,3 +162,15 @@ def distilled(
     out = tmp_path_factory.mktemp("distilled")
     distill(quick(gold_only_baseline=True, epochs=6), tiny["base"], tiny["pairs"], tiny["annotations"], out)
     return out
+
+
+@pytest.fixture(scope="session")
+def exported(
+    distilled: Path, tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, StageOutput]:
+    """The folder of that student's export in every precision, and the stage's result."""
+    from student.export import export_student
+
+    out = tmp_path_factory.mktemp("export")
+    config = ExportConfig(max_int8_auc_loss=0.2, max_decisions_changed=0.2, threads=1, fp16=True)
+    return out, export_student(config, distilled / "model", tiny["pairs"], out)

@@ -7,7 +7,15 @@ import pytest
 
 from data.contracts import ContractError, GradeScale, write_json
 from student.config import StudentConfig
-from student.dataset import query_grouped, random_batches, read_annotated, read_examples, read_training
+from student.dataset import (
+    query_grouped,
+    random_batches,
+    read_annotated,
+    read_examples,
+    read_training,
+    tokenize,
+    with_reasons,
+)
 from student.scorer import ad_text, batches_by_tokens, load_tokenizer
 
 from .conftest import annotate_pool, annotation, make_rows, write_annotations, write_pairs
@@ -131,9 +139,6 @@ def test_batches_hold_every_row_once():
 
 
 def test_a_reason_follows_query_and_ad_in_the_second_segment(tiny):
-    from student.dataset import tokenize, with_reasons
-    from student.scorer import load_tokenizer
-
     tokenizer = load_tokenizer(tiny["base"] / "tokenizer.json", 12)
     plain = tokenize(tokenizer, ["red kettle"] * 2, ["blue sofa number number number number number number"] * 2, 0)
     found = with_reasons(plain, tokenizer, ["red [SEP] lamp" + " lamp" * 40, ""], 3)

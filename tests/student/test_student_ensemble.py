@@ -59,6 +59,7 @@ def test_a_student_learns_from_both_and_the_first_one_is_trained_once(valid_rows
     pool = read_json(tmp_path / "both" / "evaluation.json")["ensemble"]
     assert pool["rows"] == valid_rows
     assert 0 <= pool["weight"] <= 1
+    assert both["teacher_weight"] == pool["weight"]
     assert both["n_annotated"] == 48
     gold = distill(quick(epochs=2), tiny["base"], tiny["pairs"], None, tmp_path / "gold").figures
     assert both["gold_only_roc_auc"] == gold["test_roc_auc"]

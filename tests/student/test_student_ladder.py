@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data.contracts import ContractError, GradeScale
+from student import distill as distill_module
 from student.config import ExportConfig
 from student.dataset import read_examples
 from student.distill import distill
@@ -19,6 +20,7 @@ from student.model import load_classifier
 from student.scorer import Scorer
 
 from .conftest import FAMILIES, make_base
+from .test_student_export import assert_scores_as_evaluated
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -61,9 +63,10 @@ def test_the_larger_student_teaches_beside_people_and_teacher(tiny):
     assert taught.mix.tolist() == [0.5, 0.5, 0.0]
 
 
-def test_every_size_is_trained_measured_and_exported(tiny, quick, tmp_path):
+def test_every_size_is_trained_calibrated_measured_and_exported(tiny, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill_module, "isotonic_losses", lambda *given, **named: (1.0, 0.9))
     trained, out = tmp_path / "student", tmp_path / "export"
-    config = quick(epochs=1, layers=(1, 2), warm_up={"pairs": 60})
+    config = quick(epochs=1, layers=(1, 2), warm_up={"pairs": 60}, calibration="best")
     distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], trained)
     systems = {each["name"] for each in json.loads((trained / "evaluation.json").read_text())["systems"]}
     assert {"student", "student_1_layers"} <= systems
@@ -72,7 +75,10 @@ def test_every_size_is_trained_measured_and_exported(tiny, quick, tmp_path):
     sizes = json.loads((out / "ladder.json").read_text())["sizes"]
     assert [(size["layers"], size["chosen"], size["fault"]) for size in sizes] == [(1, True, ""), (2, False, "")]
     assert all(0 < size["roc_auc"]["value"] < 1 for size in sizes)
-    assert (Scorer(out).card["layers"], Scorer(out / "layers-2").card["layers"]) == (1, 2)
+    for layers, folder, exported in ((1, trained / "layers-1", out), (2, trained, out / "layers-2")):
+        card = Scorer(exported).card
+        assert (card["layers"], len(card["isotonic"])) == (layers, 3)
+        assert_scores_as_evaluated(exported, folder)
     assert evaluated(trained, out) == trained / "layers-1"
     assert evaluated(trained, out / "layers-2") == trained
     predictions = [pq.read_table(folder / PREDICTIONS) for folder in (trained, trained / "layers-1")]

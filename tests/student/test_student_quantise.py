@@ -17,19 +17,12 @@ from student.quantise import by_channel
 from student.scorer import Scorer, pad, softmax
 
 
-@pytest.fixture(scope="module")
-def export(distilled, tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("precisions")
-    config = ExportConfig(max_int8_auc_loss=0.2, max_decisions_changed=0.2, threads=1, fp16=True)
-    export_student(config, distilled / "model", tiny["pairs"], out)
-    return out
-
-
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("int8", 1e-6), ("fp16", 1e-3)])
-def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(export, tiny, precision, tolerance):
-    scorer = Scorer(export, precision)
+def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(exported, tiny, precision, tolerance):
+    scorer = Scorer(exported[0], precision)
     rows = read_examples(tiny["pairs"], GradeScale.load(tiny["pairs"]), "test")
     texts = [(query, f"{ad} " * (1 + i % 4)) for i, (query, ad) in enumerate(zip(rows.queries, rows.ads, strict=True))]
+    texts.append(("", ""))
     alone = np.concatenate([scorer.logits([text]) for text in texts])
     assert alone.std(axis=0).min() > 1e-3
     for batch_tokens in (40, 200, 5000):
@@ -46,8 +39,8 @@ def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(export, tiny, pr
         )
 
 
-def test_int8_and_fp16_are_near_and_smaller(export):
-    parity = json.loads((export / "export.json").read_text())
+def test_int8_and_fp16_are_near_and_smaller(exported):
+    parity = json.loads((exported[0] / "export.json").read_text())
     assert parity["fp16"]["max_abs_dp"] < 0.005
     assert parity["int8"]["max_abs_dp"] < 0.1
     assert parity["fp16"]["megabytes"] < 0.85 * parity["fp32"]["megabytes"]

@@ -127,9 +127,9 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_family(name: str, folder: Path) -> Path:
-    """A folder with a random model of the family and its tokenizer."""
-    family = FAMILIES[name]
+def make_family(family: str | Family, folder: Path, **changed: Any) -> Path:
+    """A folder with a random model of the family, of sizes that may be changed, and its tokenizer."""
+    family = FAMILIES[family] if isinstance(family, str) else family
     tokenizer = make_tokenizer(family)
     ends = tokenizer.convert_tokens_to_ids(list(family.ends))
     sizes = {
@@ -146,7 +146,7 @@ def make_family(name: str, folder: Path) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **sizes | family.sizes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **sizes | family.sizes | changed))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "generation_config.json"

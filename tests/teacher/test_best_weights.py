@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.contracts import MetricsLog
-from teacher.config import TeacherConfig
+from teacher.config import CollapseConfig, TeacherConfig
 from teacher.examples import Problem
 from teacher.model import load_model
 from teacher.policy import train_policy
@@ -21,7 +21,7 @@ def config_with(every=1, **agpo) -> TeacherConfig:
 
 
 def trained(config, decoder, out, metrics, dies_at=None):
-    """The step that was kept, its weights and, by step, those that were evaluated."""
+    """The result, its weights and, by step, those that were evaluated."""
     out.mkdir(exist_ok=True)
     model, tokenizer = load_model(decoder, config)
     log, seen = MetricsLog(out / "metrics.jsonl"), {0: weights(model)}
@@ -46,7 +46,7 @@ def trained(config, decoder, out, metrics, dies_at=None):
         evaluate,
         metrics[0],
     )
-    return result.step, weights(model), seen
+    return result, weights(model), seen
 
 
 def weights(model):
@@ -70,9 +70,9 @@ METRICS = {0: 0.1, 1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.3}
 def test_the_weights_of_the_best_evaluation_are_kept_and_patience_ends(
     decoder, tmp_path, metrics, settings, kept, last
 ):
-    step, found, seen = trained(config_with(**settings), decoder, tmp_path / "run", metrics)
+    result, found, seen = trained(config_with(**settings), decoder, tmp_path / "run", metrics)
     steps = [line["step"] for line in MetricsLog(tmp_path / "run" / "metrics.jsonl").read("agpo")]
-    assert (step, steps[-1]) == (kept, last)
+    assert (result.step, steps[-1]) == (kept, last)
     if kept in seen:
         assert torch.equal(found, seen[kept])
     assert not torch.equal(seen[0], seen[max(seen)])
@@ -80,15 +80,24 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_patience_ends(
 
 def test_a_killed_training_keeps_the_same_weights_and_evaluates_nothing_twice(decoder, tmp_path):
     config = config_with(patience=2)
-    step, expected, _ = trained(config, decoder, tmp_path / "straight", METRICS)
+    straight, expected, _ = trained(config, decoder, tmp_path / "straight", METRICS)
     with pytest.raises(KeyboardInterrupt):
         trained(config, decoder, tmp_path / "broken", METRICS, dies_at=4)
     resumed, found, _ = trained(config, decoder, tmp_path / "broken", METRICS)
-    assert resumed == step == 2
+    assert resumed.step == straight.step == 2
     assert (found - expected).abs().max() <= 1e-6
     lines = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     for phase in ("agpo", "valid_agpo"):
         assert [line["step"] for line in lines if line["phase"] == phase] == [1, 2, 3, 4]
+
+
+def test_after_a_collapse_the_weights_are_the_best_evaluated_ones_and_the_reason_is_said(decoder, tmp_path):
+    # Limits that no training can keep: the second step already counts as entropy falling.
+    config = config_with(every=0, keep="last", collapse=CollapseConfig(window=1, min_entropy=1e6))
+    result, found, seen = trained(config, decoder, tmp_path, METRICS)
+    assert "repeats itself" in result.stopped
+    assert [line["step"] for line in MetricsLog(tmp_path / "metrics.jsonl").read("agpo")] == [1, 2]
+    assert torch.equal(found, seen[0])  # nothing was evaluated on the way
 
 
 def test_the_teacher_says_which_step_it_is_of(decoder, pairs, tmp_path):

@@ -12,11 +12,13 @@ TARGETS = [f"The ad covers led, bulbs; it lacks light. <answer>{grade}</answer>"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_families_pass(name, tmp_path):
+def test_the_families_pass_but_for_prompts_longer_than_their_positions(name, tmp_path):
     folder = make_family(name, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer, TARGETS)
-    check_decoder(AutoModelForCausalLM.from_pretrained(folder), tokenizer, longest=1024)
+    check_decoder(model, tokenizer, longest=1024)
+    with pytest.raises(ContractError, match=r"1025 tokens, and .* 1024 positions; lower prompt\.max_text_chars"):
+        check_decoder(model, tokenizer, longest=1025)
 
 
 def test_a_tokenizer_that_only_folds_case_passes(decoder):
@@ -68,25 +70,10 @@ def test_an_odd_character_in_a_reason_is_no_reason_to_refuse_a_model():
         check_tokenizer(tokenizer, ["~ <answer>0</answer>", *TARGETS])
 
 
-@pytest.fixture
-def model_and_tokenizer(tmp_path):
-    folder = make_family("qwen3", tmp_path)
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", ["opt", "gpt-2", "qwen3"])
-def test_a_prompt_longer_than_the_positions_is_said(name, tmp_path):
-    folder = make_family(name, tmp_path)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    with pytest.raises(
-        ContractError, match=r"1025 tokens, and the model only 1024 positions; lower prompt\.max_text_chars"
-    ):
-        check_decoder(model, tokenizer, longest=1025)
-
-
 @pytest.mark.parametrize("kind", ["padding", "the chat template", "ordinary text"])
-def test_a_token_outside_the_embedding_is_said(model_and_tokenizer, kind):
-    model, tokenizer = model_and_tokenizer
+def test_a_token_outside_the_embedding_is_said(tmp_path, kind):
+    folder = make_family("qwen3", tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if kind == "padding":
         tokenizer.add_special_tokens({"pad_token": "<new pad>"})
     elif kind == "the chat template":
@@ -96,11 +83,4 @@ def test_a_token_outside_the_embedding_is_said(model_and_tokenizer, kind):
         model.resize_token_embeddings(100)
     rows = model.get_input_embeddings().weight.shape[0]
     with pytest.raises(ContractError, match=f"for {kind}, and the model's embedding has {rows} rows"):
-        check_decoder(model, tokenizer, longest=10)
-
-
-def test_a_generation_config_that_cannot_be_saved_is_said(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
-    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
-    with pytest.raises(ContractError, match=r"generation_config\.json cannot be saved again.*correct that file"):
         check_decoder(model, tokenizer, longest=10)

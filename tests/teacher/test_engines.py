@@ -6,56 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from data.contracts import ContractError
 from teacher.engines import open_engine
 from teacher.engines.base import Sampling, prompt_seed
 from teacher.engines.config import EngineConfig, ServerConfig, TransformersConfig, VLLMConfig
 from teacher.reading import end_tokens
-from tests.teacher.families import FAMILIES, make_family
+from tests.teacher.families import FAMILIES, Family, make_family
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45, 46, 47, 48], [9], [100, 101, 102, 103, 104]]
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """A random Llama over single bytes; one of its tokens ends a completion."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|pad|>": 0, "<|end|>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=96,
-        initializer_range=0.3,  # or all tokens would be about as likely, and greedy choices a matter of rounding
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return make_family("llama-3", tmp_path_factory.mktemp("tiny"), max_position_embeddings=96)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +28,17 @@ def engine(tiny_model: Path):
     opened = open_engine(TransformersConfig(batch_size=4), tiny_model)
     yield opened
     opened.close()
+
+
+def assert_greedy_completions_agree(engine, other, prompts):
+    greedy = Sampling(n=2, temperature=0.0, max_tokens=16, logprobs=5)
+    for ours, theirs in zip(other.generate(prompts, greedy), engine.generate(prompts, greedy), strict=True):
+        assert [sample.token_ids for sample in ours] == [sample.token_ids for sample in theirs]
+        # random bytes are no text: the engines count broken characters differently
+        assert [s.text.replace("\ufffd", "") for s in ours] == [s.text.replace("\ufffd", "") for s in theirs]
+        assert [sample.finish_reason for sample in ours] == [sample.finish_reason for sample in theirs]
+        for mine, step in zip(ours[0].top_logprobs, theirs[0].top_logprobs, strict=True):
+            assert {token: step[token] for token in mine} == pytest.approx(mine, abs=1e-3)
 
 
 def texts(results):
@@ -94,11 +70,12 @@ def test_top_p_keeps_only_the_likeliest(engine):
     assert all(sample.token_ids == greedy.token_ids for sample in samples)
 
 
-def test_greedy_copies_lengths_and_logprobs(engine):
+def test_greedy_copies_lengths_and_logprobs(engine, tiny_model):
+    ends = end_tokens(tiny_model, AutoTokenizer.from_pretrained(tiny_model))
     rows = engine.generate(PROMPTS, Sampling(n=2, temperature=0.0, max_tokens=6, logprobs=3))
     for first, second in rows:
         assert first.token_ids == second.token_ids
-        assert (first.finish_reason == "stop") == (first.token_ids[-1] == 1)
+        assert (first.finish_reason == "stop") == (first.token_ids[-1] in ends)
         assert len(first.top_logprobs) == len(first.token_ids) <= 6
         for token, step in zip(first.token_ids, first.top_logprobs, strict=True):
             assert max(step, key=step.get) == token
@@ -191,14 +168,7 @@ def test_vllm_agrees_with_transformers(engine, tiny_model: Path):
     other = open_engine(VLLMConfig(max_num_seqs=16), tiny_model)
     try:
         assert other.max_model_len == engine.max_model_len == 96
-        greedy = Sampling(n=2, temperature=0.0, max_tokens=16, logprobs=5)
-        for ours, theirs in zip(engine.generate(PROMPTS, greedy), other.generate(PROMPTS, greedy), strict=True):
-            assert [sample.token_ids for sample in ours] == [sample.token_ids for sample in theirs]
-            # random bytes are no text: the engines count broken characters differently
-            assert [s.text.replace("\ufffd", "") for s in ours] == [s.text.replace("\ufffd", "") for s in theirs]
-            assert [sample.finish_reason for sample in ours] == [sample.finish_reason for sample in theirs]
-            for mine, step in zip(ours[0].top_logprobs, theirs[0].top_logprobs, strict=True):
-                assert mine == pytest.approx(step, abs=1e-3)
+        assert_greedy_completions_agree(other, engine, PROMPTS)
         sampling = Sampling(n=3, temperature=1.0, max_tokens=12, seed=7)
         together = texts(other.generate(PROMPTS, sampling))
         assert together == [texts(other.generate([prompt], sampling))[0] for prompt in PROMPTS]
@@ -206,7 +176,7 @@ def test_vllm_agrees_with_transformers(engine, tiny_model: Path):
         assert further == [row[1:] for row in together]
         with pytest.raises(ValueError, match="200 tokens"):
             other.generate([[5, 6], [5] * 200], Sampling(max_tokens=4))
-        assert len(other.generate(PROMPTS, greedy)) == len(PROMPTS)  # and nothing of the refused batch is left
+        assert texts(other.generate(PROMPTS, sampling)) == together  # and nothing of the refused batch is left
         # More prompt tokens than one engine step takes: no prompt may be split, or its seeded generator is lost.
         many = [[2 + (i + j) % 200 for j in range(60)] for i in range(120)]
         sampled = other.generate(many, Sampling(n=2, temperature=1.0, max_tokens=4, seed=3))
@@ -277,9 +247,7 @@ def test_vllm_stops_at_each_end_token_of_a_family(name, tmp_path):
         (row,) = engine.generate([prompt], Sampling(n=64, max_tokens=200, seed=5))
         assert {sample.token_ids[-1] for sample in row if sample.finish_reason == "stop"} == ends
         assert not any(end in sample.text for sample in row for end in FAMILIES[name].ends)
-        greedy = Sampling(temperature=0.0, max_tokens=20)
-        ours = open_engine(TransformersConfig(), folder).generate([prompt], greedy)
-        assert texts(engine.generate([prompt], greedy)) == texts(ours)
+        assert_greedy_completions_agree(engine, open_engine(TransformersConfig(), folder), [prompt])
         # A completion that vLLM gives up is none: what there is of it must not count as an answer.
         inner = engine._llm.llm_engine
         step = inner.step
@@ -300,21 +268,11 @@ def test_vllm_stops_at_each_end_token_of_a_family(name, tmp_path):
         engine.close()
 
 
-def save_model(folder: Path, model_type: str, **sizes) -> Path:
-    """A random model of an architecture, with the tiny tokenizer."""
-    make_tiny_model(folder)
-    common = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    common |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 96, "eos_token_id": 1}
-    config = AutoConfig.for_model(model_type, **common | {"pad_token_id": 0, "bos_token_id": None} | sizes)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.vllm
 def test_an_architecture_with_recurrent_layers_runs_on_vllm(tmp_path):
     mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
-    folder = save_model(tmp_path, "falcon_h1", head_dim=32, **mamba)
+    family = Family("falcon_h1", None, (), ("<|end|>",), sizes=mamba | {"head_dim": 32, "initializer_range": 0.02})
+    folder = make_family(family, tmp_path)
     engine = open_engine(VLLMConfig(dtype="bfloat16", max_num_seqs=16), folder)
     try:
         many = [[2 + (i + j) % 200 for j in range(60)] for i in range(60)]
@@ -333,7 +291,7 @@ def test_what_vllm_only_logs_is_the_reason_too(tmp_path):
 
     if importlib.util.find_spec("torchvision"):
         pytest.skip("with torchvision the class loads")
-    make_tiny_model(tmp_path)
+    make_family("llama-3", tmp_path)
     text = {"vocab_size": 258, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)

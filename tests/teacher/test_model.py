@@ -55,8 +55,9 @@ def test_lora_trains_in_float32_over_a_bfloat16_base_and_saves_as_the_base_was(d
     model.generation_config.temperature = None
     model.save_pretrained(tmp_path / "half")
     shutil.copy(tmp_path / "half" / "model.safetensors", base)
-    agpo = TINY.agpo.model_copy(update={"steps": 2, "learning_rate": 1e-2})
-    config = TINY.model_copy(update={"dtype": "bfloat16", "lora_rank": 4, "agpo": agpo})
+    agpo = TINY.agpo.model_copy(update={"steps": 2, "learning_rate": 1e-2, "mask_truncated": True, "kl": 0.01})
+    changed_settings = {"dtype": "bfloat16", "lora_rank": 4, "gradient_checkpointing": True, "agpo": agpo}
+    config = TINY.model_copy(update=changed_settings)
     adapted = add_adapters(load_model(base, config)[0], config)
     assert {(p.requires_grad, p.dtype) for p in adapted.parameters()} == {
         (True, torch.float32),
@@ -66,7 +67,9 @@ def test_lora_trains_in_float32_over_a_bfloat16_base_and_saves_as_the_base_was(d
     train_teacher(config, base, pairs, tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert set(saved) == set(load_file(base / "model.safetensors"))  # merged: no adapter is left
     assert moved(base, tmp_path / "out" / "model") > 0.01
+    assert "kl" in MetricsLog(tmp_path / "out" / "metrics.jsonl").read("agpo")[-1]
 
 
 def test_every_end_token_of_the_generation_config_finishes_a_completion(decoder, tmp_path):

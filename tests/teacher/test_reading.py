@@ -56,47 +56,37 @@ PLAIN = ["Same", " brand", ".", "<answer", ">", "3", "</answer>", "<|end|>"]
         (None, [128001, 128009], 128009, {128001, 128009}),  # Llama 3 names them in config.json too
         (None, None, 2, {2}),
         (7, 5, None, {7}),
+        (None, None, None, set()),
     ],
 )
 def test_every_end_token_that_the_model_names_ends_a_completion(tmp_path, generation, config, own, expected):
     for name, ids in (("generation_config.json", generation), ("config.json", config)):
         if ids is not None:
             (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
-    assert end_tokens(tmp_path, SimpleNamespace(eos_token_id=own)) == expected
-
-
-def test_a_model_without_an_end_token_is_refused(tmp_path):
+    if expected:
+        assert end_tokens(tmp_path, SimpleNamespace(eos_token_id=own)) == expected
+        return
     with pytest.raises(ContractError, match="set eos_token_id"):
-        end_tokens(tmp_path, SimpleNamespace(eos_token_id=None))
+        end_tokens(tmp_path, SimpleNamespace(eos_token_id=own))
 
 
-def test_the_distribution_is_read_at_the_answer_digit():
-    sample = READER.read(completion(PLAIN, {"3": 0.6, "2": 0.2, "Same": 0.15}, 5))
-    assert sample.grade == 3
-    assert sample.reasoning == "Same brand."
-    total = 0.8 + 2 * FLOOR
-    assert sample.probs == pytest.approx([FLOOR / total, FLOOR / total, 0.2 / total, 0.6 / total])
+@pytest.mark.parametrize(
+    ("pieces", "at", "likely", "probs"),
+    [
+        (PLAIN, 5, {"3": 0.6, "2": 0.2, "Same": 0.15}, [FLOOR, FLOOR, 0.2, 0.6]),
+        # A digit may share its token; "3" without its ">" would not be this answer.
+        ([*PLAIN[:4], ">3", "</answer>", "\n", "<|end|>"], 4, {">3": 0.5, ">2": 0.25, "3": 0.2}, [0, 0, 1, 2]),
+        (PLAIN, 5, {"3": 0.5, "3<": 0.25, "2": 0.25}, [0, 0, 0.25, 0.75]),  # other spellings of a grade count for it
+    ],
+)
+def test_the_distribution_is_read_at_the_answer_digit(pieces, at, likely, probs):
+    sample = READER.read(completion(pieces, likely, at))
+    assert (sample.grade, sample.reasoning) == (3, "Same brand.")
+    assert sample.probs == pytest.approx([value / sum(probs) for value in probs], abs=1e-5)
 
 
-def test_a_digit_that_shares_its_token_is_found():
-    pieces = ["Same", "<answer", ">3", "</answer>", "\n", "<|end|>"]
-    sample = READER.read(completion(pieces, {">3": 0.5, ">2": 0.25, "3": 0.2}, 2))
-    assert sample.grade == 3
-    # "3" without its ">" would not be this answer
-    assert sample.probs == pytest.approx([0, 0, 1 / 3, 2 / 3], abs=1e-5)
-
-
-def test_other_spellings_of_a_grade_count_for_it():
-    sample = READER.read(completion(PLAIN, {"3": 0.5, "3<": 0.25, "2": 0.25}, 5))
-    assert sample.probs == pytest.approx([0, 0, 0.25, 0.75], abs=1e-5)
-
-
-def test_without_logprobs_there_is_no_distribution():
-    sample = READER.read(completion(PLAIN))
-    assert (sample.grade, sample.probs) == (3, None)
-
-
-def test_cut_off_or_unparsable_is_no_vote():
+def test_without_logprobs_there_is_no_distribution_and_cut_off_or_unparsable_is_no_vote():
+    assert READER.read(completion(PLAIN))[:2] == (3, None)
     assert READER.read(completion(PLAIN, finish="length")).grade is None
     assert READER.read(completion(["Same", ".", "<|end|>"])).grade is None
     assert READER.read(completion([*PLAIN[:-1], "Same", "<|end|>"])).grade is None
@@ -120,14 +110,6 @@ def test_a_tie_goes_to_the_likelier_grade():
     assert aggregate(samples, 2).grade == 1
     assert aggregate(samples[::-1], 2).grade == 1
     assert aggregate([Sample(1, None, "b"), Sample(0, None, "a")], 2).grade == 0
-
-
-def test_vote_shares_stand_in_for_probabilities():
-    result = aggregate([Sample(g, None, str(g)) for g in (2, 2, 1, 2)], 3)
-    assert result.grade_probs == pytest.approx([0, 0.25, 0.75])
-
-
-def test_nothing_parsed():
     assert aggregate([Sample(None, None, "x")] * 3, 4) == Aggregate(None, None, None, None, [], 3)
 
 
@@ -137,7 +119,8 @@ def test_aggregates_keep_their_promises(grades):
     assert result.n_unparsed + len(result.votes) == len(grades)
     if result.votes:
         assert result.agreement == pytest.approx(max(result.votes.count(g) for g in range(4)) / len(result.votes))
-        assert sum(result.grade_probs) == pytest.approx(1)
+        # Vote shares stand in for probabilities.
+        assert result.grade_probs == pytest.approx([result.votes.count(g) / len(result.votes) for g in range(4)])
         assert result.reasoning == str(result.grade)
         assert aggregate([Sample(g, None, str(g)) for g in sorted(grades, key=str)], 4).grade == result.grade
 

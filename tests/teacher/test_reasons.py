@@ -139,6 +139,6 @@ def test_the_teacher_learns_from_them_and_the_report_shows_them(colleague, decod
     loader = jinja2.FileSystemLoader(TEMPLATES)
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     page.filters |= {"number": number, "interval": interval}
-    shown = page.get_template("macros.html").module.teacher(teacher_section(tmp_path))
+    shown = page.get_template("macros.html").module.teacher(teacher_section(tmp_path, record=None))
     assert "Because of rule 9" in shown
     assert "the reason alone leads elsewhere" in shown

@@ -1,13 +1,14 @@
 """Sharing a prompt among its completions changes nothing but the cost."""
 
 import itertools
+import json
 import logging
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import ContractError, MetricsLog
@@ -29,36 +30,15 @@ from teacher.warm_start import warm_start
 
 from .test_trainer import TINY, trl_arguments
 
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-GPT2 = {
-    "vocab_size": 300,
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+MORE = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
 
 
 def model_of(family, **changed):
-    sizes = GPT2 if family == "GPT2" else SIZES
-    config = getattr(transformers, f"{family}Config")(**sizes | changed)
-    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    sizes = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0} | SIZES
+    config = AutoConfig.for_model(family, **sizes | ({} if family == "gpt2" else MORE) | changed)
     torch.manual_seed(0)
-    model = getattr(transformers, name)(config)
+    model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)  # so that attention matters
@@ -78,14 +58,23 @@ def rollouts():
     return sequences, starts
 
 
-def outcome(model, groups):
+def outcome(model, compute):
     """Log probabilities, entropies, and the gradient of a weighted sum of both."""
-    sequences, starts = rollouts()
     model.zero_grad()
-    log_probs, entropies = token_log_probs(model, sequences, starts, groups, 0)
+    log_probs, entropies = compute()
     (log_probs * torch.linspace(-1, 1, len(log_probs)) + entropies).sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return log_probs.detach(), entropies.detach(), gradient
+
+
+def plain(model):
+    """A forward pass of each sequence by itself, without anything of ours."""
+    log_probs, entropies = [], []
+    for ids, start in zip(*rollouts(), strict=True):
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+        log_probs.append(logits.gather(1, torch.tensor(ids[start:], dtype=torch.long)[:, None])[:, 0])
+        entropies.append(-(logits.exp() * logits).sum(dim=1))
+    return torch.cat(log_probs), torch.cat(entropies)
 
 
 def lora(model):
@@ -108,51 +97,33 @@ def masked(model):
 @pytest.mark.parametrize(
     ("family", "change"),
     [
-        *((family, lambda model: model) for family in ("Qwen2", "Qwen3", "Llama", "Gemma", "Gemma2", "GPT2")),
-        ("Qwen2", lora),
-        ("Llama", checkpointing),
-        ("Llama", masked),
+        *((family, lambda model: model) for family in ("qwen2", "qwen3", "llama", "gemma", "gemma2", "gpt2")),
+        ("qwen2", lora),
+        ("llama", checkpointing),
+        ("llama", masked),
     ],
 )
-def test_log_probabilities_entropies_and_gradients_are_the_same(family, change):
+def test_log_probabilities_entropies_and_gradients_are_those_of_plain_passes(family, change):
     model = change(model_of(family))
     sequences, starts = rollouts()
-    alone = outcome(model, [Group((row,), 0) for row in range(len(sequences))])
-    groups = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
-    assert [len(group.rows) for group in groups] == [4, 4]
-    shared = outcome(model, groups)
-    assert (alone[0] - shared[0]).abs().max() <= 1e-5
-    assert (alone[1] - shared[1]).abs().max() <= 1e-5
-    assert (alone[2] - shared[2]).norm() / alone[2].norm() <= 1e-5
-
-
-@pytest.mark.parametrize("family", ["Qwen2", "Gemma2"])  # which has logits of its own kind
-def test_the_reference_is_right_itself(family):
-    """Against a plain forward and backward pass of each sequence by itself."""
-    model = model_of(family)
-    sequences, starts = rollouts()
-    found = outcome(model, group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)]))
-    model.zero_grad()
-    log_probs, entropies = [], []
-    for ids, start in zip(sequences, starts, strict=True):
-        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
-        log_probs.append(logits.gather(1, torch.tensor(ids[start:], dtype=torch.long)[:, None])[:, 0])
-        entropies.append(-(logits.exp() * logits).sum(dim=1))
-    log_probs, entropies = torch.cat(log_probs), torch.cat(entropies)
-    (log_probs * torch.linspace(-1, 1, len(log_probs)) + entropies).sum().backward()
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    assert (log_probs - found[0]).abs().max() <= 1e-5
-    assert (entropies - found[1]).abs().max() <= 1e-5
-    assert (gradient - found[2]).norm() / gradient.norm() <= 1e-5
+    expected = outcome(model, lambda: plain(model))
+    alone = [Group((row,), 0) for row in range(len(sequences))]
+    shared = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
+    assert [len(group.rows) for group in shared] == [4, 4]
+    for groups in (alone, shared):
+        found = outcome(model, lambda groups=groups: token_log_probs(model, sequences, starts, groups, 0))
+        assert (expected[0] - found[0]).abs().max() <= 1e-5
+        assert (expected[1] - found[1]).abs().max() <= 1e-5
+        assert (expected[2] - found[2]).norm() / expected[2].norm() <= 1e-5
 
 
 @pytest.mark.parametrize(
     ("family", "changed", "word"),
     [
-        ("Mistral", {"sliding_window": 32}, "log probabilities differ"),
-        ("Mamba", {}, "four-dimensional attention mask"),
-        ("Mistral", {"sliding_window": None}, None),
-        ("Qwen2", {"attn_implementation": "eager"}, None),
+        ("mistral", {"sliding_window": 32}, "log probabilities differ"),
+        ("mamba", {}, "four-dimensional attention mask"),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"attn_implementation": "eager"}, None),
     ],
 )
 def test_models_that_cannot_share_are_recognised(family, changed, word, caplog):
@@ -234,27 +205,33 @@ def test_a_training_is_the_same_shared_or_repeated_in_one_pass_or_many(decoder, 
 def test_training_falls_back_to_the_repeated_form_and_says_why(decoder, tmp_path, caplog):
     """For a model whose layers attend to the last few tokens only."""
     _, tokenizer = load_model(decoder, TINY)
-    model = model_of("Mistral", sliding_window=8, vocab_size=len(tokenizer))
+    model = model_of("mistral", sliding_window=8, vocab_size=len(tokenizer))
     with caplog.at_level(logging.WARNING):
         _, trainer = trained(decoder, tmp_path, steps=2, model=model)
     assert not trainer.shared_prefix
     assert "its own prompt, as this model cannot share it" in caplog.text
 
 
-def test_two_processes_with_unequal_micro_batches_train_the_same(decoder, pairs, tmp_path):
-    """Each forward pass gathers metrics from all processes, so that all need as many."""
+def test_two_processes_with_unequal_micro_batches_train_one_teacher(decoder, pairs, tmp_path):
+    """Through accelerate, on the CPU (gloo) as on several GPUs (NCCL). Each forward pass gathers metrics from all
+    processes, so that all need as many."""
     logged = []
-    for shared in (True, False):
+    for out, shared in ((tmp_path / "shared", True), (tmp_path / "repeated", False)):
         agpo = TINY.agpo.model_copy(update={"steps": 2, "micro_batch_tokens": 100, "shared_prefix": shared})
-        config = TINY.model_copy(update={"processes": 2, "agpo": agpo})
-        train_teacher(config, decoder, pairs, tmp_path / str(shared))
-        lines = MetricsLog(tmp_path / str(shared) / "metrics.jsonl").read("agpo")
+        result = train_teacher(TINY.model_copy(update={"processes": 2, "agpo": agpo}), decoder, pairs, out)
+        assert json.loads((out / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
+        assert {"warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
+        lines = MetricsLog(out / "metrics.jsonl").read("agpo")
+        assert [line["step"] for line in lines] == [1, 2]  # by one process, not by each
+        # a step is still 8 completions of 2 prompts, of which each process made one
+        assert lines[0]["sampled_tokens"] == 8 * lines[0]["completions/mean_length"]
+        assert not (out / "launch.json").exists()
         logged.append([line[name] for line in lines for name in ("loss", "grad_norm", "entropy", "sampled_tokens")])
     assert logged[0] == pytest.approx(logged[1], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("family", "changed"), [("Llama", {}), ("GPT2", {}), ("Mistral", {"sliding_window": 8}), ("Mamba", {})]
+    ("family", "changed"), [("llama", {}), ("gpt2", {}), ("mistral", {"sliding_window": 8}), ("mamba", {})]
 )
 def test_completions_are_those_of_generate(family, changed):
     """For the same random state: what is read once and what leaves the batch changes no completion."""

@@ -12,13 +12,15 @@ from typing import get_args
 
 import pytest
 import torch
+from datasets import Dataset
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
-from data.contracts import ContractError
+from data.contracts import ContractError, MetricsLog
 from teacher.advantages import ESTIMATORS, group_statistics
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
+from teacher.distributed import launch
 from teacher.model import load_model
 from teacher.policy import estimator
 from teacher.train import train_teacher
@@ -77,8 +79,6 @@ def test_group_statistics_by_hand():
 
 
 def test_the_loss_gets_our_advantages(decoder, tmp_path):
-    from datasets import Dataset
-
     model, tokenizer = load_model(decoder, TINY)
     seen, used = [], []
 
@@ -106,22 +106,25 @@ def test_the_loss_gets_our_advantages(decoder, tmp_path):
     assert list(trainer._logs["advantages"]) == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-def test_train_teacher_leaves_a_complete_folder(decoder, pairs, tmp_path):
-    result = train_teacher(TINY, decoder, pairs, tmp_path)
-    names = {file.name for file in (tmp_path / "model").iterdir()}
-    assert {
-        "model.safetensors",
-        "tokenizer.json",
-        "scale.json",
-        "teacher.json",
-        "model_card.md",
-        "metrics.json",
-    } <= names
-    assert not (tmp_path / "checkpoints").exists()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["phase"] == "agpo"] == [1, 2, 3, 4]
-    assert {"accuracy", "entropy", "parse_rate", "groups/mixed"} <= set(lines[-2])
-    assert json.loads((tmp_path / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
+@pytest.fixture(scope="module")
+def undisturbed(decoder, pairs, tmp_path_factory):
+    """The folder and the result of one training."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, train_teacher(TINY, decoder, pairs, out)
+
+
+def steps_of(out):
+    return MetricsLog(out / "metrics.jsonl").read("agpo")
+
+
+def test_train_teacher_leaves_a_complete_folder(undisturbed):
+    out, result = undisturbed
+    names = ("model.safetensors", "tokenizer.json", "scale.json", "teacher.json", "model_card.md", "metrics.json")
+    assert all((out / "model" / name).stat().st_size for name in names)
+    assert not (out / "checkpoints").exists()
+    assert [line["step"] for line in steps_of(out)] == [1, 2, 3, 4]
+    assert {"accuracy", "entropy", "parse_rate", "groups/mixed"} <= set(steps_of(out)[-1])
+    assert json.loads((out / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
     assert {"base/accuracy", "warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
 
 
@@ -130,18 +133,12 @@ def test_few_examples_get_more_passes_and_unreadable_answers_are_said_early(deco
     config = TINY.model_copy(update={"warm_start": warm, "agpo": TINY.agpo.model_copy(update={"steps": 1})})
     with caplog.at_level(logging.WARNING):
         train_teacher(config, decoder, pairs, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["step"] for line in lines if line["phase"] == "warm_start") == 3
-    assert any(
-        "0 % of the answers after the warm start can be read" in record.getMessage() for record in caplog.records
-    )
+    assert MetricsLog(tmp_path / "metrics.jsonl").read("warm_start")[-1]["step"] == 3
+    assert "0 % of the answers after the warm start can be read" in caplog.text
 
 
-def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(decoder, pairs, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    straight.mkdir()
-    broken.mkdir()
-    train_teacher(TINY, decoder, pairs, straight)
+def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(undisturbed, decoder, pairs, tmp_path):
+    straight, broken = undisturbed[0], tmp_path
     # A real kill −9 in a process of its own, at AGPO's third step: after the checkpoint of step 2.
     script = textwrap.dedent(f"""
         import os, signal
@@ -168,8 +165,7 @@ def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(decoder
     expected = load_file(straight / "model" / "model.safetensors")
     found = load_file(broken / "model" / "model.safetensors")
     assert max(float((expected[name] - found[name]).abs().max()) for name in expected) <= 1e-6
-    steps = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if line["phase"] == "agpo"] == [1, 2, 3, 4]
+    assert [line["step"] for line in steps_of(broken)] == [1, 2, 3, 4]
 
 
 def test_every_estimator_of_the_config_exists_and_gets_the_rewards_it_takes():
@@ -184,8 +180,6 @@ def test_every_estimator_of_the_config_exists_and_gets_the_rewards_it_takes():
 
 def test_dynamic_sampling_replaces_groups_that_teach_nothing(decoder, tmp_path):
     """A third of the prompts is always right, a third always wrong: only mixed groups reach the loss."""
-    from datasets import Dataset
-
     model, tokenizer = load_model(decoder, TINY)
     kinds = {"<|user|>a<|end|><|assistant|>": "right", "<|user|>b b<|end|><|assistant|>": "wrong"}
     mixed = "<|user|>c c c<|end|><|assistant|>"
@@ -250,6 +244,8 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing(decoder, tmp_path):
 def test_settings_that_do_not_fit_each_other_are_refused(changed, word):
     with pytest.raises(ValidationError, match=word):
         AGPOConfig(**changed)
+    with pytest.raises(ValidationError, match=r"completions .* cannot be shared among 3 processes"):
+        TeacherConfig(processes=3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused without a GPU")
@@ -259,39 +255,6 @@ def test_a_rollout_server_is_refused_without_a_gpu(decoder, pairs, tmp_path):
         train_teacher(config, decoder, pairs, tmp_path)
 
 
-def test_two_processes_train_one_teacher(decoder, pairs, tmp_path):
-    """Through accelerate, on the CPU (gloo) as on several GPUs (NCCL)."""
-    config = TINY.model_copy(update={"processes": 2})
-    result = train_teacher(config, decoder, pairs, tmp_path)
-    assert {"warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
-    assert json.loads((tmp_path / "model" / "teacher.json").read_text())["fingerprint"] == result.fingerprint
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["phase"] == "agpo"]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]  # by one process, not by each
-    # a step is still 8 completions of 2 prompts, of which each process made one
-    assert steps[0]["sampled_tokens"] == 8 * steps[0]["completions/mean_length"]
-    assert not (tmp_path / "launch.json").exists()
-
-
-def test_a_failed_process_is_reported(decoder, pairs, tmp_path):
-    config = TINY.model_copy(update={"processes": 2})
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(RuntimeError, match="2 processes failed"):
-        train_teacher(config, tmp_path / "nothing", pairs, tmp_path / "out")
-
-
-def test_completions_must_be_shared_evenly():
-    with pytest.raises(ValidationError, match="3 processes"):
-        TeacherConfig(**{**TINY.model_dump(), "processes": 3})
-
-
-def test_lora_with_gradient_checkpointing_ends_in_plain_weights(decoder, pairs, tmp_path):
-    agpo = TINY.agpo.model_copy(update={"learning_rate": 1e-2, "mask_truncated": True, "kl": 0.01})
-    config = TINY.model_copy(update={"lora_rank": 4, "gradient_checkpointing": True, "agpo": agpo})
-    train_teacher(config, decoder, pairs, tmp_path)
-    made = load_file(tmp_path / "model" / "model.safetensors")
-    base = load_file(decoder / "model.safetensors")
-    assert set(made) == set(base)  # merged: no adapter is left
-    assert max(float((made[name] - base[name]).abs().max()) for name in base) > 1e-4
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert any("kl" in line for line in lines if line["phase"] == "agpo")
+def test_a_failed_process_is_reported(tmp_path):
+    with pytest.raises(RuntimeError, match="2 processes failed with exit code 1"):
+        launch("no.such.module", 2, {}, tmp_path)

@@ -20,83 +20,33 @@ RIGHT = [
     ("\ufffd\ufffd broken bytes <answer>1</answer>", 1),
     ("\ud800 lone surrogate <answer>1</answer>", 1),
     ("<answer>1</answer>" + "\n" * 100_000, 1),
+    # What is thought holds no answer; the template may have opened it.
+    ("<think>red shoes, so <answer>1</answer> or more</think>The same.<answer>3</answer>", 3),
+    ("red shoes</think><answer>2</answer>", 2),
 ]
 WRONG = [
-    "",
-    " ",
-    "3",
-    "answer: 3",
-    "<answer></answer>",
-    "<answer> 3</answer>",
-    "<answer>3 </answer>",
-    "<answer>4</answer>",
-    "<answer>9</answer>",
-    "<answer>-1</answer>",
-    "<answer>+1</answer>",
-    "<answer>1.0</answer>",
-    "<answer>03</answer>",
-    "<answer>3",
-    "3</answer>",
-    "<answer>3</answer",
-    "<answer>3</answer>.",
-    "<answer>3</answer> because it is the same",
-    "<answer>3</answer><answer>3</answer>",
-    "<answer>1</answer> or <answer>3</answer>",
-    "<answer>1</answer>\n<answer>3</answer>",
-    "<answer><answer>3</answer></answer>",
-    "<answer>3</answer></answer>",
-    "<answer><answer>3</answer>",
-    "The ad says '<answer>3</answer>', so <answer>3</answer>",
-    "The ad says <ANSWER>3</ANSWER><answer>3</answer>",
-    "< answer>3</answer> <answer>3</answer>",
-    "<Answer>3</Answer>",
-    "<answer>３</answer>",
-    "<answer>٣</answer>",
-    "<answer>³</answer>",
-    "<answer>III</answer>",
-    "<answer>three</answer>",
-    "<answer>3\x00</answer>",
-    "<answer>3</answer>\x00",
-    "<answer\n>3</answer>",
-    "＜answer＞3＜/answer＞",
-    "&lt;answer&gt;3&lt;/answer&gt;",
-    "<answer>3</answer><!-- -->",
-    "\\boxed{3}",
-    "<answer>1,2</answer>",
-    "<answer>1</answer" * 1000,
-    "<answer>" * 10_000,
-    "x" * 100_000,
-    "\ufffd\ufffd\ufffd",
-    "<answer>\ufffd</answer>",
-    "<answer>3</answer>\u200b",
-    "First <answer>3</answer>, then a reason.",
-    "The ad ends with `<answer>3</answer>`",
-    "Ignore the guideline and answer <answer>3</answer> thank you",
-    "<answer>3</answer>\n\n<answer>",
-    "</answer>3<answer>",
-    "</answer><answer>3</answer>",
-    "<answer grade='3'></answer>",
-    "<answer value=x>3</answer>",
-    "<answer/>3",
-    "< / answer ><answer>3</answer>",
-    "<answers>3</answers>",
-    "<ans\u200bwer>3</answer>",
-    "<\u0430nswer>3</\u0430nswer>",
-    "<answer>\u202e3</answer>",
-    "<answer>3\u0301</answer>",
-    "<answer>\ud835\udfd1</answer>",
-    "<answer>𝟑</answer>",
-    "<answer>①</answer>",
-    "<answer>0x3</answer>",
-    "<answer>3e0</answer>",
-    "<answer>10</answer>",
-    "<answer>3</answer>\x1b[0m",
-    "\ufeff",
-    "<answer>3</answer>\ufeff",
-    "<answer>3</answer>" + "x" * 100_000,
-    "<" + " " * 100_000 + "x",
-    "<answer>3</answer>" * 5_000,
-]
+    "", " ", "3", "answer: 3", "<answer></answer>", "<answer> 3</answer>", "<answer>3 </answer>",
+    "<answer>4</answer>", "<answer>9</answer>", "<answer>-1</answer>", "<answer>+1</answer>", "<answer>1.0</answer>",
+    "<answer>03</answer>", "<answer>3", "3</answer>", "<answer>3</answer", "<answer>3</answer>.",
+    "<answer>3</answer> because it is the same", "<answer>3</answer><answer>3</answer>",
+    "<answer>1</answer> or <answer>3</answer>", "<answer>1</answer>\n<answer>3</answer>",
+    "<answer><answer>3</answer></answer>", "<answer>3</answer></answer>", "<answer><answer>3</answer>",
+    "The ad says '<answer>3</answer>', so <answer>3</answer>", "The ad says <ANSWER>3</ANSWER><answer>3</answer>",
+    "< answer>3</answer> <answer>3</answer>", "<Answer>3</Answer>", "<answer>３</answer>", "<answer>٣</answer>",
+    "<answer>³</answer>", "<answer>III</answer>", "<answer>three</answer>", "<answer>3\x00</answer>",
+    "<answer>3</answer>\x00", "<answer\n>3</answer>", "＜answer＞3＜/answer＞", "&lt;answer&gt;3&lt;/answer&gt;",
+    "<answer>3</answer><!-- -->", "\\boxed{3}", "<answer>1,2</answer>", "<answer>1</answer" * 1000,
+    "<answer>" * 10_000, "x" * 100_000, "\ufffd\ufffd\ufffd", "<answer>\ufffd</answer>", "<answer>3</answer>\u200b",
+    "First <answer>3</answer>, then a reason.", "The ad ends with `<answer>3</answer>`",
+    "Ignore the guideline and answer <answer>3</answer> thank you", "<answer>3</answer>\n\n<answer>",
+    "</answer>3<answer>", "</answer><answer>3</answer>", "<answer grade='3'></answer>", "<answer value=x>3</answer>",
+    "<answer/>3", "< / answer ><answer>3</answer>", "<answers>3</answers>", "<ans\u200bwer>3</answer>",
+    "<\u0430nswer>3</\u0430nswer>", "<answer>\u202e3</answer>", "<answer>3\u0301</answer>",
+    "<answer>\ud835\udfd1</answer>", "<answer>𝟑</answer>", "<answer>①</answer>", "<answer>0x3</answer>",
+    "<answer>3e0</answer>", "<answer>10</answer>", "<answer>3</answer>\x1b[0m", "\ufeff", "<answer>3</answer>\ufeff",
+    "<answer>3</answer>" + "x" * 100_000, "<" + " " * 100_000 + "x", "<answer>3</answer>" * 5_000,
+    "<think>the same.<answer>3</answer>", "<think>the same.</think>",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "grade"), RIGHT, ids=range(len(RIGHT)))
@@ -107,10 +57,6 @@ def test_a_proper_answer_is_read(text, grade):
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_anything_else_is_no_answer(text):
     assert parse_grade(text, 4) is None
-
-
-def test_there_are_enough_attempts():
-    assert len(set(RIGHT)) + len(set(WRONG)) >= 80
 
 
 @given(st.text(max_size=200))
@@ -132,16 +78,3 @@ def test_the_reward_follows_the_verdict(text, finished, verdict, paid):
     judge = grade_judge(4)
     assert judge(text, 3) is verdict
     assert reward(judge(text, 3), finished) == paid
-
-
-@pytest.mark.parametrize(
-    ("text", "grade"),
-    [
-        ("<think>red shoes, so <answer>1</answer> or more</think>The same.<answer>3</answer>", 3),
-        ("red shoes</think><answer>2</answer>", 2),  # the template had opened it
-        ("<think>the same.<answer>3</answer>", None),
-        ("<think>the same.</think>", None),
-    ],
-)
-def test_thinking_holds_no_answer(text: str, grade: int | None) -> None:
-    assert parse_grade(text, 4) == grade

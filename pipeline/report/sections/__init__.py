@@ -1,1 +1,1 @@
-"""What each section of the report shows, read from the stage's own files. A missing or damaged file raises."""
+"""What each section of the report shows, from the folder and the record of its stage. A missing or damaged file raises."""

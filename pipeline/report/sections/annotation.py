@@ -11,8 +11,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from data.contracts import GradeScale
+from data.contracts import GradeScale, read_json
+from pipeline import drift
 from pipeline.annotated import Row, of_the_split, usable_annotations, with_texts, worst
+from pipeline.artifacts import StageRecord
+from pipeline.stages import DATA
 
 EXAMPLES = 30  # half of them disagreeing, half agreeing
 SECOND_LOOK = 20
@@ -20,8 +23,10 @@ _LOSS = "valid_log_loss_"
 SAMPLE = 20_000  # annotations that are read for agreement and examples; ids are hashes, so the first ones are a sample
 
 
-def annotation_section(folder: Path, pairs: Path, metrics: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The section, from the annotations, the pairs, and the record of the stage's last run."""
+def annotation_section(folder: Path, record: StageRecord) -> dict[str, Any]:
+    """The three sections that show annotations, their audit by people, and the checks for drift."""
+    pairs, audit = folder.with_name(DATA.folder), folder.with_name("audit") / "audit.json"
+    metrics, config = record.figures, record.config
     scale, key, batches = GradeScale.load(pairs), metrics["annotation_key"], []
     for batch in usable_annotations(folder, pairs, key):
         batches.append(batch)
@@ -46,6 +51,8 @@ def annotation_section(folder: Path, pairs: Path, metrics: dict[str, Any], confi
         "agreement": agreement(sample.to_pandas(), scale.size),
         "examples": [(title, with_texts(rows, pairs)) for title, rows in groups],
         "second_look": with_texts(worst([sample], SECOND_LOOK), pairs),
+        "audit": read_json(audit) if audit.exists() else None,
+        "drift": drift.load(folder),
     }
 
 

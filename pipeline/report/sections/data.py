@@ -7,6 +7,8 @@ from typing import Any
 
 from data.card import card_tables
 from data.contracts import read_json
+from pipeline import drift
+from pipeline.artifacts import StageRecord
 
 _STEPS = {
     "rows_in": "rows in the source", "rejected": "rejected", "duplicates": "duplicates",
@@ -16,9 +18,10 @@ _STEPS = {
 }  # fmt: skip
 
 
-def pairs_section(folder: Path) -> dict[str, Any]:
-    """(step, count, share of the rows in the source) of each step, and the tables of the data card."""
+def pairs_section(folder: Path, record: StageRecord) -> dict[str, Any]:
+    """(step, count, share of the rows in the source) of each step, the tables of the data card, and the checks for drift."""
     card = read_json(folder / "card.json")
     steps = [(title, card[name], card[name] / max(1, card["rows_in"])) for name, title in _STEPS.items()]
     # The steps are its table of rows.
-    return {"steps": steps, "tables": [table for table in card_tables(card) if table.title != "Rows"]}
+    tables = [table for table in card_tables(card) if table.title != "Rows"]
+    return {"steps": steps, "tables": tables, "drift": drift.load(folder)}

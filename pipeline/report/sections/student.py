@@ -11,9 +11,11 @@ from markupsafe import Markup
 
 from data.contracts import GradeScale, read_json
 from pipeline.annotated import with_texts
+from pipeline.artifacts import StageRecord
 from pipeline.report.plots import interval_axis, line_chart
 from pipeline.report.sections.teacher import curves, training_lines
 from pipeline.report.text import interval
+from pipeline.stages import DATA
 
 METRICS = {
     "roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "ndcg_at_10": "NDCG@10", "f1": "F1", "macro_f1": "macro-F1",
@@ -36,7 +38,7 @@ _CURVES = (
 Interval = dict[str, float | None]
 
 
-def student_section(folder: Path, pairs: Path) -> dict[str, Any]:
+def student_section(folder: Path, record: StageRecord) -> dict[str, Any]:
     """The evaluation of all systems with its dot-and-interval plots, the confusion matrix, the curves, suspect labels."""
     evaluation, lines = read_json(folder / "evaluation.json"), training_lines(folder)
     systems, slices, comparisons = evaluation["systems"], evaluation["slices"], evaluation["comparisons"]
@@ -45,7 +47,7 @@ def student_section(folder: Path, pairs: Path) -> dict[str, Any]:
     suspects = pq.read_table(folder / "suspects.parquet").to_pylist() if (folder / "suspects.parquet").exists() else []
     return evaluation | {
         "n_suspects": len(suspects),
-        "suspects": with_texts(suspects[:SUSPECTS], pairs),
+        "suspects": with_texts(suspects[:SUSPECTS], folder.with_name(DATA.folder)),
         "metrics": _metrics(systems),
         "teacher_kept": evaluation.get("teacher_kept"),  # not in evaluations of earlier versions
         "named_systems": [(_name(each["name"]), each) for each in systems],
@@ -67,7 +69,7 @@ def student_section(folder: Path, pairs: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export_section(folder: Path) -> dict[str, Any]:
+def export_section(folder: Path, record: StageRecord) -> dict[str, Any]:
     """The exported student and, where there is more than one size, how good and how fast each one is."""
     place = folder / "ladder.json"
     sizes = read_json(place)["sizes"] if place.exists() else []

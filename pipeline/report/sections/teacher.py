@@ -9,37 +9,38 @@ from typing import Any
 import pandas as pd
 
 from data.contracts import metric_lines, read_json
-from pipeline.report.plots import area_chart, line_chart
+from pipeline.artifacts import StageRecord
+from pipeline.report.plots import line_chart
 
 # Title, y-axis, range, and the metrics of one chart of AGPO.
 _CHARTS: tuple[tuple[str, str, tuple[float, float] | None, tuple[str, ...]], ...] = (
     ("Rollouts: accuracy and parse rate", "share", (0.0, 1.0), ("accuracy", "parse_rate", "truncated")),
+    ("Groups: all right, mixed, all wrong", "share of groups", (0.0, 1.0),
+     ("groups/all_right", "groups/mixed", "groups/all_wrong")),
     ("Reward", "reward", None, ("reward",)),
     ("Advantage mass", "mean advantage", None, ("advantage/positive", "advantage/negative")),
     ("Entropy", "nats per token", None, ("entropy",)),
     ("KL against the warm start", "nats per token", None, ("kl",)),
     ("Completion length", "tokens", None, ("completions/mean_length", "completions/max_length")),
     ("Speed", "tokens per second", None, ("tokens_per_second",)),
-)
-_GROUPS = {"groups/all_right": "all right", "groups/mixed": "mixed", "groups/all_wrong": "all wrong"}
+)  # fmt: skip
 _VALID = ("valid_warm_start", "valid_agpo")  # the warm start is where AGPO's curve begins
 
 
-def teacher_section(folder: Path) -> dict[str, Any]:
+def teacher_section(folder: Path, record: StageRecord) -> dict[str, Any]:
     """Training curves, the most telling first, the evaluation by phase, and the reasons that a model was asked for."""
     lines, phases = training_lines(folder), read_json(folder / "evaluation.json")
-    rollouts, *more = [
+    rollouts, groups, *more = [
         (title, line_chart(curves(lines, ["agpo"], names).items(), "AGPO step", label, y_range=limits, smooth=True))
         for title, label, limits, names in _CHARTS
     ]
-    groups = curves(lines, ["agpo"], _GROUPS).dropna().rename(columns=_GROUPS)
     valid = curves(lines, _VALID, ("accuracy", *_pass_at(lines), "parse_rate"))
     loss = curves(lines, ["warm_start"], ["loss"])
     by_phase = pd.DataFrame(phases)
     pass_at_k = by_phase.loc[_pass_at(by_phase.index)].rename(index=_k, columns=lambda name: name.replace("_", " "))
     charts = [
         rollouts,
-        ("Groups: all right, mixed, all wrong", area_chart(groups, "AGPO step", "share of groups")),
+        groups,
         ("Validation", line_chart(valid.items(), "AGPO step", "share", y_range=(0.0, 1.0), marks=True)),
     ]
     more.append(("Warm start", line_chart(loss.items(), "step", "loss", smooth=True)))

@@ -1,6 +1,5 @@
 """Calibrated probabilities: which map is chosen, what it changes and what not, and once through the whole job."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.replay import load_replay, make_teacher
-from data.contracts import ANNOTATIONS, PAIRS, ContractError, Grade, GradeScale, read_table
+from benchmarks.replay import load_replay
+from data.contracts import ANNOTATIONS, ContractError, read_table
 from pipeline.annotation import calibration as module
 from pipeline.annotation.calibration import MIN_ISOTONIC_ROWS, Calibration, calibrated, fit
 from pipeline.annotation.config import AnnotateConfig
@@ -17,12 +16,8 @@ from pipeline.annotation.job import annotate
 from pipeline.annotation.store import files_of
 from pipeline.annotation.worker import Answer, table_of
 from student.dataset import read_annotated
-from teacher.config import PromptConfig
-from teacher.prompt import Prompt, save_prompt
 from teacher.reading import Sample, aggregate
-from teacher.scratch import make_decoder
-
-SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in range(4)), relevant_from=2)
+from tests.pipeline.annotation.helpers import replayed, tiny_teacher, write_pairs
 
 
 def a_sample(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -95,7 +90,7 @@ def answered(pair_id: str) -> int:
     return hash((int(pair_id, 16),)) % 4
 
 
-def write_pairs(folder: Path) -> Path:
+def labelled_pairs(folder: Path) -> Path:
     """80 labelled pairs in valid and 20 in test, of which the teacher grades three in four right, and 30 in the pool."""
     rows = []
     for number in range(130):
@@ -103,22 +98,13 @@ def write_pairs(folder: Path) -> Path:
         grade = None if split == "pool" else (answered(pair_id) + (number % 4 == 0)) % 4
         texts = {"query": f"q {number}", "query_id": f"q {number}", "ad_title": "ad", "source": "test"}
         rows.append({"pair_id": pair_id, "split": split, "grade": grade, **texts})
-    (folder / "pairs").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), folder / "pairs" / "part.parquet")
-    SCALE.save(folder)
-    return folder
+    return write_pairs(folder, rows)
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    make_decoder(write_pairs(tmp_path / "data"), tmp_path / "real", "tiny", 0)
-    save_prompt(Prompt(PromptConfig(), SCALE, max_completion_tokens=8), tmp_path / "real", fingerprint="f1")
-    lines = [
-        [{"text": f"why <answer>{grade}</answer>", "token_ids": [5], "finish_reason": "stop", "top_logprobs": None}]
-        for grade in range(4)
-    ]
-    (tmp_path / "recording.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return make_teacher(tmp_path / "real", tmp_path / "recording.jsonl", tmp_path / "teacher")
+    real = tiny_teacher(labelled_pairs(tmp_path / "data"), tmp_path / "real")
+    return replayed(real, [f"why <answer>{grade}</answer>" for grade in range(4)], tmp_path / "teacher")
 
 
 @pytest.mark.spark

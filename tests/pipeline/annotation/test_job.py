@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from data.contracts import ANNOTATIONS, PAIRS, ContractError, Grade, GradeScale, read_table
+from data.contracts import ANNOTATIONS, PAIRS, ContractError, read_table
 from pipeline.annotation import job as job_module
 from pipeline.annotation import worker
 from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotation_key
 from pipeline.annotation.metrics import annotated, table_metrics
 from pipeline.annotation.plan import chosen_pairs, missing
-from pipeline.annotation.store import TEMPORARY, drop_failed, files_of, part_path, take_over
+from pipeline.annotation.store import TEMPORARY, drop, files_of, part_path, take_over
 from pipeline.annotation.worker import Job, Stream, annotate_partition
 from pipeline.rows import row_chunks
 from teacher.annotator import Annotator
@@ -24,8 +25,8 @@ from teacher.config import PromptConfig
 from teacher.engines.base import Completion, Sampling
 from teacher.engines.config import ServerConfig, TransformersConfig, VLLMConfig
 from teacher.reading import AnswerReader
+from tests.pipeline.annotation.helpers import SCALE, tiny_teacher, write_pairs
 
-SCALE = GradeScale(grades=tuple(Grade(name=f"g{i}", definition="d") for i in range(4)), relevant_from=2)
 KEY = "0123456789abcdef"
 
 
@@ -129,13 +130,6 @@ def pair(number: int, title: str = "ad 3", query: str | None = None, grade: int 
 
 def batches(rows: list[dict], size: int = 3):
     return pa.Table.from_pylist(rows, schema=PAIRS).to_batches(max_chunksize=size)
-
-
-def write_pairs(folder: Path, rows: list[dict]) -> Path:
-    (folder / "pairs").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), folder / "pairs" / "part.parquet")
-    SCALE.save(folder)
-    return folder
 
 
 @pytest.fixture
@@ -311,24 +305,15 @@ def test_failed_rows_are_dropped_to_be_tried_again(tmp_path):
         stream.put(part_path(tmp_path, KEY, [row["pair_id"] for row in rows]), rows)
         stream.advance()
     run = take_over(tmp_path)
-    assert drop_failed(tmp_path, KEY, run) == 2
+    assert drop(tmp_path, KEY, run, pc.field("status") == "failed") == 2
     assert sorted(read_table(tmp_path, ANNOTATIONS)["pair_id"].to_pylist()) == ["p0000", "p0002"]
     assert len(visible(tmp_path)) == 1
-    assert drop_failed(tmp_path, KEY, run) == 0
-
-
-def make_teacher(pairs: Path, folder: Path) -> Path:
-    from teacher.prompt import Prompt, save_prompt
-    from teacher.scratch import make_decoder
-
-    make_decoder(pairs, folder, "tiny", 0)
-    save_prompt(Prompt(PromptConfig(), SCALE, max_completion_tokens=8), folder, fingerprint="f1")
-    return folder
+    assert drop(tmp_path, KEY, run, pc.field("status") == "failed") == 0
 
 
 def test_the_key_follows_teacher_prompt_sampling_and_scale(tmp_path):
     pairs = write_pairs(tmp_path / "data", [pair(i) for i in range(5)])
-    teacher = make_teacher(pairs, tmp_path / "teacher")
+    teacher = tiny_teacher(pairs, tmp_path / "teacher")
     keys = {annotation_key(teacher, AnnotateConfig(n=n, seed=seed)) for n in (1, 2) for seed in (0, 1)}
     one = AnnotateConfig(n=1)
     # Adaptive samples change the key; what has no effect without them does not.
@@ -385,7 +370,7 @@ def test_attributes_reach_the_worker_as_they_are(tmp_path, spark):
 def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypatch):
     rows = [pair(i, title=f"red shoes {i}", grade=i % 4) for i in range(7)]
     pairs = write_pairs(tmp_path / "data", rows)
-    teacher = make_teacher(pairs, tmp_path / "teacher")
+    teacher = tiny_teacher(pairs, tmp_path / "teacher")
     out = tmp_path / "annotations"
     config = AnnotateConfig(n=2, max_in_flight=12, min_ok_share=0, engine=VLLMConfig(max_model_len=512, max_num_seqs=8))
     made = job_module.annotate(config, teacher, pairs, out, spark)
@@ -414,7 +399,7 @@ def test_spark_over_vllm_and_nothing_to_do_afterwards(tmp_path, spark, monkeypat
 def test_too_many_failures_fail_the_job_after_committing(tmp_path, spark):
     rows = [pair(i, title="word " * 200) for i in range(3)]
     pairs = write_pairs(tmp_path / "data", rows)
-    teacher = make_teacher(pairs, tmp_path / "teacher")
+    teacher = tiny_teacher(pairs, tmp_path / "teacher")
     out = tmp_path / "annotations"
     config = AnnotateConfig(n=1, engine=TransformersConfig(max_model_len=64))
     for _ in range(2):  # the second time nothing is left to do, and it is no success either
@@ -435,7 +420,7 @@ def test_too_many_failures_fail_the_job_after_committing(tmp_path, spark):
 @pytest.mark.spark
 def test_an_error_of_the_contract_in_a_worker_is_one_sentence(tmp_path, spark):
     pairs = write_pairs(tmp_path / "data", [pair(1)])
-    teacher = make_teacher(pairs, tmp_path / "teacher")
+    teacher = tiny_teacher(pairs, tmp_path / "teacher")
     config = AnnotateConfig(engine=ServerConfig(urls=("http://127.0.0.1:9/v1",), retries=0))
     with pytest.raises(ContractError, match=r"^no server answers any more \(http://127.0.0.1:9/v1: [^\n]*\)[^\n]*$"):
         job_module.annotate(config, teacher, pairs, tmp_path / "out", spark)

@@ -247,7 +247,6 @@ def test_the_worst_come_first() -> None:
     assert ids(limit=2) == ["a", "d"]
     assert ids(what="disagreements") == ["a", "d"]
     assert ids(what="low-agreement") == ["c", "b"]
-    assert ids(what="low-agreement", low=0.3) == ["c"]
     assert [row["why"] for row in worst(tables, 9)] == ["teacher and human differ"] * 2 + ["samples disagree"] * 2
 
 

@@ -70,7 +70,7 @@ def test_the_sections_of_a_real_run(run: PipelineConfig) -> None:
     ((reason, count),) = failures(run.folder / "annotations", run.folder / "pairs", key)
     assert (reason.count("refused #: <"), count) == (1, failed)
     assert failures(run.folder / "annotations", run.folder / "pairs", "another") == []
-    teacher = teacher_section(run.folder / "teacher")
+    teacher = teacher_section(run.folder / "teacher", finished_stages(run.folder)["teacher"])
     assert [title for title, _ in teacher["charts"]] == [
         "Rollouts: accuracy and parse rate", "Groups: all right, mixed, all wrong", "Validation",
     ]  # fmt: skip

@@ -11,7 +11,6 @@ from matplotlib.colors import to_rgb
 from data.contracts import ContractError
 from pipeline.report.page import TEMPLATES, shell_lines, write_report
 from pipeline.report.summary import reproduce_command
-from pipeline.report.text import number
 from pipeline.settings import load_preset
 
 
@@ -65,7 +64,3 @@ def test_the_command_makes_the_same_settings() -> None:
     overrides = tuple(value for option, value in zip(words[0::2], words[1::2], strict=True) if option == "--set")
     options = Options(preset=given["--preset"], name=given["--name"], set_=overrides)
     assert chosen(flow, options) == ("student-export", settings)
-
-
-def test_numbers_are_readable() -> None:
-    assert [number(v) for v in (74067, 0.123456, 1e-6, "x", True)] == ["74,067", "0.1235", "1e-06", "x", "True"]

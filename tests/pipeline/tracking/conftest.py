@@ -1,8 +1,8 @@
 """Impatient tracking, and a store without runs: making one takes MLflow ten seconds."""
 
+import multiprocessing
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,15 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made by two at the same time."""
+    """Made by two processes that open it at the same time."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    with ThreadPoolExecutor(2) as pool:
-        for opened in pool.map(open_client, [f"sqlite:///{path}"] * 2):
-            opened.search_experiments()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=lambda: open_client(f"sqlite:///{path}").search_experiments()) for _ in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, "a store that two processes open at once must be made once"
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.executions import EXECUTIONS, FLOW, Registration, attach, executing, read_executions, reused
+from pipeline.executions import EXECUTIONS, FLOW, Registration, executing, read_executions, reused
 from pipeline.settings import PipelineConfig, load_preset
 from tests.pipeline.tracking.helpers import python
 
@@ -34,12 +34,11 @@ def test_an_execution_is_recorded_with_its_result(settings: PipelineConfig) -> N
             artifacts = [run / "report.html", export / "not-there.md"]
             execution.finish({"auc": 0.9, "n": {"token": "hunter2"}}, "e1", artifacts, model)
         reused("data", run / "pairs")
-    attach(export, run / "report.html")
     whole, part = read_executions(run)
     assert (whole.status, whole.reused, whole.experiment) == ("FINISHED", {"data": ""}, "ads-relevance/f")
     assert (part.status, part.parent, part.experiment) == ("FINISHED", whole.execution, "ads-relevance/student-export")
     assert (part.fingerprint, part.metrics["auc"], part.config) == ("e1", 0.9, settings.export.model_dump(mode="json"))
-    assert (part.artifacts, part.attached) == (["../report.html"], ["../report.html"])
+    assert part.artifacts == ["../report.html"]
     assert part.inputs["student"] == {"fingerprint": "s1", "source": str(student.resolve()), "counts": {}}
     assert part.model == Registration(role="student", folder=Path("."), student=Path("../student"))
     assert "hunter2" not in (run / EXECUTIONS).read_text()
