@@ -68,10 +68,9 @@ def open_parts(
     kind, *others = sorted({file_format(file, format) for file in files})
     if others:
         raise ContractError(f"{path} mixes files of the formats {', '.join([kind, *others])}; keep one in a folder")
-    if dialect != USUAL and kind not in ("csv", "tsv"):
-        raise ContractError(
-            f"`delimiter`, `header` and `quotes` have no effect on {path}, which is read as {kind}; leave them out"
-        )
+    given = [name for name, usual in vars(USUAL).items() if getattr(dialect, name) != usual]
+    if given and kind not in ("csv", "tsv"):
+        raise ContractError(f"`{given[0]}` has no effect on {path}, which is read as {kind}; leave it out")
     parts: list[Part] = []
     keys: dict[str, None] = {}
     for file in files:
