@@ -13,7 +13,7 @@ from data.contracts import SPLITS, STRATA, Config, Grade, UserPath
 
 Column = Literal["query", "ad_title", "ad_text", "attributes", "grade", "rationale"]
 LogColumn = Literal["query", "ad_title", "ad_text", "attributes", "frequency"]
-Source = Literal["synthetic", "home_depot", "wands", "esci", "crowdflower", "qbqtc", "table"]
+Source = Literal["synthetic", "home_depot", "wands", "esci", "crowdflower", "qbqtc", "qadsm", "table"]
 Format = Literal["auto", "csv", "tsv", "json", "jsonl", "parquet"]
 Limit = int | None
 
@@ -118,14 +118,19 @@ class DataConfig(Config):
     """Where pairs come from: any `table` with a column mapping, a public set in the layout of its publisher, or made up
     (`synthetic`). Unless given, a `path` means a table, and without one the pairs are made up."""
     path: UserPath | None = None
-    """File to read (`table`: a folder of such files too; `wands`, `esci`: the folder with the published files). `home_depot`
-    and `qbqtc` find theirs without it where the environment variable ADS_RELEVANCE_DATA names the folder."""
+    """File to read (`table`: a folder of such files too; `wands`, `esci`: the folder with the published files).
+    `home_depot`, `qbqtc` and `qadsm` find theirs without it where the environment variable ADS_RELEVANCE_DATA names the
+    folder."""
     format: Format = "auto"
     """Format of a `table`; `auto` goes by the file's name: .csv, .tsv, .jsonl, .json (each with .gz or .zip too),
     .parquet. JSON is one object for each line, or an array of objects."""
     delimiter: Delimiter = None
     """Character between the columns of a CSV `table`, such as `;`, or its name (comma, semicolon, tab, pipe); empty
     means a comma, or a tab for TSV."""
+    header: tuple[str, ...] = ()
+    """For a CSV or TSV `table` without a header line: the names of all its columns, in order."""
+    quotes: bool = True
+    """In a CSV or TSV `table`, double quotes enclose a field; false where a quote is a character like any other."""
     encoding: Encoding = "utf-8"
     """Encoding of CSV, TSV and JSON files, by any name that Python knows: `windows-1252`, `utf-16`, `shift_jis`, … A row
     with bytes that it does not know is kept aside, and the encoding that the file seems to have is proposed."""
@@ -235,8 +240,9 @@ class DataConfig(Config):
         return self
 
 
-_ON_A_TABLE = ("columns", "grades", "grade_thresholds", "grade_labels", "missing_labels", "format", "delimiter", "html")
-_WITH_TEXT_FILES = ("table", "home_depot", "wands", "crowdflower", "qbqtc")
+_ON_A_TABLE = ("columns", "grades", "grade_thresholds", "grade_labels", "missing_labels", "format", "delimiter", "header",
+               "quotes", "html")  # fmt: skip
+_WITH_TEXT_FILES = ("table", "home_depot", "wands", "crowdflower", "qbqtc", "qadsm")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_ON_A_TABLE, ("table",)),
     "path": (*_WITH_TEXT_FILES, "esci"),

@@ -40,7 +40,8 @@ def _wrong(error: cyclopts.CycloptsError) -> str:
     """The message for a command line that cannot be read."""
     if isinstance(error, cyclopts.UnusedCliTokensError):
         words = " ".join(error.unused_tokens or ())
-        return f"error: '{words}' is too much; give settings as --set key=value"
+        remedy = f"give a file as --config {words}" if words.endswith(".toml") else "give settings as --set key=value"
+        return f"error: '{words}' is too much; {remedy}"
     return f"error: {' '.join(str(error).split())}"
 
 

@@ -12,6 +12,7 @@ give them away.
 
 from __future__ import annotations
 
+import logging
 import math
 import unicodedata
 from collections import Counter
@@ -29,6 +30,7 @@ from data.contracts import ANNOTATIONS, PAIRS, Config, read_json, write_json
 from pipeline.annotated import of_the_split
 from student.words import words as words_of
 
+logger = logging.getLogger(__name__)
 Level = Literal["fine", "look", "stop"]
 FILE = "_drift.json"  # so that a folder of Parquet files is read without it
 PROFILE = "profile.json"  # in a teacher's folder
@@ -47,7 +49,8 @@ class DriftConfig(Config):
     """From here on, a student that learned from the new pairs does not become champion."""
 
     min_queries: int = Field(default=200, ge=1)
-    """New pairs with fewer queries are not judged; they are once later ones have joined them."""
+    """New pairs with fewer queries are not judged until later ones have joined them, nor any against a model that learned
+    from fewer."""
 
     shadow: int = Field(default=500, ge=0)
     """New pairs, and as many old ones, that the exported student scores to be compared with the teacher; 0 leaves it out."""
@@ -70,7 +73,10 @@ class Check(BaseModel):
     annotation_key: str = ""
     pairs: int
     queries: int
+    known: int = 0
+    """Queries that it learned from (0: not recorded)."""
     measures: list[Measure]
+    """Empty where it learned from too few queries to judge by them."""
 
     def level(self, limits: DriftConfig) -> Level:
         """The verdict of the worst measure."""
@@ -152,16 +158,17 @@ def psi(old: Sequence[float], new: Sequence[float]) -> float:
 def check_pairs(limits: DriftConfig, run: Path, pairs: Path) -> list[Check]:
     """For data-prepare: the pool pairs without an annotation against what a teacher, if there is one, learned from.
 
-    Writes `_drift.json` into `pairs`. Empty where there is no teacher yet, or too few new queries.
+    Writes `_drift.json` into `pairs`. Empty where there is no teacher yet, or too few new queries; without measures where
+    the teacher learned from too few.
     """
     pool = _sample(pairs / "pairs", ["pair_id"], _in("pool"))["pair_id"]
     known = _sample(run / "annotations", ["pair_id"], _among(pool))["pair_id"]
     new = read_texts(pairs, _among(pool) & ~_among(known))
     checks = []
     if (run / "teacher" / PROFILE).exists() and len(new) >= limits.min_queries:
-        measures = compare(Profile.model_validate(read_json(run / "teacher" / PROFILE)), new)
+        known = Profile.model_validate(read_json(run / "teacher" / PROFILE))
         count = sum(len(ads) for _, ads in new.values())
-        checks = [Check(against="teacher", at=datetime.now(UTC), pairs=count, queries=len(new), measures=measures)]
+        checks = [_judge(limits, "teacher", known, new, at=datetime.now(UTC), pairs=count)]
     _save(pairs, checks)
     return checks
 
@@ -183,15 +190,17 @@ def check_annotations(limits: DriftConfig, run: Path, annotations: Path, key: st
     texts = read_texts(pairs, _among(new["pair_id"]))
     if len(texts) < limits.min_queries:
         return before
-    about: dict[str, Any] = {"at": now, "annotation_key": key, "pairs": len(new), "queries": len(texts)}
+    about: dict[str, Any] = {"at": now, "annotation_key": key, "pairs": len(new)}
     path, train = run / "teacher" / PROFILE, read_texts(pairs, _in("train"))
     teacher = Profile.model_validate(read_json(path)) if path.exists() else profile(train)
-    checks = [Check(against="teacher", measures=compare(teacher, texts), **about)]
+    checks = [_judge(limits, "teacher", teacher, texts, **about)]
     if until is not None:
         old = _sample(annotations, columns, rows & (created <= pa.scalar(until, pa.timestamp("us", tz="UTC"))))
         learned = dict(train) | dict(read_texts(pairs, _among(old["pair_id"])))
-        measures = [*compare(profile(learned), texts), _grades(old, new), *_shadow(limits.shadow, run, old, new)]
-        checks.append(Check(against="student", measures=measures, **about))
+        check = _judge(limits, "student", profile(learned), texts, **about)
+        if check.measures:
+            check.measures += [_grades(old, new), *_shadow(limits.shadow, run, old, new)]
+        checks.append(check)
     _save(annotations, load(annotations) + checks)
     return before + checks
 
@@ -203,17 +212,37 @@ def load(folder: Path) -> list[Check]:
 
 
 def verdict(checks: Iterable[Check], limits: DriftConfig) -> tuple[Level, str]:
-    """The worst of the checks: its level, and its sentence unless all is fine."""
-    worst = max(checks, key=lambda check: check.worst.psi, default=None)
+    """The worst of the checks: its level, and its sentence unless all is fine. One without measures says nothing."""
+    worst = max((check for check in checks if check.measures), key=lambda check: check.worst.psi, default=None)
     level: Level = "fine" if worst is None else worst.level(limits)
     return level, "" if worst is None or level == "fine" else worst.sentence()
 
 
 def figures(checks: list[Check], limits: DriftConfig) -> dict[str, Any]:
-    """What a stage reports of its checks: the level, and the highest index; nothing where nothing was judged."""
-    if not checks:
-        return {}
-    return {"drift": verdict(checks, limits)[0], "drift_psi": max(check.worst.psi for check in checks)}
+    """What a stage reports of its checks: the level and the highest index, and why some were not judged."""
+    found: dict[str, Any] = {}
+    if judged := [check for check in checks if check.measures]:
+        found |= {"drift": verdict(judged, limits)[0], "drift_psi": max(check.worst.psi for check in judged)}
+    if unjudged := [check for check in checks if not check.measures]:
+        found["drift_not_judged"] = _too_few(unjudged[-1], limits)
+    return found
+
+
+def _judge(
+    limits: DriftConfig, against: Literal["teacher", "student"], known: Profile, new: Texts, **about: Any
+) -> Check:
+    """The check of new texts; without measures where `known` has too few queries, which the log says."""
+    measures = compare(known, new) if known.queries >= limits.min_queries else []
+    check = Check(against=against, known=known.queries, queries=len(new), measures=measures, **about)
+    if not measures:
+        logger.info("drift is not judged: %s", _too_few(check, limits))
+    return check
+
+
+def _too_few(check: Check, limits: DriftConfig) -> str:
+    return (
+        f"the {check.against} learned from {check.known:,} queries, fewer than drift.min_queries ({limits.min_queries})"
+    )
 
 
 def _save(folder: Path, checks: list[Check]) -> None:

@@ -135,7 +135,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault of a validation in one line, and how many more there are."""
     faults, known = error.errors(include_url=False), fields(model)
-    place, kind, given = [str(part) for part in faults[0]["loc"]], faults[0]["type"], faults[0]["input"]
+    kind, given = faults[0]["type"], faults[0]["input"]
+    place = [str(part) for part in faults[0]["loc"] if part != "[key]"]
     # The tag of a union's member is no part of the key.
     shorter = [".".join(place[:i] + place[i + 1 :]) for i in range(1, len(place) - 1)]
     key = next((each for each in shorter if each in known), ".".join(place))

@@ -137,7 +137,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ContractError(f"config file {path} is not text in UTF-8; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
-        raise ContractError(f"config file {path} is not TOML: {error}") from None
+        quotes = "; texts stand in quotes" if "Invalid value" in str(error) else ""
+        raise ContractError(f"config file {path} is not TOML: {error}{quotes}") from None
     return _expand(values, path)
 
 
@@ -148,7 +149,8 @@ def load_preset(name: str = DEFAULT_PRESET, overrides: Iterable[str] = ()) -> Pi
 
 def build_settings(values: dict[str, Any]) -> PipelineConfig:
     """Validate a tree of values (preset included); raises `ContractError` with the first fault in one line."""
-    read_preset(values.get("preset") or DEFAULT_PRESET)  # its own message is clearer than one wrapped by pydantic
+    if isinstance(preset := values.get("preset") or DEFAULT_PRESET, str):
+        read_preset(preset)  # its own message is clearer than one wrapped by pydantic
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:

@@ -144,7 +144,7 @@ DATA = Stage(
     work=_prepare,
     version=3,
     reads_besides=_source,
-    headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected", "drift"),
+    headline=("rows", "rows_train", "rows_valid", "rows_test", "rows_pool", "rejected", "drift", "drift_not_judged"),
     artifacts=("card.json", "card.md", "scale.json"),
 )
 TEACHER = Stage(
@@ -174,14 +174,17 @@ ANNOTATE = Stage(
     ),
     uses_gpus=lambda settings: settings.annotate.engine.kind != "openai" and settings.spark.master.startswith("local"),
     incremental=True,
-    headline=("pairs", "n_new", "ok_share", "accuracy", "agreement", "n_spared", "pairs_per_s", "drift"),
+    headline=(
+        *("pairs", "n_new", "ok_share", "accuracy", "agreement", "n_spared", "pairs_per_s"),
+        *("drift", "drift_not_judged"),
+    ),
 )
 STUDENT = Stage(
     name="student",
     folder="student",
     experiment="student-distill",
     work=_distil,
-    version=2,
+    version=3,
     needs=(DATA, ANNOTATE),
     spares=lambda settings: () if settings.student.use_annotations else ("annotate",),
     reads_besides=lambda settings: (

@@ -107,7 +107,7 @@ def distill(
         setup = replace(setup, base=warm_up(setup, pairs, rows.valid, cache or out / "warm_up", metrics))
 
     def train(chosen: Examples, phase: str) -> Calibrated:
-        equal = for_as_many_steps(setup, len(rows.training), len(chosen))
+        equal = setup.for_as_many_steps(len(rows.training), len(chosen))
         fitted = fit(equal, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
@@ -126,7 +126,7 @@ def distill(
     for name, other in taught_otherwise(config, rows.training, whole).items():
         trained = first if first and name == "gold_only" else train(other, name)
         systems.append(measured(setup, name, trained, rows.valid, rows.test))
-    systems += smaller_students(setup, student, rows, pairs, out, metrics, free)
+    systems += smaller_students(setup, base, student, rows, pairs, out, metrics, free)
     systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
     evaluation = evaluate(setup, systems, student, rows.test) | bound | ({"ensemble": pool} if pool else {})
     key = key_metrics(evaluation, card, student.valid_roc_auc)
@@ -155,16 +155,6 @@ def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, di
     return replace(rows, training=replace(training, soft=soft)), chosen
 
 
-def for_as_many_steps(setup: Setup, rows: int, chosen: int) -> Setup:
-    """The setup under which `chosen` rows get as many optimiser steps, and as much patience, as `rows` do under `setup`.
-
-    A student of few human labels would else be stopped before it has learned them, and lose for that alone.
-    """
-    times = max(1, round(rows / max(chosen, 1)))
-    more = {name: min(100, times * getattr(setup.config, name)) for name in ("epochs", "patience")}
-    return replace(setup, config=setup.config.model_copy(update=more)) if times > 1 else setup
-
-
 def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
     """What the students learn from that the student is compared with, by name; `whole` has the suspect labels too."""
     others = {"with_suspects": whole} if len(whole) > len(training) else {}
@@ -174,7 +164,14 @@ def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples)
 
 
 def smaller_students(
-    setup: Setup, student: Calibrated, rows: Rows, pairs: Path, out: Path, metrics: MetricsLog, free: list[System]
+    setup: Setup,
+    base: Path,
+    student: Calibrated,
+    rows: Rows,
+    pairs: Path,
+    out: Path,
+    metrics: MetricsLog,
+    free: list[System],
 ) -> list[System]:
     """Students of `config.layers` layers, cut from the trained one, which learn from it into `out/layers-N`; measured.
 
@@ -193,7 +190,7 @@ def smaller_students(
     for layers in sizes:
         phase, folder = f"student_{layers}_layers", out / FOLDER.format(layers)
         shutil.rmtree(folder, ignore_errors=True)
-        save_tokenizer(setup.base, folder, config.max_length)
+        save_tokenizer(base, folder, config.max_length)  # a warmed-up encoder's folder has none
         start = replace(setup, base=cut(reader.model, layers, out / "checkpoints" / f"{phase}.start"))
         fitted = fit(start, training, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         smaller = calibrate(setup, fitted, rows.valid)

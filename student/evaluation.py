@@ -111,9 +111,10 @@ def floor_fault(evaluation: dict[str, Any]) -> str | None:
     if bound.get("above") is not False:
         return None
     name, auc = max(bound["systems"].items(), key=lambda system: system[1])
+    warm_up = "warm it up on more pairs (`data.log`)" if "warm_up" in bound["systems"] else "set student.warm_up.pairs"
     return (
         f"the student is not above what costs no label: ROC-AUC on valid {bound['student']:.3f}, {name} {auc:.3f}; "
-        "label more pairs, annotate the pool, or set student.warm_up.pairs"
+        f"label more pairs, annotate the pool, or {warm_up}"
     )
 
 

@@ -104,6 +104,8 @@ def save_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ContractError(f"{base} holds no usable tokenizer ({first_line(error)}); add its tokenizer.json") from None
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):  # transformers makes one of a folder that has none
+        raise ContractError(f"{base} holds no tokenizer; add its tokenizer.json")
     tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").exists():
         raise ContractError(f"the tokenizer in {base} cannot be saved as tokenizer.json; choose an encoder with one")

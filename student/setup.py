@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,15 @@ class Setup:
         config = self.config
         model = load_classifier(self.base, self.scale, max_length=config.max_length, seed=config.seed)
         return Reader(model.to(self.device), self.device)
+
+    def for_as_many_steps(self, rows: int, chosen: int) -> Setup:
+        """The setup under which `chosen` rows get as many optimiser steps, and as much patience, as `rows` do here.
+
+        A student of few human labels would else be stopped before it has learned them, and lose for that alone.
+        """
+        times = max(1, round(rows / max(chosen, 1)))
+        more = {name: min(100, times * getattr(self.config, name)) for name in ("epochs", "patience")}
+        return replace(self, config=self.config.model_copy(update=more)) if times > 1 else self
 
     def tokens(self, model: PreTrainedModel, rows: Examples) -> Tokens:
         """What `model` reads of these pairs."""

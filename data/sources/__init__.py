@@ -18,7 +18,7 @@ from data.sources import synthetic
 from data.sources.labels import Source
 from data.sources.paths import list_files, open_bytes
 from data.sources.public import public_files, public_set, read_public
-from data.sources.table import read_log, read_table, table_source
+from data.sources.table import check_columns, read_log, read_table, table_source
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -96,8 +96,12 @@ def input_files(config: DataConfig) -> list[Path]:
 
 
 def input_fingerprint(config: DataConfig) -> str:
-    """Hash of the files that source and log read, so that a changed file is noticed; empty when there are none."""
+    """Hash of the files that source and log read, so that a changed file is noticed; empty when there are none.
+
+    Raises `ContractError` for a file or a mapped column that is not there.
+    """
     files = input_files(config)
+    check_columns(config)
     return digest_files(files) if files else ""
 
 

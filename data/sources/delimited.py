@@ -31,26 +31,45 @@ _COLUMN_COUNT = "the line has too few or too many columns"
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """How CSV and TSV files are written, as far as somebody says so."""
+
+    delimiter: str | None = None
+    header: tuple[str, ...] = ()
+    """Names of the columns of files that have no header."""
+    quotes: bool = True
+    """Fields may be quoted; otherwise a quote is a character like any other."""
+
+
+USUAL = Dialect()
+
+
+@dataclass(frozen=True)
 class DelimitedFile:
-    """One file with a header: how it is written, and the place of each column that is read."""
+    """One file: how it is written, and the place of each column that is read."""
 
     kind: ClassVar[str] = "csv"
     path: Path
     encoding: str
-    delimiter: str
+    reading: dict[str, Any]
+    """How `csv.reader` reads it."""
     backslash: bool
     """Quotes inside a field are written as backslash and quote, not as two quotes."""
+    has_header: bool
     width: int
     places: tuple[int, ...]
 
     def rows(self) -> Iterator[Row]:
         """The rows below the header; a line that is none has its fault and itself instead of cells."""
         with open_text(self.path, self.encoding) as file:
-            records = _records(self.path, file, self.delimiter, self.backslash)
-            next(records, None)
+            records = _records(self.path, file, self.reading, self.backslash)
+            if self.has_header:
+                next(records, None)
             for cells, lines in records:
                 if not any(map(str.strip, cells)):
                     continue
+                if not any(map(str.strip, cells[self.width :])):
+                    del cells[self.width :]  # some exports end each row with delimiters
                 if len(lines) > 1 and self._is_several_rows(cells, lines):
                     yield from (self._fault(_OPEN_QUOTE, line) for line in lines if line.strip())
                 elif len(cells) != self.width:
@@ -66,21 +85,26 @@ class DelimitedFile:
 
         A comma before a space is taken for prose, so that a text of several lines seldom looks like rows.
         """
-        separator = re.compile(re.escape(self.delimiter) + "(?! )")
+        separator = re.compile(re.escape(self.reading["delimiter"]) + "(?! )")
         like_rows = [len(separator.findall(line)) >= self.width - 1 for line in lines if line.strip()]
         return len(cells) != self.width or (self.width > 1 and all(like_rows))
 
 
 def open_delimited(
-    path: Path, columns: Mapping[Any, str], delimiter: str | None, default: str, encoding: str
+    path: Path, columns: Mapping[Any, str], dialect: Dialect, default: str, encoding: str
 ) -> DelimitedFile:
     """Read the header and find out how the file is written; raises `ContractError` when a column is not there."""
     with open_text(path, encoding) as file:
         sample = file.read(_SAMPLE)
     stated = _SEP_LINE.match(sample.partition("\n")[0])
-    delimiter = delimiter or (stated[1] if stated else default)
-    backslash = _has_backslash_quotes(sample, delimiter)
-    header = next(_records(path, io.StringIO(sample, newline=""), delimiter, backslash), ([], []))[0]
+    delimiter = dialect.delimiter or (stated[1] if stated else default)
+    backslash = dialect.quotes and _has_backslash_quotes(sample, delimiter)
+    reading: dict[str, Any] = {"delimiter": delimiter}
+    reading["quoting"] = csv.QUOTE_MINIMAL if dialect.quotes else csv.QUOTE_NONE
+    first = next(_records(path, io.StringIO(sample, newline=""), reading, backslash), ([], []))[0]
+    # In files written `a, "b, c"` a quote after the space opens a field.
+    reading["skipinitialspace"] = len(first) > 1 and all(name.startswith(" ") for name in first[1:])
+    header = [name.strip() for name in first]
     if not any(header):
         raise ContractError(f"{path} is empty or its first line is; a header with the column names is needed")
     if any("\ufffd" in name or "\x00" in name for name in header):
@@ -91,12 +115,25 @@ def open_delimited(
     header[0] = header[0].removeprefix("\ufeff")
     if len(header) == 1 < len(columns):
         _name_the_delimiter(path, header[0], delimiter)
+    if dialect.header and len(dialect.header) != len(header):
+        raise ContractError(
+            f"`data.header` names {len(dialect.header)} columns, and the first row of {path} has {len(header)}"
+        )
+    header = list(dialect.header) or header
+    if not {*columns.values()} & {*header}:
+        shown = ", ".join(map(repr, header[:10]))
+        raise ContractError(
+            f"{path} has none of the columns of `data.columns`; its first line is {shown}: is it a header? "
+            "Name the columns in `data.header` if not"
+        )
     require_columns(columns, header, path)
     places = tuple(header.index(theirs) for theirs in columns.values())
-    return DelimitedFile(path, encoding, delimiter, backslash, len(header), places)
+    return DelimitedFile(path, encoding, reading, backslash, not dialect.header, len(header), places)
 
 
-def _records(path: Path, file: Iterable[str], delimiter: str, backslash: bool) -> Iterator[tuple[list[str], list[str]]]:
+def _records(
+    path: Path, file: Iterable[str], reading: Mapping[str, Any], backslash: bool
+) -> Iterator[tuple[list[str], list[str]]]:
     """The cells of each record, the header first, and the lines it is made of; `sep=;` in the first line is none."""
     lines: list[str] = []
 
@@ -107,7 +144,7 @@ def _records(path: Path, file: Iterable[str], delimiter: str, backslash: bool) -
                 yield _BACKSLASH_QUOTE.sub('""', line) if backslash else line
 
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.reader(each_line(), delimiter=delimiter)
+    reader = csv.reader(each_line(), **reading)
     while True:
         try:
             cells = next(reader)

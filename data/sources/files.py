@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from data.contracts import ContractError
-from data.sources.delimited import DelimitedFile, open_delimited
+from data.sources.delimited import USUAL, DelimitedFile, Dialect, open_delimited
 from data.sources.json_records import JsonFile, json_names
 from data.sources.parquet import BATCH_ROWS, ParquetRowGroup, open_parquet
 from data.sources.paths import Row, file_format, list_files, readable, require_columns
@@ -30,26 +30,16 @@ def read_columns(
     path: Path,
     format: str,
     columns: Mapping[Any, str],
-    *,
-    delimiter: str | None = None,
+    dialect: Dialect = USUAL,
     encoding: str = "utf-8",
 ) -> DataFrame:
-    """Read a file or a folder of alike files; `delimiter` is that of CSV and TSV files, `encoding` of all but Parquet.
+    """Read a file or a folder of alike files; `dialect` is that of CSV and TSV files, `encoding` of all but Parquet.
 
     `columns` maps our names to the file's. The result has our names as strings (nested `attributes` as JSON), plus
     `problem` and `detail`: the reason why a line could not be split into columns (else null), and the line.
     Raises `ContractError` for a missing, empty or unreadable file and for a column that is not there.
     """
-    files = list_files(path, format)
-    formats = {file_format(file, format) for file in files}
-    if len(formats) > 1:
-        raise ContractError(
-            f"{path} mixes files of the formats {', '.join(sorted(formats))}; keep one format in a folder"
-        )
-    kind = formats.pop()
-    if delimiter and kind not in ("csv", "tsv"):
-        raise ContractError(f"`delimiter` has no effect on {path}, which is read as {kind}; leave it out")
-    parts = open_parts(files, kind, columns, delimiter, encoding)
+    parts = open_parts(path, format, columns, dialect, encoding)
     names = [*columns, "problem", "detail"]
 
     def read(numbers: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -71,9 +61,17 @@ def read_part(part: Part, names: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def open_parts(
-    files: list[Path], kind: str, columns: Mapping[Any, str], delimiter: str | None, encoding: str
+    path: Path, format: str, columns: Mapping[Any, str], dialect: Dialect = USUAL, encoding: str = "utf-8"
 ) -> list[Part]:
     """The parts of the files, after a look at their headers; raises `ContractError` for what `read_columns` refuses."""
+    files = list_files(path, format)
+    kind, *others = sorted({file_format(file, format) for file in files})
+    if others:
+        raise ContractError(f"{path} mixes files of the formats {', '.join([kind, *others])}; keep one in a folder")
+    if dialect != USUAL and kind not in ("csv", "tsv"):
+        raise ContractError(
+            f"`delimiter`, `header` and `quotes` have no effect on {path}, which is read as {kind}; leave them out"
+        )
     parts: list[Part] = []
     keys: dict[str, None] = {}
     for file in files:
@@ -84,7 +82,7 @@ def open_parts(
                 keys |= dict.fromkeys(json_names(file, encoding))
                 parts.append(JsonFile(file, encoding, columns))
             else:
-                parts.append(open_delimited(file, columns, delimiter, "," if kind == "csv" else "\t", encoding))
+                parts.append(open_delimited(file, columns, dialect, "," if kind == "csv" else "\t", encoding))
     if kind == "json":
         require_columns(columns, list(keys), files[0])
     return parts

@@ -85,7 +85,10 @@ def open_bytes(path: Path) -> IO[bytes]:
     if start.startswith(b"\x1f\x8b"):
         return cast(IO[bytes], gzip.open(path, "rb"))
     if start == b"PK\x03\x04":
-        return zipfile.ZipFile(path).open(_zip_member(path))
+        try:
+            return zipfile.ZipFile(path).open(_zip_member(path))
+        except RuntimeError as error:  # encrypted, or packed in a way that Python does not know
+            raise ContractError(f"{path} cannot be read ({error}): unpack it") from None
     if start == b"\xd0\xcf\x11\xe0":
         raise ContractError(f"{path} is a spreadsheet: save the sheet as CSV (UTF-8)")
     return path.open("rb")
@@ -171,6 +174,10 @@ def _zip_member(path: Path) -> str:
 
 
 def _nearest_file(path: Path) -> str:
+    if re.search(r"(^|/)[a-z][a-z0-9+.-]+:/", str(path)):
+        return ": files are read from this machine only, so copy it here"
+    if set(path.name) & set("*?["):
+        return ": a pattern is not understood, so name the folder"
     if not path.parent.is_dir():
         return f" (nor a folder {path.parent})"
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.4)

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from data.config import DataConfig
 from data.contracts import ContractError
+from data.sources.delimited import Dialect
 from data.sources.files import read_columns
 from data.sources.json_records import json_names
 from data.sources.labels import Source
@@ -30,6 +31,8 @@ class PublicSet(Source):
     file: str = ""
     format: str = "csv"
     columns: dict[str, str] = Field(default_factory=dict)
+    header: tuple[str, ...] = ()
+    quotes: bool = True
 
 
 @cache
@@ -61,7 +64,8 @@ def read_public(spark: SparkSession, config: DataConfig) -> DataFrame:
     if config.source_name == "qbqtc":
         with readable(path, "json"):
             columns["grade"] = "relevant" if "relevant" in json_names(path, config.encoding) else "label"
-    return read_columns(spark, path, chosen.format, columns, encoding=config.encoding)
+    dialect = Dialect(header=chosen.header, quotes=chosen.quotes)
+    return read_columns(spark, path, chosen.format, columns, dialect=dialect, encoding=config.encoding)
 
 
 def _read_wands(spark: SparkSession, config: DataConfig) -> DataFrame:

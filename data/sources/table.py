@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig, LogConfig
 from data.contracts import GradeScale
-from data.sources.files import read_columns
+from data.sources.delimited import Dialect
+from data.sources.files import open_parts, read_columns
 from data.sources.labels import Labels, Source, grade_numbers
 
 if TYPE_CHECKING:
@@ -17,10 +19,15 @@ _NO_LABEL = ", and for what means that there is no label `data.missing_labels`"
 
 def read_table(spark: SparkSession, config: DataConfig) -> DataFrame:
     """The mapped columns."""
-    assert config.path is not None
-    return read_columns(
-        spark, config.path, config.format, config.columns, delimiter=config.delimiter, encoding=config.encoding
-    )
+    return read_columns(spark, *_table(config))
+
+
+def check_columns(config: DataConfig) -> None:
+    """Look at the headers of table and log; raises `ContractError` for what reading them would refuse, without Spark."""
+    if config.source_name == "table":
+        open_parts(*_table(config))
+    if config.log is not None:
+        open_parts(*_log(config.log, config.encoding))
 
 
 def table_source(config: DataConfig) -> Source:
@@ -55,8 +62,17 @@ def read_log(spark: SparkSession, config: LogConfig, encoding: str) -> DataFrame
     """Rows without grades, with `frequency`, how often the pair was seen: text, never null; 1 where no column says it."""
     from pyspark.sql import functions as F
 
-    frame = read_columns(
-        spark, config.path, config.format, config.columns, delimiter=config.delimiter, encoding=encoding
-    )
+    frame = read_columns(spark, *_log(config, encoding))
     frequency = F.coalesce("frequency", F.lit("")) if "frequency" in frame.columns else F.lit("1")
     return frame.withColumn("frequency", frequency)
+
+
+def _table(config: DataConfig) -> tuple[Path, str, dict[Any, str], Dialect, str]:
+    """Where the table lies and how it is read."""
+    assert config.path is not None
+    dialect = Dialect(config.delimiter, config.header, config.quotes)
+    return config.path, config.format, {**config.columns}, dialect, config.encoding
+
+
+def _log(config: LogConfig, encoding: str) -> tuple[Path, str, dict[Any, str], Dialect, str]:
+    return config.path, config.format, {**config.columns}, Dialect(config.delimiter), encoding

@@ -24,7 +24,7 @@ class Student(mlflow.pyfunc.PythonModel):
         spec.loader.exec_module(module)
         self.scorer = module.Scorer(folder)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
         rows = []
         for row in model_input.to_dict("records"):
             known = {key: value for key, value in row.items() if value is not None and value is not pd.NA}

@@ -80,7 +80,7 @@ ENGINE_KINDS: dict[str, type[_AnyEngine]] = {
 
 def with_kind(values: dict[str, Any], kind: Any) -> dict[str, Any]:
     """An engine's `values` for an engine of another kind: without the settings that only other kinds have."""
-    fields = ENGINE_KINDS[kind].model_fields if kind in ENGINE_KINDS else values
+    fields = ENGINE_KINDS[kind].model_fields if kind in list(ENGINE_KINDS) else values
     others = {name for config in ENGINE_KINDS.values() for name in config.model_fields} - set(fields)
     return {name: value for name, value in values.items() if name not in others}
 

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 _PROBE_SECONDS = 10.0
 _ATTEMPTS = 3  # at a prompt that brings servers to errors, timeouts or answers without a whole completion
 _SERVER_FAILURES = 8  # errors and timeouts of a server in a row, after which it counts as dead
+# What servers call it when the model has ended its completion, and when the limit of tokens did.
+_ENDED, _CUT_AT_LIMIT = ("stop", "eos", "eos_token", "stop_sequence", "end_turn"), ("length", "max_tokens")
 _Failure = (openai.APIConnectionError, openai.APIStatusError)
 # What not every server takes, with the values to try, the best one last.
 _OPTIONAL: tuple[tuple[str, Any], ...] = (
@@ -70,7 +72,9 @@ class OpenAIEngine(Engine):
 
     def __init__(self, config: ServerConfig, model: Path) -> None:
         self._config = config
-        self._access = f"urls, served_model and the key in the environment variable {config.api_key_env}"
+        self._access = (
+            f"urls (most end in /v1), served_model and the key in the environment variable {config.api_key_env}"
+        )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self._ends = {self._tokenizer.decode([token]): token for token in sorted(end_tokens(model, self._tokenizer))}
         self._lock = threading.Lock()  # of the tokenizer and of the servers' failures
@@ -203,7 +207,7 @@ class OpenAIEngine(Engine):
         # An end token that the server left in the text ends the completion there.
         places = [(text.find(end), end) for end in self._ends if end.strip() and end in text]
         place, end = min(places, default=(None, ""))
-        text, finished = text[:place], bool(end) or choice["finish_reason"] == "stop"
+        text, finished = text[:place], bool(end) or choice["finish_reason"] in _ENDED
         token_ids: list[int] | None = choice.get("token_ids")
         logprobs = _by_token(choice.get("logprobs")) if token_ids else None
         if token_ids is None:
@@ -228,9 +232,11 @@ class OpenAIEngine(Engine):
         for _ in range(_ATTEMPTS):
             answer = self._json(server, "/completions", body, **options)
             choices = answer.get("choices") if isinstance(answer, dict) else None
+            if not (choices and isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)):
+                choices = []
             # Cut off by the server (abort, content_filter, null): what there is of it must not count as an answer.
-            ends = [choice.get("finish_reason") for choice in choices or ()] or [f"of {answer!s:.200}"]
-            if choices and all(end in ("stop", "length") for end in ends):
+            ends = [choice.get("finish_reason") for choice in choices] or [f"of {answer!s:.200}"]
+            if choices and all(end in (*_ENDED, *_CUT_AT_LIMIT) for end in ends):
                 return answer | {"choices": sorted(choices, key=lambda choice: choice.get("index") or 0)}
         raise _Refused(f"the server brings no completion to its end: finish_reason {ends[0]}, {_ATTEMPTS} times")
 

@@ -81,6 +81,16 @@ def test_a_preset_names_the_source_only_where_none_is_described() -> None:
     assert data_of_preset(preset, {"columns": {}, "source": "table"}) == preset
 
 
+def test_a_column_is_missed_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,t,g\n")
+    table = TABLE | {"path": tmp_path / "a.csv", "columns": {"query": "q", "ad_title": "titel"}}
+    with pytest.raises(ContractError, match=r"has no column 'titel' for our 'ad_title'"):
+        input_fingerprint(DataConfig.model_validate(table))
+    log = LOG | {"path": tmp_path / "a.csv", "columns": {"query": "q", "ad_title": "t", "frequency": "n"}}
+    with pytest.raises(ContractError, match=r"has no column 'n' for our 'frequency'"):
+        input_fingerprint(DataConfig.model_validate({"log": log}))
+
+
 def test_a_file_of_texts_is_missed_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"no file .*texts\.txt; check `data\.texts`"):
         input_fingerprint(DataConfig(texts=tmp_path / "texts.txt"))

@@ -15,9 +15,10 @@ import pytest
 
 from data.config import DataConfig
 from data.contracts import ContractError
+from data.sources.delimited import Dialect
 from data.sources.encodings import propose_encoding
 from data.sources.files import open_parts, read_part
-from data.sources.paths import file_format, list_files
+from data.sources.paths import list_files
 
 COLUMNS = {"query": "q", "ad_title": "t", "grade": "g"}
 HEAD = b"id,q,t,g\n"
@@ -29,9 +30,7 @@ COLUMN_COUNT = "the line has too few or too many columns"
 
 def read(path: Path, *, columns: dict[str, str] = COLUMNS, format: str = "auto", **how: Any) -> list[tuple[Any, ...]]:
     """The rows of a file or folder, as Spark's workers read them."""
-    files = list_files(path, format)
-    (kind,) = {file_format(file, format) for file in files}
-    parts = open_parts(files, kind, columns, how.get("delimiter"), how.get("encoding", "utf-8"))
+    parts = open_parts(path, format, columns, encoding=how.pop("encoding", "utf-8"), dialect=Dialect(**how))
     names = [*columns, "problem", "detail"]
     batches = [batch for part in pickle.loads(pickle.dumps(parts)) for batch in read_part(part, names)]  # noqa: S301
     return [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
@@ -63,6 +62,8 @@ def zipped(**members: bytes) -> bytes:
         # A quote inside a field opens none, and a real field of several lines stays whole.
         ([b'0,5" pipe,6" pipe,1\n', b'1,"a ""b"", c\nand d, e\n",t,0\n', *LINES[2:]], {None: 8}),
         ([*LINES, b"1,2\n", b"1,2,3,4,5\n"], {None: 8, COLUMN_COUNT: 2}),
+        # Delimiters at the end of each row but the header.
+        ([line.replace(b"\n", b",\n") for line in LINES[:4]] + LINES[4:], {None: 8}),
         # Rows without content are none, however many commas a spreadsheet has written.
         ([*LINES, b"\n", b"   \n", b",,,\n", b" , ,\n", b",,,,,,\n", b'"","",,""\r\n'], {None: 8}),
         # Line ends of several kinds, also where a quoted text has some.
@@ -91,6 +92,8 @@ def test_every_csv_row_is_there_or_counted(
         ("array.json", b'[{"q":"a","t":"b","g":1},\n {"q":"c","t":"d","g":0}]'),
         ("pretty.json", json.dumps([{"q": "a", "t": "b", "g": 1}, {"q": "c", "t": "d", "g": 0}], indent=2).encode()),
         ("lines.ndjson", b'\n{"q":"a","t":"b","g":1}\n\n{"g":0,"q":"c","t":"d","x":[1]}\n'),
+        ("spaces.csv", b'q, t, g\na, "b", 1\nc,d, 0\n'),
+        ("padded.csv", b"q ,t ,g\r\na,b,1\r\nc,d,0\r\n"),
         ("packed.csv", gzip.compress(b"q,t,g\na,b,1\nc,d,0\n")),
         ("train.csv.zip", zipped(**{"train.csv": b"q,t,g\na,b,1\nc,d,0\n", "__MACOSX/x": b"", "README.md": b"x"})),
         ("archive.zip", zipped(**{"in/train.tsv": b"q\tt\tg\na\tb\t1\nc\td\t0\n"})),
@@ -112,6 +115,17 @@ c,"C:\dir",0
         b'q,t,g\n"a","a ""b"" in C:\\",1\nc,"ends in ""\\""",0\n'
     )  # doubled ones, and a backslash at the end
     assert cells(file) == [("a", 'a "b" in C:\\', "1"), ("c", 'ends in "\\"', "0")]
+
+
+def test_a_file_without_header_and_quotes_that_are_characters(tmp_path: Path) -> None:
+    file = tmp_path / "a.tsv"
+    file.write_text('a\t"b" c\tx\t1\nd\t"e\tx\t0\n')
+    header = ("q", "t", "more", "g")
+    assert cells(file, header=header, quotes=False) == [("a", '"b" c', "1"), ("d", '"e', "0")]
+    with pytest.raises(ContractError, match=r"`data.header` names 3 columns, and the first row of .* has 4"):
+        read(file, header=header[1:])
+    with pytest.raises(ContractError, match=r"first line is 'a', 'b c', .*: is it a header.* `data.header`"):
+        read(file)
 
 
 def test_a_folder_of_files_that_are_alike_where_it_matters(tmp_path: Path) -> None:
@@ -172,6 +186,12 @@ def test_parquet_columns_that_are_not_read_do_not_matter(tmp_path: Path) -> None
 
 
 CSV = HEAD + b"".join(LINES)
+# In both headers of a zip's member the flag that it is encrypted.
+ENCRYPTED = (
+    zipped(**{"a.csv": CSV})
+    .replace(b"PK\3\4\x14\0\0", b"PK\3\4\x14\0\1")
+    .replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
+)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +201,7 @@ CSV = HEAD + b"".join(LINES)
         ("a.tsv", CSV, "header holds commas; set `data.delimiter` to 'comma'"),
         ("a.csv", CSV.replace(b"t,g", b"t,q", 1), "more than one column 'q'"),
         ("a.csv", CSV.replace(b"q,t,g", b"q,t,grade", 1), "no column 'g' for our 'grade'"),
+        ("a.csv.zip", ENCRYPTED, "cannot be read .*encrypted.*: unpack it"),
         ("a.csv", b"", "is empty"),
         ("a.csv", HEAD + b'3,"' + b"x" * 4_100_000, "begins in line 2 has a field of more than 4000000 characters"),
         ("a.jsonl", b"", "no JSON object"),
@@ -206,6 +227,22 @@ def test_one_sentence_with_the_remedy(tmp_path: Path, name: str, content: bytes,
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://bucket/a.csv", "read from this machine only, so copy it here"),
+        ("here/https://host/a.csv", "read from this machine only"),
+        ("*.csv", "name the folder"),
+        ("lables.csv", r"that folder has labels\.csv"),
+        ("no/labels.csv", "nor a folder"),
+    ],
+)
+def test_what_is_no_file_here(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(CSV)
+    with pytest.raises(ContractError, match=f"there is no file .*{message}.*; check `data.path`"):
+        list_files(tmp_path / path)
 
 
 @pytest.mark.parametrize(

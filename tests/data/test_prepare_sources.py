@@ -96,13 +96,21 @@ def test_home_depot_as_published(spark: Any, tmp_path: Path) -> None:
         assert all(len(splits) == 1 for splits in splits_of_queries(rows, key).values())
 
 
-@real("qbqtc/train.jsonl.gz")
-def test_qbqtc_as_published(spark: Any, tmp_path: Path) -> None:
-    figures = prepare(DataConfig(source="qbqtc"), tmp_path, spark).figures
-    assert (figures["rows_in"], figures["rejected"]) == (20_000, 0)
+@pytest.mark.parametrize(
+    ("source", "rows_in", "language"),
+    [
+        pytest.param("qbqtc", 20_000, "zh", marks=real("qbqtc/train.jsonl.gz")),
+        pytest.param("qadsm", 9_000, "de", marks=real("qadsm_de/train.tsv.gz")),
+    ],
+)
+def test_sets_in_other_languages_as_published(
+    spark: Any, tmp_path: Path, source: Any, rows_in: int, language: str
+) -> None:
+    figures = prepare(DataConfig(source=source), tmp_path, spark).figures
+    assert (figures["rows_in"], figures["rejected"]) == (rows_in, 0)
     rows = read_table(tmp_path / "pairs", PAIRS).to_pylist()
     for key in (str, near_key):
         assert all(len(splits) == 1 for splits in splits_of_queries(rows, key).values())
     card = json.loads((tmp_path / "card.json").read_text())
-    assert max(card["languages"], key=card["languages"].get) == "zh"
+    assert max(card["languages"], key=card["languages"].get) == language
     assert all(row["deviations"] < 5 for row in card["balance"].values())

@@ -181,3 +181,14 @@ def test_qbqtc_in_both_releases(spark: Any, tmp_path: Path, label: str) -> None:
     ]
     assert [row["reason"] for row in rows if row["reason"]] == ["the label is not 0, 1 or 2"] * 2
     assert {row["query"] for row in rows} == {"小孩咳嗽感冒", "三江汇流是哪三江"}
+
+
+@pytest.mark.spark
+def test_qadsm_has_no_header_and_its_quotes_are_characters(spark: Any, tmp_path: Path) -> None:
+    file = tmp_path / "xglue.qadsm.de.dev"
+    file.write_text('fernseher chemnitz\tReparatur?\tBei "Wer liefert was"\tGood\nwlan\t"IT" Magazin\t"Abo\tBad\n')
+    rows = checked(spark, DataConfig(source="qadsm", path=file))
+    assert [(row["query"], row["ad_title"], row["ad_text"], row["grade"], row["reason"]) for row in rows] == [
+        ("fernseher chemnitz", "Reparatur?", 'Bei "Wer liefert was"', 1, None),
+        ("wlan", '"IT" Magazin', '"Abo', 0, None),
+    ]

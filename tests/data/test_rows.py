@@ -110,6 +110,7 @@ def test_labels_of_a_table(settings: dict[str, Any], expected: dict[str, tuple[A
         ("home_depot", {"1.0": 0, "1.5": 0, "1.67": 1, "2.25": 1, "2.33": 2, "3": 2, "3.5": None, "": None, "x": None}),
         ("crowdflower", {"1": 0, "4": 3, "2.5": None, "5": None, "": None}),
         ("qbqtc", {"0": 0, "2": 2, "3": None, "": None}),
+        ("qadsm", {"Bad": 0, "Good": 1, "good": None, "": None}),
         ("wands", {"Irrelevant": 0, "Partial": 1, " Exact": 2, "exact": None, "Maybe": None}),
         ("esci", {"I": 0, "C": 1, "S": 2, "E": 3, "X": None, "": None}),
     ],

@@ -50,6 +50,7 @@ def test_alone_it_lists_the_flows(run: Run) -> None:
         (("teacher-train", "--name", "../x"), "run: "),
         (("teacher-train", "--config", "flows"), "config file flows cannot be read (Is a directory); name a TOML file"),
         (("teacher-train", "teacher.seed=3"), "'teacher.seed=3' is too much; give settings as --set key=value"),
+        (("teacher-train", "shop.toml"), "'shop.toml' is too much; give a file as --config shop.toml"),
         (("compare", "--runs", "a", "b", "--folder", "nowhere"), "nowhere"),
     ],
 )

@@ -72,6 +72,28 @@ def test_another_topic_is_seen_by_data_prepare(tmp_path: Path, topic: str, level
     assert check_pairs(LIMITS, tmp_path, tmp_path / "pairs") == []  # nothing is new
 
 
+def test_what_learned_from_few_queries_judges_nothing_and_it_is_said(tmp_path: Path, caplog: Any) -> None:
+    write(tmp_path, (80, "tools", "train"), (400, "garden", "pool"))
+    (tmp_path / "teacher").mkdir()
+    remember(tmp_path / "pairs", tmp_path / "teacher")
+    reason = "the teacher learned from 40 queries, fewer than drift.min_queries (50)"
+    with caplog.at_level("INFO"):
+        checks = check_pairs(LIMITS, tmp_path, tmp_path / "pairs")
+    assert figures(checks, LIMITS) == {"drift_not_judged": reason}
+    assert reason in caplog.text
+    annotate(tmp_path, "a", 80, 200)
+    check_annotations(LIMITS, tmp_path, tmp_path / "annotations", KEY)
+    annotate(tmp_path, "b", 280, 200)
+    checks = check_annotations(LIMITS, tmp_path, tmp_path / "annotations", KEY)
+    assert [(check.against, check.known, bool(check.measures)) for check in checks] == [
+        ("teacher", 40, False),
+        ("teacher", 40, False),
+        ("student", 140, True),
+    ]
+    assert verdict(checks, LIMITS) == verdict(checks[2:], LIMITS)
+    assert figures(checks, LIMITS) == figures(checks[2:], LIMITS) | {"drift_not_judged": reason}
+
+
 def test_batches_of_annotations_are_judged_once_and_the_worst_stays(tmp_path: Path) -> None:
     write(tmp_path, (600, "tools", "train"), (600, "tools", "pool"), (300, "garden", "pool"))
     (tmp_path / "teacher").mkdir()

@@ -1,6 +1,7 @@
 """Presets, overrides, and what people are told when one of them is wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,22 @@ def test_a_wrong_override_is_one_line_that_helps(override: str, told: str) -> No
     assert not any(word in str(caught.value) for word in ("Input should", "String should", "valid tuple", "extra_"))
 
 
+@pytest.mark.parametrize("value", ["xyz", "", -1, 1.5, float("nan"), True, None, [], [1, [2]], [{"x": 1}], {"a": 1}])
+def test_no_value_of_any_setting_is_a_traceback_or_jargon(value: object) -> None:
+    for key in fields(PipelineConfig):
+        *tables, last = key.split(".")
+        values: dict[str, object] = {last: value}
+        for table in reversed(tables):
+            values = {table: values}
+        try:
+            build_settings({"preset": "sample"} | values)
+        except ContractError as error:
+            message = str(error)
+        else:
+            message = ""
+        assert not re.search(r"Input|[Ss]hould be|String|Extra|Value |type=|\[key\]|\n", message), message
+
+
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ContractError, match=r"no preset 'cpu_real': did you mean cpu-real\?"):
         load_preset("cpu_real")
@@ -174,6 +191,7 @@ def test_files_take_values_from_the_environment(tmp_path: Path, monkeypatch: pyt
     [
         (None, r"cannot be read \(No such file or directory\)"),
         (b"run = ", "is not TOML"),
+        (b"[data]\npath = labels.csv", r"is not TOML: .* line 2, .*; texts stand in quotes"),
         ('run = "é"'.encode("utf-16"), r"is not text in UTF-8; save it as UTF-8"),
     ],
 )
@@ -183,6 +201,14 @@ def test_a_file_that_cannot_be_read_is_one_sentence(content: bytes | None, reaso
         file.write_bytes(content)
     with pytest.raises(ContractError, match=reason):
         read_toml(file)
+
+
+def test_a_folder_is_not_a_file_of_settings(tmp_path: Path) -> None:
+    (file := tmp_path / "a.toml").write_text('run = "x"')
+    with pytest.raises(ContractError, match=r"is a folder; name a TOML file in it; choose one of a\.toml"):
+        read_toml(tmp_path)
+    with pytest.raises(ContractError, match=r"cannot be read \(Not a directory\)"):
+        read_toml(file / "b.toml")
 
 
 def test_a_file_may_begin_with_the_mark_that_windows_puts_first(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -240,6 +241,9 @@ def test_without_grades_to_measure_against_it_says_so(tiny, quick, tmp_path, spl
 def test_an_encoder_that_is_none_is_refused(tiny, quick, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ContractError, match=r"cannot be loaded as an encoder|holds no usable tokenizer"):
+        distill(quick(), tmp_path / "empty", tiny["pairs"], tiny["annotations"], tmp_path / "out")
+    shutil.copy(tiny["base"] / "config.json", tmp_path / "empty")  # of such a folder transformers makes a tokenizer
+    with pytest.raises(ContractError, match=r"holds no tokenizer; add its tokenizer\.json"):
         distill(quick(), tmp_path / "empty", tiny["pairs"], tiny["annotations"], tmp_path / "out")
 
 

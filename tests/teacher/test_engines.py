@@ -247,7 +247,9 @@ def test_vllm_stops_at_each_end_token_of_a_family(name, tmp_path):
         (row,) = engine.generate([prompt], Sampling(n=64, max_tokens=200, seed=5))
         assert {sample.token_ids[-1] for sample in row if sample.finish_reason == "stop"} == ends
         assert not any(end in sample.text for sample in row for end in FAMILIES[name].ends)
-        assert_greedy_completions_agree(engine, open_engine(TransformersConfig(), folder), [prompt])
+        greedy = Sampling(temperature=0.0, max_tokens=20)
+        ours = open_engine(TransformersConfig(), folder).generate([prompt], greedy)
+        assert texts(engine.generate([prompt], greedy)) == texts(ours)
         # A completion that vLLM gives up is none: what there is of it must not count as an answer.
         inner = engine._llm.llm_engine
         step = inner.step

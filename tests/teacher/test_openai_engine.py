@@ -258,6 +258,8 @@ CUT_OFF = ("abort", None, "content_filter", "error", "tool_calls", "")
 NO_CHOICES = (
     {"choices": []},
     {"choices": None},
+    {"choices": ["text"]},
+    {"choices": {"text": "t", "finish_reason": "stop"}},
     {"error": {"message": "overloaded"}},
     {"object": "error"},
     [],
@@ -290,7 +292,16 @@ def test_a_completion_that_was_cut_off_once_is_asked_for_again(serve, engine_on)
     assert len(server.prompts) == 2
 
 
-@pytest.mark.parametrize("reason", [None, "eos"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("eos_token", "stop"), ("eos", "stop"), ("end_turn", "stop"), ("max_tokens", "length")]
+)
+def test_an_end_by_another_name_is_understood(serve, engine_on, theirs, ours):
+    server = serve(lambda body, choices: {"choices": [choice | {"finish_reason": theirs} for choice in choices]})
+    ((sample,),) = engine_on(server).generate([[100]], Sampling(max_tokens=4))
+    assert (sample.text, sample.finish_reason) == ("t100", ours)
+
+
+@pytest.mark.parametrize("reason", [None, "done"])
 def test_a_server_that_never_says_how_a_completion_ended_is_refused_at_the_start(serve, engine_on, reason):
     silent = serve(lambda body, choices: {"choices": [choice | {"finish_reason": reason} for choice in choices]})
     with pytest.raises(ContractError, match=f"cannot complete a short prompt .*finish_reason {reason}"):
