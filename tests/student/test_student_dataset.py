@@ -98,7 +98,7 @@ def test_the_key_last_annotated_is_taken_and_another_can_be_named(tmp_path):
     old = [annotation("p0010", [1.0, 0.0, 0.0])]
     new = [annotation("p0010", [0.0, 1.0, 0.0], annotation_key="key-b", created_at=datetime(2026, 2, 1, tzinfo=UTC))]
     where = write_annotations(tmp_path / "annotations", new + old)
-    assert read_annotated(where, "") == ("key-b", {"p0010": ([0.0, 1.0, 0.0], 1.0, "")})
+    assert read_annotated(where, "") == ("key-b", {"p0010": ([0.0, 1.0, 0.0], 1.0, "", False)})
     assert read_annotated(where, "key-a")[1]["p0010"][0] == [1.0, 0.0, 0.0]
     with pytest.raises(ContractError, match="key-c"):
         _read(tmp_path, rows, new + old, annotation_key="key-c")
