@@ -210,7 +210,7 @@ def test_the_literal_example_of_the_docs_leads_to_thresholds(spark: Any, tmp_pat
     with pytest.raises(ContractError, match=r"for ratings set `data\.grade_thresholds`"):
         prepare(DataConfig.model_validate(example), tmp_path, spark)
     row = next(line for line in page.splitlines() if line.startswith("| ratings"))
-    example |= tomllib.loads(row.split("`")[1])
+    example |= tomllib.loads(next(code for code in row.split("`")[1::2] if "=" in code))
     figures = prepare(DataConfig.model_validate(example | {"shares": ALL_TO_POOL}), tmp_path, spark).figures
     assert (figures["rejected"], figures["rows"]) == (0, 90)
 

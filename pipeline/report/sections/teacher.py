@@ -31,8 +31,9 @@ def teacher_section(folder: Path, record: StageRecord) -> dict[str, Any]:
     """Training curves, the most telling first, the evaluation by phase, and the reasons that a model was asked for."""
     lines, phases = training_lines(folder), read_json(folder / "evaluation.json")
     rollouts, groups, *more = [
-        (title, line_chart(curves(lines, ["agpo"], names).items(), "AGPO step", label, y_range=limits, smooth=True))
+        (title, line_chart(drawn.items(), "AGPO step", label, y_range=limits, smooth=True))
         for title, label, limits, names in _CHARTS
+        for drawn in [curves(lines, ["agpo"], names).rename(columns=_label)]
     ]
     valid = curves(lines, _VALID, ("accuracy", *_pass_at(lines), "parse_rate"))
     loss = curves(lines, ["warm_start"], ["loss"])
@@ -70,6 +71,11 @@ def curves(lines: pd.DataFrame, phases: Iterable[str], metrics: Iterable[str]) -
 
 def _pass_at(names: Iterable[str]) -> list[str]:
     return sorted((name for name in names if name.startswith("pass@")), key=_k)
+
+
+def _label(name: str) -> str:
+    """A metric as a legend says it: `groups/all_right` as `all right`."""
+    return name.rpartition("/")[2].replace("_", " ")
 
 
 def _k(name: str) -> int:

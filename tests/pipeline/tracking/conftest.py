@@ -1,14 +1,14 @@
 """Impatient tracking, and a store without runs: making one takes MLflow ten seconds."""
 
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.settings import PipelineConfig, load_preset
-from pipeline.tracking.store import open_client
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +22,10 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made by two processes that open it at the same time."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=lambda: open_client(f"sqlite:///{path}").search_experiments()) for _ in "ab"]
+    code = f"from pipeline.tracking.store import open_client; open_client('sqlite:///{path}').search_experiments()"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in "ab"]
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0, "a store that two processes open at once must be made once"
+        assert process.wait() == 0, "a store that two processes open at once must be made once"
     return path
 
 
