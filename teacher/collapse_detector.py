@@ -39,7 +39,9 @@ def collapse(history: Sequence[dict[str, float]], config: CollapseConfig) -> str
             return f"entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g}: the policy repeats itself"
         if entropy[-1] > config.max_entropy * entropy[0]:
             return f"entropy rose from {entropy[0]:.3g} to {entropy[-1]:.3g}: the policy dissolves into noise"
-    if (parsed := means("parse_rate")) and parsed[-1] < config.min_parse_rate * max(parsed):
+    if (parsed := means("parse_rate")) and not any(parsed):
+        return f"in {len(history)} steps no completion had an answer that can be read: there is nothing to learn from"
+    if parsed and parsed[-1] < config.min_parse_rate * max(parsed):
         return f"the parse rate fell from {max(parsed):.3f} to {parsed[-1]:.3f}: completions no longer answer"
     if (accuracy := means("accuracy")) and max(accuracy) - accuracy[-1] > config.max_accuracy_drop:
         return f"accuracy fell from {max(accuracy):.3f} to {accuracy[-1]:.3f}"

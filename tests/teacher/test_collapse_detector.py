@@ -44,6 +44,13 @@ def test_a_training_in_which_nothing_is_learnt_is_stopped():
     assert collapse(history((30, idle)), CollapseConfig(window=0)) is None
 
 
+def test_a_policy_that_never_answers_is_stopped_after_two_windows():
+    silent = {"parse_rate": 0.0}
+    assert "in 10 steps no completion had an answer" in collapse(history((10, silent)), LIMITS)
+    assert collapse(history((9, silent)), LIMITS) is None
+    assert "no completion" not in collapse(history((1, {"parse_rate": 0.01}), (9, silent)), LIMITS)
+
+
 def test_it_is_silent_without_enough_steps_values_or_when_off():
     fallen = history((4, {}), (5, {"accuracy": 0.0}))
     assert collapse(fallen, LIMITS) is None
