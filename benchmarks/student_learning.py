@@ -4,8 +4,10 @@ on unlabelled pairs, and with a pool annotated.
     prefect run data-prepare --preset cpu-real --name home-depot --set data.max_train=null …   (see docs/results.md)
     python -m benchmarks.student_learning --pairs runs/home-depot/pairs --base DIR_OF_MINILM --out runs/student-learning
 
-The annotator is an oracle: it reads the withheld human grades of split pool and gives them with a given accuracy (a wrong
-grade is drawn evenly from the others; its probabilities are that accuracy). Its reason names the words of the query that the
+Runs named "teacher" learn from a real teacher's annotations (`--annotations`, as `benchmarks.gpu` brings them home); those
+named "scorer" warm up by the cosine of the encoder in `--scorer`. In all others the annotator is an oracle: it reads the
+withheld human grades of split pool and gives them with a given accuracy (a wrong grade is drawn evenly from the others; its
+probabilities are that accuracy). Its reason names the words of the query that the
 title has and lacks, and defines the grade that it gives. So the machinery is measured apart from what a teacher knows.
 All students see the same nested samples; `--seed` draws the head, the order, and the pairs of the warm-up. A run is one
 process and one result file: an interrupted experiment goes on.
