@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/student-learning"))
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), help="all that need nothing else if left out")
     parser.add_argument("--test-rows", type=int, default=6000)
     parser.add_argument("--valid-rows", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
@@ -98,6 +98,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each when more than one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.runs = options.runs or [name for name in RUNS if not needs(name)]
+    for name in [options.child] if options.child else options.runs:
+        if lacking := [option for option in needs(name) if getattr(options, option) is None]:
+            parser.error(f"run '{name}' needs --{' and --'.join(lacking)}")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         run(options, options.child)
@@ -332,6 +336,13 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def needs(name: str) -> list[str]:
+    """The options without which a run is not what its name says."""
+    plan = RUNS[name]
+    asked = {"annotations": "teacher" in plan, "scorer": bool(plan.get("warm_up", {}).get("encoder"))}
+    return [option for option, asked_for in asked.items() if asked_for]
 
 
 def stem(name: str) -> str:

@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
     parser.add_argument("--steps", type=int, default=10, help="measured in a process, after one for warming up")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
-    parser.add_argument("--full-length", action="store_true", help="completions never end before --tokens")
     parser.add_argument("--side", choices=("ours", "stock"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -104,11 +103,6 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
         base, prompts = _work(options, Path(folder))
         config = TeacherConfig(lora_rank=options.lora)
         model, tokenizer = load_model(base, config)
-        if getattr(
-            options, "full_length", False
-        ):  # as of a model that gives reasons: untrained, it answers in a few tokens
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.added_tokens_decoder))
-            model.generation_config.eos_token_id = [tokenizer.eos_token_id]
         model = add_adapters(model, config)
         completions = options.prompts * options.group
         micro = completions if side == "ours" else min(options.micro_batch, completions)
@@ -187,7 +181,6 @@ def _child(side: str, options: argparse.Namespace) -> dict[str, Any]:
     names = ("prompts", "group", "tokens", "micro_batch", "micro_batch_tokens", "lora", "steps")
     words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     model = ["--model", str(options.model)] if options.model else []
-    model += ["--full-length"] if options.full_length else []
     return ask("benchmarks.trainer_overhead", "--side", side, *words, *model, environment=TORCH)
 
 

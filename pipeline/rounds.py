@@ -11,9 +11,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup
-
 from data.contracts import ContractError, write_json, write_text
 from pipeline.annotation.config import SelectConfig
 from pipeline.artifacts import begin_with
@@ -72,7 +69,7 @@ def write_curve(folder: Path, run: str, points: list[dict[str, Any]]) -> Path:
     """Write `loop.json` and the curve of quality over cost, `report.html`, into the loop's folder; the latter's path."""
     import pandas as pd
 
-    from pipeline.report.page import TEMPLATES
+    from pipeline.report.page import page_environment
     from pipeline.report.plots import line_chart
 
     write_json(folder / "loop.json", {"rounds": points})
@@ -83,10 +80,6 @@ def write_curve(folder: Path, run: str, points: list[dict[str, Any]]) -> Path:
         if (rounds["round"] > 0).any() or kind == CHOSEN:
             lines.append((title, rounds.set_index("pairs")["valid_roc_auc"]))
     chart = line_chart(lines, "pairs annotated", "ROC-AUC on valid", marks=True)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
-    page = environment.get_template("loop.html").render(run=run, points=points, chart=chart, style=style)
+    page = page_environment().get_template("loop.html").render(run=run, points=points, chart=chart)
     write_text(folder / "report.html", page)
     return folder / "report.html"

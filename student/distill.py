@@ -36,7 +36,7 @@ from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
-from student.peers import peers, without_labels
+from student.peers import annotated, peers, without_labels
 from student.scorer import probabilities, softmax
 from student.setup import Setup
 from student.warm_up import warm_up
@@ -141,11 +141,9 @@ def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, di
     def probs(examples: Examples) -> Array:
         return probabilities(setup.logits(first.fitted.reader, examples), first.temperature, first.isotonic)
 
-    def of_teacher(pair_ids: Array) -> Array:
-        return np.array([rows.annotations[pair_id].probs for pair_id in pair_ids]).reshape(-1, setup.scale.size)
-
-    valid = rows.valid.take(np.flatnonzero([pair_id in rows.annotations for pair_id in rows.valid.pair_ids]))
-    chosen = choose_weight(of_teacher(valid.pair_ids), probs(valid), valid.grade)
+    at, of_teacher = annotated(rows.annotations, rows.valid, setup.scale.size)
+    valid = rows.valid.take(at)
+    chosen = choose_weight(of_teacher, probs(valid), valid.grade)
     weight = chosen["weight"]
     logger.info("ensemble: the teacher weighs %.2f, by %d annotated pairs of valid", weight, chosen["rows"])
     training = rows.training

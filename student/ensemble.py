@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from student.scorer import softmax
+
 Array = np.ndarray
 MIN_ROWS = 50  # below it both count alike
 _FLOOR = 1e-4
@@ -18,9 +20,8 @@ _WEIGHTS = np.linspace(0, 1, 21)
 
 def pooled(teacher: Array, student: Array, weight: float) -> Array:
     """The distributions (N, K) proportional to teacher^weight · student^(1 − weight), for teacher and student (N, K)."""
-    logs = weight * np.log(np.maximum(teacher, _FLOOR)) + (1 - weight) * np.log(np.maximum(student, _FLOOR))
-    probs = np.exp(logs - logs.max(axis=1, keepdims=True))
-    return probs / probs.sum(axis=1, keepdims=True)
+    logs = [np.log(np.maximum(probs, _FLOOR)) for probs in (teacher, student)]
+    return softmax(weight * logs[0] + (1 - weight) * logs[1])
 
 
 def choose_weight(teacher: Array, student: Array, grade: Array) -> dict[str, Any]:

@@ -66,18 +66,19 @@ def bm25(setup: Setup, pairs: Path, valid: Examples, test: Examples) -> list[Sys
     return [ranker(setup, name, partial(scores, share), valid, test) for name, share in shares.items()]
 
 
+def annotated(annotations: dict[str, Annotated], examples: Examples, grades: int) -> tuple[Array, Array]:
+    """Which rows (M,) of the examples have an annotation, and its probabilities (M, K)."""
+    at = np.flatnonzero([pair_id in annotations for pair_id in examples.pair_ids])
+    return at, np.array([annotations[pair_id].probs for pair_id in examples.pair_ids[at]]).reshape(-1, grades)
+
+
 def teacher_on_test(setup: Setup, annotations: dict[str, Annotated], valid: Examples, test: Examples) -> list[System]:
     """The teacher's own grades of the test rows that it has annotated; its threshold is from those of valid, or 0.5."""
 
-    def graded(examples: Examples) -> tuple[Array, Array]:
-        at = np.flatnonzero([pair_id in annotations for pair_id in examples.pair_ids])
-        probs = [annotations[pair_id].probs for pair_id in examples.pair_ids[at]]
-        return at, np.array(probs).reshape(-1, setup.scale.size)
-
-    at, probs = graded(test)
+    at, probs = annotated(annotations, test, setup.scale.size)
     if not len(at):
         return []
-    on_valid, valid_probs = graded(valid)
+    on_valid, valid_probs = annotated(annotations, valid, setup.scale.size)
     relevant, score = setup.relevant(valid)[on_valid], setup.p_relevant(valid_probs)
     threshold = best_f1_threshold(relevant, score) if len(score) else 0.5
     return [System("teacher", setup.p_relevant(probs), threshold, probs, at)]

@@ -60,8 +60,8 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Called when the gradients are complete and clipped; raises `ContractError` at the last of several bad steps."""
-        trained = [weight for weight in more["model"].parameters() if weight.grad is not None]
-        gradients = [weight.grad for weight in trained if weight.grad is not None]
+        model = more["model"]
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             self.in_a_row = 0
             return
@@ -73,8 +73,7 @@ class FiniteGradients(TrainerCallback):
                 f"{step}; lower the learning rate, or set teacher.dtype = 'float32' or teacher.agpo.shared_prefix = false"
             )
         logger.warning("%s: step %d is left out, as its gradient is not finite", self.phase, step)
-        for weight in trained:
-            weight.grad = None  # which the optimiser passes by
+        model.zero_grad(set_to_none=True)  # the optimiser passes by what has no gradient
 
 
 class StepLog(TrainerCallback):

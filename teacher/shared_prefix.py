@@ -253,8 +253,8 @@ def _shared_rows(
     query, key = owner[:, :, None], owner[:, None, :]
     causal = torch.ones(owner.size(1), owner.size(1), dtype=torch.bool).tril()
     visible = causal & ((key == 0) | (key == query)) & (key >= 0)
-    visible |= torch.eye(owner.size(1), dtype=torch.bool)  # padding too must attend to something,
-    visible[:, :, 0] = True  # and every row to something in the first block of keys that a GPU's kernel reads
+    # Padding too must attend to something, and every row to something in the first block of keys that a GPU's kernel reads.
+    visible[:, :, 0] = True
     inputs = {
         "input_ids": _padded(ids, pad),
         "position_ids": _padded(positions, 0),

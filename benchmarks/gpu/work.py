@@ -34,7 +34,7 @@ from filelock import FileLock
 
 from benchmarks.trainer_overhead import measure
 from data.contracts import ANNOTATIONS, PAIRS, MetricsLog, read_json, read_table, whole_file, write_json
-from pipeline.annotation.calibration import Calibration, calibrated, fit
+from pipeline.annotation.calibration import calibration_of, recalibrate
 from pipeline.annotation.job import annotation_key, sampling_of
 from pipeline.annotation.store import files_of, take_over
 from pipeline.annotation.worker import Job, annotate_partition
@@ -303,16 +303,19 @@ def _annotate(work: Work, teacher: str, split: str, limit: int) -> dict[str, Any
     rows = (
         read_table(work.pairs / "pairs", PAIRS, where=pads.field("split") == split).sort_by("pair_id").slice(0, limit)
     )
-    total, done = rows.num_rows, _annotated(out, key)["pair_id"]
+    total, graded = rows.num_rows, rows.filter(pc.is_valid(rows["grade"]))["pair_id"].to_pylist()
+    done = _annotated(out, key)["pair_id"]
     before = len(done)
     rows = rows.filter(pc.invert(pc.is_in(rows["pair_id"], done)))
     began = time.monotonic()
-    job = Job(key, str(folder), str(out), run, config, sampling, 1, _open)
+    job = Job(key, str(folder), str(out), run, config, sampling, 1, _open, calibration=calibration_of(out, key))
     for _ in annotate_partition(
         job, _batches(work, rows, config.part_size, lambda: _write_annotations(work, teacher, key))
     ):
         pass
     seconds = time.monotonic() - began
+    if split == "valid":
+        recalibrate(out, key, run, work.pairs, graded)
     table = _write_annotations(work, teacher, key)
     new = len(table) - before
     return {
@@ -356,26 +359,11 @@ def _annotated(out: Path, key: str) -> pa.Table:
 
 def _write_annotations(work: Work, teacher: str, key: str) -> pa.Table:
     """What a teacher has annotated, in files that are small enough to come back; returns all of it."""
-    raw = table = _annotated(work.state / "annotations" / teacher, key)
-    table = calibrated(raw, _calibration(work, raw)) if len(raw) else raw
+    table = _annotated(work.state / "annotations" / teacher, key)
     for number, start in enumerate(range(0, table.num_rows, _FILE_ROWS)):
         with whole_file(work.state / "results" / f"{key}-{teacher}-{number}.parquet") as temporary:
             pq.write_table(table.slice(start, _FILE_ROWS), temporary, compression="zstd")
     return table
-
-
-def _calibration(work: Work, table: pa.Table) -> Calibration:
-    """Fitted on what is annotated of `valid`."""
-    where = (pads.field("split") == "valid") & pads.field("grade").is_valid()
-    graded = read_table(work.pairs / "pairs", PAIRS, columns=["pair_id", "query_id", "grade"], where=where).to_pylist()
-    rows = zip(*(table[name].to_pylist() for name in ("pair_id", "grade_probs")), strict=True)
-    probs = {pair_id: given for pair_id, given in rows if given}
-    valid = [row for row in graded if row["pair_id"] in probs]
-    return fit(
-        np.array([probs[row["pair_id"]] for row in valid]),
-        np.array([row["grade"] for row in valid]),
-        np.array([row["query_id"] for row in valid]),
-    )
 
 
 def _write_summary(work: Work) -> None:

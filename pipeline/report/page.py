@@ -68,10 +68,7 @@ def write_report(folder: Path) -> Path:
     if not (folder / "summary.json").exists():
         raise ContractError(f"{folder} has no summary.json; run a flow there first")
     summary = read_json(folder / "summary.json")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"number": number, "interval": interval, "verdict": verdict}
+    environment = page_environment()
     sections = _sections(folder, environment)
     page = environment.get_template("report.html").render(
         summary=summary,
@@ -86,10 +83,19 @@ def write_report(folder: Path) -> Path:
             if stage["figures"].get("drift", "fine") != "fine"
         ],
         settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def page_environment() -> jinja2.Environment:
+    """The templates of pages: what is put into them is escaped, and must be there; all know the `style` and our filters."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"number": number, "interval": interval, "verdict": verdict}
+    environment.globals["style"] = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    return environment
 
 
 def shell_lines(command: str) -> str:
