@@ -12,6 +12,9 @@ from teacher.engines.config import EngineConfig, TransformersConfig
 
 logger = logging.getLogger(__name__)
 
+REASONS_METHOD = 2
+"""Raised by hand when a model asked in the same way would give other reasons to learn from (`teacher/reasons.py`)."""
+
 
 class PromptConfig(Config):
     guideline: str = Field(default="You grade how well an ad answers a search query.", min_length=1, max_length=8000)
