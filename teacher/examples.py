@@ -35,8 +35,10 @@ class Example(Problem):
     target: str
     """A completion that is right: a reason (unless the prompt asks for none), then the answer tag."""
     pair_id: str = ""
-    others: tuple[tuple[str, float], ...] = ()
-    """Completions that are right in part, with their shares of 1; what is left is the target's."""
+    other_targets: tuple[str, ...] = ()
+    """Completions that are right in part."""
+    other_shares: tuple[float, ...] = ()
+    """Their shares; what is left of 1 is the target's."""
 
 
 def with_reasons(examples: Iterable[Example], reasons: Mapping[str, str]) -> list[Example]:
@@ -57,29 +59,29 @@ def load_examples(
     see `rating_targets`.
     """
     rows = labelled_rows(pairs, split, limit, seed)
-    shares = _shares(rows, prompt.scale.size) if ratings and not prompt.config.reason else [()] * len(rows)
+    others = _others(rows, prompt.scale.size) if ratings and not prompt.config.reason else [{}] * len(rows)
     folder = pairs / "rationales"
     reasons: dict[str, str] = {}
     if split == "train" and folder.exists():
         reasons = dict(zip(*read_table(folder, RATIONALES).to_pydict().values(), strict=True))
     examples = []
-    for row, others in zip(rows, shares, strict=True):
+    for row, shares in zip(rows, others, strict=True):
         query, title, text = row["query"], row["ad_title"], row["ad_text"]
         rendered = prompt.text(tokenizer, query, title, text, dict(row["attributes"] or ()))
         target = ANSWER.format(grade=row["grade"])
         if prompt.config.reason:
             reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
             target = f"{reason} {target}"
-        examples.append(Example(rendered, row["grade"], target, row["pair_id"], others))
+        examples.append(Example(rendered, row["grade"], target, row["pair_id"], tuple(shares), tuple(shares.values())))
     return examples
 
 
-def _shares(rows: list[dict[str, Any]], size: int) -> list[tuple[tuple[str, float], ...]]:
-    """For each row the answers of other grades that its rating gives a share."""
+def _others(rows: list[dict[str, Any]], size: int) -> list[dict[str, float]]:
+    """For each row the answers of other grades that its rating gives a share, and the shares."""
     grades = np.array([row["grade"] for row in rows])
     ratings = np.array([row["grade_raw"] for row in rows], dtype=np.float64)  # None becomes NaN
     return [
-        tuple((ANSWER.format(grade=other), float(target[other])) for other in np.flatnonzero(target) if other != grade)
+        {ANSWER.format(grade=other): float(target[other]) for other in np.flatnonzero(target) if other != grade}
         for grade, target in zip(grades, rating_targets(grades, ratings, size), strict=True)
     ]
 

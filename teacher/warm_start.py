@@ -104,13 +104,12 @@ class _SharedPrefixTrainer(Trainer):
 def _tokenised(example: Example, tokenizer: Any, loss_on_prompt: bool) -> dict[str, list[Any]]:
     """An example's completions: token ids, how many of the last ones are to be learnt, and its share."""
     prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
-    completions = [(example.target, 1 - sum(share for _, share in example.others)), *example.others]
-    targets = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in completions]
-    targets = [[*ids, tokenizer.eos_token_id] for ids in targets]
+    texts = [example.target, *example.other_targets]
+    targets = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
     return {
         "input_ids": [prompt + ids for ids in targets],
         "targets": [loss_on_prompt * len(prompt) + len(ids) for ids in targets],
-        "shares": [share for _, share in completions],
+        "shares": [1 - sum(example.other_shares), *example.other_shares],
     }
 
 

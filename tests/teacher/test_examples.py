@@ -66,21 +66,27 @@ def test_a_rating_between_two_grades_makes_both_answers_right_in_part(with_texts
         return load_examples(tmp_path, "train", Prompt(prompt, scale, 32), tokenizer, 1000, 0, **options)
 
     soft = load(PromptConfig(reason=False), ratings=True)
-    assert [replace(example, others=()) for example in soft] == load(PromptConfig(reason=False))
+    assert [replace(example, other_targets=(), other_shares=()) for example in soft] == load(PromptConfig(reason=False))
     rated = {row["pair_id"]: (row["grade"], row["grade_raw"]) for row in rows}
     grades, ratings = (np.array(column) for column in zip(*(rated[example.pair_id] for example in soft), strict=True))
     for example, target in zip(soft, rating_targets(grades, ratings, scale.size), strict=True):
         others = {ANSWER.format(grade=k): share for k, share in enumerate(target) if share and k != example.gold}
-        assert dict(example.others) == others
-    assert 5 < sum(bool(example.others) for example in soft) < len(soft)
-    assert not any(example.others for example in load(PromptConfig(), ratings=True))  # a reason speaks for one grade
+        assert dict(zip(example.other_targets, example.other_shares, strict=True)) == others
+    assert 5 < sum(bool(example.other_targets) for example in soft) < len(soft)
+    # A reason speaks for one grade.
+    assert not any(example.other_targets for example in load(PromptConfig(), ratings=True))
+    warm = TINY.warm_start.model_copy(update={"soft_grades": True, "reasons": "none"})
+    prompt = TINY.prompt.model_copy(update={"reason": False})
+    (out := tmp_path / "teacher").mkdir()
+    train_teacher(TINY.model_copy(update={"warm_start": warm, "prompt": prompt}), decoder, tmp_path, out)
+    assert len(MetricsLog(out / "metrics.jsonl").read("agpo")) == TINY.agpo.steps
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_warm_start_learns_the_shares_of_several_answers(shared, decoder, tmp_path):
     model, tokenizer = load_model(decoder, TINY)
     examples = [
-        Example(f"grade {word}<|assistant|>", 1, "<answer>1</answer>", "", (("<answer>0</answer>", share),))
+        Example(f"grade {word}<|assistant|>", 1, "<answer>1</answer>", "", ("<answer>0</answer>",), (share,))
         for word, share in (("red", 0.5), ("blue", 0.2))
     ]
     warm = WarmStartConfig(examples=2, epochs=150, batch_size=2, learning_rate=5e-3)
