@@ -16,7 +16,8 @@ _NAMES_HINT = re.compile(
 # What ends a reason: its line, a tag of thinking or of the answer, and the answer in other words, with its clause.
 _END = re.compile(r"\n|</?think|<\s*/?\s*answer", re.IGNORECASE)
 _STATES_GRADE = re.compile(
-    r"\b(?:grade[ds]?|answer|label|rat(?:ed|ing)|score)\b\W*(?:(?:is|was|as|of|at|an?|be|would|should|=)\W+)*[0-9]\b",
+    r"\b(?:grade[ds]?|answer|label|rat(?:ed|ing)|score)\b"
+    r"(?:(?:\W+(?:is|was|as|of|at|an?|be|would|should))*\W*[0-9]\b|(?:\W+(?:is|as|of|be))+\W*\Z)",
     re.IGNORECASE,
 )
 _LOOSE_END = re.compile(r"[\s,;:(]*(?:\b(?:so|therefore|thus|hence|and)\b)?[\s,;:(]*\Z", re.IGNORECASE)

@@ -126,7 +126,7 @@ def test_a_reason_is_kept_if_it_leads_to_the_human_grade_by_itself(scripted, dec
     ("said", "finish", "reason"),
     [
         ("\n QUERY: same product <answer>3</answer>", "stop", "QUERY: same product"),
-        ("QUERY: same product.\nGrade: 3", "stop", "QUERY: same product."),
+        ("QUERY: same product. So the grade is:\n3", "stop", "QUERY: same product."),
         ("QUERY: same product of 2 in. length, so the grade is 3.", "length", "QUERY: same product of 2 in. length"),
         ("QUERY: same product (grade = 3), as asked", "stop", "QUERY: same product"),
         ("QUERY: same product. The answer would be a 3, as asked. So", "length", "QUERY: same product."),
