@@ -17,7 +17,7 @@ _NAMES_HINT = re.compile(
 _END = re.compile(r"\n|</?think|<\s*/?\s*answer", re.IGNORECASE)
 _STATES_GRADE = re.compile(
     r"\b(?:grade[ds]?|answer|label|rat(?:ed|ing)|score)\b"
-    r"(?:(?:\W+(?:is|was|as|of|at|an?|be|would|should))*\W*[0-9]\b|(?:\W+(?:is|as|of|be))+\W*\Z)",
+    r"(?:(?:\W+(?:is|was|as|of|at|an?|be|not|would|should))*\W*[0-9]\b|(?:\W+(?:is|as|of|be))+\W*\Z)",
     re.IGNORECASE,
 )
 _LOOSE_END = re.compile(r"[\s,;:(]*(?:\b(?:so|therefore|thus|hence|and)\b)?[\s,;:(]*\Z", re.IGNORECASE)
