@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from tokenizers import Tokenizer
 
-from data.contracts import ANNOTATIONS, PAIRS, ContractError, GradeScale, annotation_key_of, rating_targets, read_table
+from data.contracts import ANNOTATIONS, PAIRS, ContractError, GradeScale, annotation_key_of, read_table
 from student.config import StudentConfig
+from student.ratings import rating_targets
 from student.scorer import ad_text, pad, query_text
 
 Array = np.ndarray
@@ -31,7 +32,7 @@ class Examples:
     """N pairs of one purpose, as columns of N rows; texts and ids are arrays of strings.
 
     `grade` is the human grade, −1 where there is none; `gold` (N, K) what it teaches, 0 where there is none (see
-    `rating_targets`); `soft` (N, K) the teacher's distribution, 0 where there is none;
+    `student.ratings`); `soft` (N, K) the teacher's distribution, 0 where there is none;
     `mix` the share of the human grade in the row's loss; `weight` the row's weight; `reasons` are the teacher's, empty
     where there is none or none is needed.
     """

@@ -62,9 +62,6 @@ class WarmStartConfig(Config):
     ads' world needs before labels mean something to it (domain-adaptive pretraining, arXiv 2004.10964)."""
     repeats: int = Field(default=1, ge=1)
     """How often a pass has each labelled pair, so that few labels are not lost among many texts."""
-    soft_grades: bool = False
-    """A human rating between two grades (the mean of several raters, in column grade_raw) teaches both of them, as it does
-    the student; for a teacher that says the grade alone (`prompt.reason` off)."""
     loss_on_prompt: bool = False
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
     reasons: Literal["lexical", "none", "self", "engine"] = "lexical"

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.dataset as pads
 
-from data.contracts import PAIRS, RATIONALES, TEXTS, ContractError, rating_targets, read_table
+from data.contracts import PAIRS, RATIONALES, TEXTS, ContractError, read_table
 from teacher.prompt import Prompt
 from teacher.rationale import lexical_rationale
 from teacher.verifier import ANSWER
@@ -35,10 +34,6 @@ class Example(Problem):
     target: str
     """A completion that is right: a reason (unless the prompt asks for none), then the answer tag."""
     pair_id: str = ""
-    other_targets: tuple[str, ...] = ()
-    """Completions that are right in part."""
-    other_shares: tuple[float, ...] = ()
-    """Their shares; what is left of 1 is the target's."""
 
 
 def with_reasons(examples: Iterable[Example], reasons: Mapping[str, str]) -> list[Example]:
@@ -50,40 +45,23 @@ def with_reasons(examples: Iterable[Example], reasons: Mapping[str, str]) -> lis
     ]
 
 
-def load_examples(
-    pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit: int, seed: int, *, ratings: bool = False
-) -> list[Example]:
-    """The rows of `labelled_rows` as examples, rendered by `prompt` for `tokenizer`.
-
-    With `ratings`, and where the answer is the grade alone, a rating between two grades makes both of them right in part,
-    see `rating_targets`.
-    """
+def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit: int, seed: int) -> list[Example]:
+    """The rows of `labelled_rows` as examples, rendered by `prompt` for `tokenizer`."""
     rows = labelled_rows(pairs, split, limit, seed)
-    others = _others(rows, prompt.scale.size) if ratings and not prompt.config.reason else [{}] * len(rows)
     folder = pairs / "rationales"
     reasons: dict[str, str] = {}
     if split == "train" and folder.exists():
         reasons = dict(zip(*read_table(folder, RATIONALES).to_pydict().values(), strict=True))
     examples = []
-    for row, shares in zip(rows, others, strict=True):
+    for row in rows:
         query, title, text = row["query"], row["ad_title"], row["ad_text"]
         rendered = prompt.text(tokenizer, query, title, text, dict(row["attributes"] or ()))
         target = ANSWER.format(grade=row["grade"])
         if prompt.config.reason:
             reason = reasons.get(row["pair_id"]) or lexical_rationale(query, f"{title} {text or ''}")
             target = f"{reason} {target}"
-        examples.append(Example(rendered, row["grade"], target, row["pair_id"], tuple(shares), tuple(shares.values())))
+        examples.append(Example(rendered, row["grade"], target, row["pair_id"]))
     return examples
-
-
-def _others(rows: list[dict[str, Any]], size: int) -> list[dict[str, float]]:
-    """For each row the answers of other grades that its rating gives a share, and the shares."""
-    grades = np.array([row["grade"] for row in rows])
-    ratings = np.array([row["grade_raw"] for row in rows], dtype=np.float64)  # None becomes NaN
-    return [
-        {ANSWER.format(grade=other): float(target[other]) for other in np.flatnonzero(target) if other != grade}
-        for grade, target in zip(grades, rating_targets(grades, ratings, size), strict=True)
-    ]
 
 
 def load_texts(pairs: Path, prompt: Prompt, tokenizer: Any, limit: int) -> list[Example]:

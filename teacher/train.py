@@ -233,12 +233,7 @@ class _Training:
         return self._fitting(load_texts(self.pairs, self.prompt, self.tokenizer, self.config.warm_start.texts))
 
     def _examples(self, split: str, limit: int) -> list[Example]:
-        soft, seed = self.config.warm_start.soft_grades, self.config.seed
-        return self._fitting(
-            load_examples(
-                self.pairs, split, self.prompt, self.tokenizer, limit, seed, ratings=soft and split == "train"
-            )
-        )
+        return self._fitting(load_examples(self.pairs, split, self.prompt, self.tokenizer, limit, self.config.seed))
 
     def _fitting(self, examples: list[Example]) -> list[Example]:
         max_positions = position_limit(self.model.config)

@@ -11,7 +11,6 @@ from data.contracts.human_labels import HUMAN_LABELS, HUMAN_LABELS_FILE, read_hu
 from data.contracts.metrics_log import MetricsLog, metric_lines
 from data.contracts.output import StageOutput
 from data.contracts.progress import OnProgress, log_progress, on_progress
-from data.contracts.ratings import rating_targets
 from data.contracts.scale import Grade, GradeScale
 from data.contracts.tables import (
     ANNOTATIONS,

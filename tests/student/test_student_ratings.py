@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.contracts import rating_targets
+from student.ratings import rating_targets
 
 
 def test_a_rating_between_two_grades_is_shared_by_its_distance_from_their_places():

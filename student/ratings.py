@@ -35,7 +35,7 @@ def rating_targets(grade: Array, rating: Array, size: int) -> Array:
     places = np.array([ratings.mean() for ratings in of_grade])
     places[0], places[-1] = np.quantile(of_grade[0], _TAIL), np.quantile(of_grade[-1], 1 - _TAIL)
     if (np.diff(places) <= 0).any():
-        logger.warning("the ratings do not rise from grade to grade; only the grades are learned from")
+        logger.warning("student: the ratings do not rise from grade to grade; only the grades are learned from")
         return target
     place = np.interp(rating[rated], places, np.arange(len(present)))
     below = np.minimum(place.astype(np.int64), len(present) - 2)
