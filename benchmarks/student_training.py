@@ -3,9 +3,9 @@
     python -m benchmarks.student_training --pairs runs/cpu-real/pairs --base runs/weights/minilm
 
 `--pairs` is what data-prepare wrote, `--base` an encoder's folder; sentence-transformers must be installed (6.2.0 was
-used). Each side is a process of its own, in turns. Timed is a whole training of one epoch from texts to weights:
-tokenising, all steps, and on our side the checkpoint and the measurement on a few valid pairs that belong to it. Prints one
-JSON line: median training pairs per second, and the loss of both over the last tenth of the pairs.
+used). Each side has its own defaults, and is a process of its own, in turns. Timed is a whole training of one epoch from
+texts to weights: tokenising, all steps, and on our side the checkpoint and the measurement on a few valid pairs that belong
+to it. Prints one JSON line: median training pairs per second, and the loss of both over the last tenth of the pairs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument(
+        "--dropout", action="store_true", help="on our side too; the peer has the encoder's own by default"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -74,7 +77,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         batch_size=options.batch_size,
         max_length=options.max_length,
         learning_rate=LEARNING_RATE,
-        dropout=True,  # as the peer has it
+        dropout=options.dropout,
         device="cpu",
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ people said of a pair later (`data.contracts.human_labels`) wins over both, in `
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +109,10 @@ class Tokens:
     def lengths(self) -> Array:
         """Tokens of each row, (N,)."""
         return np.array([len(row) for row in self.ids], dtype=np.int64)
+
+    def occurring(self) -> Array:
+        """The token ids that occur in the rows or pad them, ascending."""
+        return np.unique(np.fromiter(itertools.chain([self.pad_id], *self.ids), dtype=np.int64))
 
     def batch(self, rows: Sequence[int] | Array) -> dict[str, Array]:
         """Model inputs of these rows, each int64 (len(rows), longest row)."""

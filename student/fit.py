@@ -24,9 +24,11 @@ from student.objective import Objective
 from student.reader import Reader
 from student.scorer import softmax
 from student.setup import Setup
+from student.vocabulary import occurring_tokens
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
+_CHECKPOINT = 2  # raised by hand when a checkpoint holds something else
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,30 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
     Checkpoints live in `folder`; with the same config, data and starting weights a second call goes on from the latest,
     and ends with the same weights as an uninterrupted one. Raises `ContractError` when the loss is no longer a number.
     """
-    config, reader = setup.config, setup.reader()
+    reader = setup.reader()
+    objective = Objective(setup, reader, rows)
+    ids = np.union1d(objective.token_ids(), setup.tokens(reader.model, valid).occurring())
+    with occurring_tokens(reader.model, ids):
+        progress = _train(setup, objective, rows, valid, folder=folder, metrics=metrics, phase=phase)
+    reader.model.eval()
+    return Fitted(reader, progress.epoch, progress.best_epoch, progress.step)
+
+
+def _train(
+    setup: Setup,
+    objective: Objective,
+    rows: Examples,
+    valid: Examples,
+    *,
+    folder: Path,
+    metrics: MetricsLog,
+    phase: str,
+) -> Progress:
+    config, reader = setup.config, objective.reader
     model = reader.model
     optimiser = _optimiser(model, config)
     progress = checkpoint.resume(folder, _key(setup, rows, valid), model, optimiser)
     metrics.rewind(phase, progress.step)
-    objective = Objective(setup, reader, rows)
     model.train(config.dropout)
     while progress.epoch < config.epochs and not progress.finished:
         begin = time.monotonic()
@@ -78,8 +98,7 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
         )
         checkpoint.save(folder, progress, model, optimiser)
     checkpoint.load_best(folder, progress, model)
-    model.eval()
-    return Fitted(reader, progress.epoch, progress.best_epoch, progress.step)
+    return progress
 
 
 def _epoch(
@@ -150,4 +169,4 @@ def _optimiser(model: PreTrainedModel, config: StudentConfig) -> torch.optim.Opt
 
 def _key(setup: Setup, rows: Examples, valid: Examples) -> str:
     start = digest_files([setup.base / "config.json", *sorted(setup.base.glob("*.safetensors"))])
-    return digest([setup.config.model_dump(), start, rows.digest(), valid.digest(), list(rows.pair_ids)])
+    return digest([_CHECKPOINT, setup.config.model_dump(), start, rows.digest(), valid.digest(), list(rows.pair_ids)])

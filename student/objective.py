@@ -62,6 +62,11 @@ class Objective:
                     "lower student.reason_length or student.max_length"
                 )
 
+    def token_ids(self) -> Array:
+        """The token ids that occur in the rows, ascending."""
+        own = self.tokens.occurring()
+        return own if self.reasoned is None else np.union1d(own, self.reasoned.occurring())
+
     def __call__(self, batch: Array) -> torch.Tensor:
         """The loss, a scalar."""
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16):
