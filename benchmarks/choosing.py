@@ -54,7 +54,8 @@ def main() -> None:
     if options.child:
         student(options, int(options.child[0]), options.child[1], int(options.child[2]))
         return
-    students = [(strategy, count) for strategy in options.strategies for count in options.counts]
+    # The longest first.
+    students = [(strategy, count) for count in sorted(options.counts, reverse=True) for strategy in options.strategies]
     for phase in ([(FIRST, 0)], students):
         points = [(str(seed), name, str(count)) for name, count in phase for seed in options.seeds]
         with ThreadPoolExecutor(options.jobs) as pool:

@@ -78,6 +78,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "2k + 20k, teacher": {"teacher": 20_000},
     "2k + 8k, teacher, warm-up": {"teacher": 8000, "warm_up": SCORED},
     "2k + 20k, teacher, warm-up": {"teacher": 20_000, "warm_up": SCORED},
+    **{
+        f"2k + {called}, {labels}, own warm-up": {
+            "teacher": count,
+            "warm_up": {"pairs": 8000},
+            "config": {"soft_labels": labels},
+        }
+        for called, count in (("8k", 8000), ("20k", 20_000), ("pool", 10**9))
+        for labels in ("teacher", "ensemble")
+    },
 }
 
 
@@ -129,7 +138,7 @@ def run(
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
     from student.dataset import read_annotated, read_examples, read_training
-    from student.distill import calibrate, measured
+    from student.distill import Rows, calibrate, measured, with_ensemble
     from student.evaluation import write_predictions
     from student.fit import fit
     from student.metrics import Labels, evaluate
@@ -161,7 +170,7 @@ def run(
     if "teacher" in plan:
         annotations = place / "annotations"
         _take_annotations(options, annotations, plan["teacher"])
-    _, annotated = read_annotated(annotations, "", reasons=config.contrastive_weight > 0)
+    key, annotated = read_annotated(annotations, "", reasons=config.contrastive_weight > 0)
     rows = read_training(options.pairs, annotated, scale, config)
     gold = np.random.default_rng(1).permutation(np.flatnonzero(rows.grade >= 0))[: plan["gold"]]
     rows = rows.take(np.sort(np.r_[gold, np.flatnonzero(rows.grade < 0)]).astype(np.int64))
@@ -186,6 +195,12 @@ def run(
     else:
         student = cosine(setup, valid, test)
     if plan["gold"] != 0:
+        if config.soft_labels == "ensemble":
+            alone = rows.gold_only()
+            equal = setup.for_as_many_steps(len(rows), len(alone))
+            fitted = fit(equal, alone, valid, folder=place / "first", metrics=metrics, phase="gold_only")
+            first = calibrate(setup, fitted, valid)
+            rows = with_ensemble(setup, first, Rows(rows, valid, test, key, annotated))[0].training
         fitted = fit(setup, rows, valid, folder=place / "checkpoints", metrics=metrics, phase="student")
         calibrated = calibrate(setup, fitted, valid)
         student = measured(setup, "student", calibrated, valid, test)
@@ -246,15 +261,18 @@ def annotate(pairs: Path, out: Path, count: int, accuracy: float, chosen: Sequen
 
 
 def _take_annotations(options: argparse.Namespace, out: Path, count: int) -> None:
-    """`count` of the pool's annotations in `--annotations`; smaller counts are parts of larger ones."""
+    """`count` of the annotations of the pool, smaller counts being parts of larger ones, and those of `valid`."""
     from data.contracts import ANNOTATIONS, PAIRS, read_table
 
-    of_pool = read_table(options.pairs / "pairs", PAIRS, columns=["pair_id"], where=pads.field("split") == "pool")
-    table = read_table(options.annotations, ANNOTATIONS, where=pads.field("pair_id").isin(of_pool["pair_id"]))
-    table = table.sort_by("pair_id")
+    def of(split: str) -> pa.Table:
+        ids = read_table(options.pairs / "pairs", PAIRS, columns=["pair_id"], where=pads.field("split") == split)
+        table = read_table(options.annotations, ANNOTATIONS, where=pads.field("pair_id").isin(ids["pair_id"]))
+        return table.sort_by("pair_id")
+
+    pool = of("pool")
     out.mkdir(parents=True, exist_ok=True)
-    order = np.random.default_rng(3).permutation(table.num_rows)[:count]
-    pq.write_table(table.take(np.sort(order)), out / "teacher.parquet")
+    order = np.random.default_rng(3).permutation(pool.num_rows)[:count]
+    pq.write_table(pa.concat_tables([pool.take(np.sort(order)), of("valid")]), out / "teacher.parquet")
 
 
 def summarise(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from data.contracts import ContractError, first_line
@@ -19,11 +22,12 @@ def dequantise(gguf: Path, out: Path, dtype: str = "float32") -> None:
 
     log.info("dequantising %s to %s", gguf.name, dtype)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with _read_once():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         if loading["missing_keys"]:
             raise ValueError(f"it lacks {', '.join(sorted(loading['missing_keys'])[:3])}")
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -36,3 +40,16 @@ def dequantise(gguf: Path, out: Path, dtype: str = "float32") -> None:
     tokenizer.clean_up_tokenization_spaces = False  # the old default, which damages byte-level text
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, a GGUF file's header is parsed once and not four times, which took longer than a small model's weights."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader

@@ -25,6 +25,7 @@ from pipeline.executions import Registration
 from pipeline.settings import PipelineConfig
 from pipeline.spark import spark_session
 from pipeline.stage import Input, Stage
+from teacher.config import REASONS_METHOD
 
 Folders = Mapping[str, Path]
 """Of the stages that one needs, by name."""
@@ -120,6 +121,14 @@ def _own_models(**names: str) -> dict[str, Input]:
     return inputs
 
 
+def _teacher_models(settings: PipelineConfig) -> dict[str, Input]:
+    """The models that a teacher starts from, and how they are asked for reasons, where they are."""
+    config = settings.teacher
+    models = _own_models(base=config.model, reason_model=config.warm_start.reason_model)
+    asked = {"reasons": Input(str(REASONS_METHOD), "teacher.reasons")} if config.warm_start.asks_a_model else {}
+    return models | asked
+
+
 def _annotating_student(settings: PipelineConfig) -> dict[str, Input]:
     """The exported student that the annotation job has beside the teacher, where there is one."""
     folder = settings.annotate.student
@@ -154,9 +163,7 @@ TEACHER = Stage(
     work=_train_teacher,
     needs=(DATA,),
     reads_only_labelled=True,
-    reads_besides=lambda settings: _own_models(
-        base=settings.teacher.model, reason_model=settings.teacher.warm_start.reason_model
-    ),
+    reads_besides=_teacher_models,
     uses_gpus=lambda settings: True,
     headline=("stopped", "base/accuracy", "warm_start/accuracy", "agpo/accuracy", "agpo/parse_rate", "test/accuracy"),
     artifacts=("metrics.jsonl", "evaluation.json", "reasons.json", "model/model_card.md"),

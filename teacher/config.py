@@ -12,6 +12,9 @@ from teacher.engines.config import EngineConfig, TransformersConfig
 
 logger = logging.getLogger(__name__)
 
+REASONS_METHOD = 2
+"""Raised by hand when a model asked in the same way would give other reasons to learn from (`teacher/reasons.py`)."""
+
 
 class PromptConfig(Config):
     guideline: str = Field(default="You grade how well an ad answers a search query.", min_length=1, max_length=8000)
@@ -63,8 +66,8 @@ class WarmStartConfig(Config):
     """Learn to predict the prompt too, not the completion alone: how a model made from scratch learns to read."""
     reasons: Literal["lexical", "none", "self", "engine"] = "lexical"
     """The reasons to learn from: `lexical` (the source's own, else the query's words that the ad covers), `self` (what the
-    model says itself when it grades right, or when it is given the grade: STaR, arXiv 2203.14465), `engine` (the same of
-    `reason_model`), `none` (the grade alone; `prompt.reason` is off)."""
+    model says itself and what leads it to the human grade, if need be with the grade given: STaR, arXiv 2203.14465),
+    `engine` (the same of `reason_model`), `none` (the grade alone; `prompt.reason` is off)."""
     reason_model: str = ""
     """The stronger model of reasons = "engine", named like `teacher.model`; of a server's model, the tokenizer is read."""
     reason_engine: EngineConfig = TransformersConfig()

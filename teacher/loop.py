@@ -50,7 +50,8 @@ def train(trainer: Trainer, log: MetricsLog, phase: str) -> None:
 class FiniteGradients(TrainerCallback):
     """Leaves out the steps whose gradient is not finite, and ends a training that has several of them in a row.
 
-    One such step would make every weight NaN, and the trainer would go on and log a loss of 0 (seen on an H100 in bfloat16).
+    One such step would make every weight NaN, and the trainer would go on and log a loss of 0 (seen on an H100 in bfloat16,
+    by the fault of torch that `teacher.shared_prefix` now avoids).
     """
 
     patience = 5

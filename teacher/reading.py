@@ -88,12 +88,21 @@ class AnswerReader:
             grade, self._distribution(completion, grade), _THINK_TAGS.sub("", text.rstrip()[:-_ANSWER_LENGTH]).strip()
         )
 
+    def read_opened(self, completion: Completion) -> Sample:
+        """A completion that goes on behind an opened answer tag: its first token is the grade, or it has none."""
+        digit = completion.text.strip()[:1]
+        if digit not in map(str, range(self.num_grades)):
+            return Sample(None, None, "")
+        return Sample(int(digit), self._distribution_at(0, completion, int(digit)), "")
+
     def _distribution(self, completion: Completion, grade: int) -> list[float] | None:
         """The model's distribution over the K grades at the answer digit, renormalised; None without log probabilities."""
-        if completion.top_logprobs is None:
-            return None
-        place = self._answer_place(completion.token_ids)
-        if place is None or place >= len(completion.top_logprobs):
+        place = None if completion.top_logprobs is None else self._answer_place(completion.token_ids)
+        return None if place is None else self._distribution_at(place, completion, grade)
+
+    def _distribution_at(self, place: int, completion: Completion, grade: int) -> list[float] | None:
+        """The same where the token at `place` is known to answer with `grade`."""
+        if completion.top_logprobs is None or place >= len(completion.top_logprobs):
             return None
         chosen = (completion.token_ids[place], grade)
         grades = self._grades.get(chosen)

@@ -1,9 +1,9 @@
 """Reasons to learn from, from a model itself or from a stronger one (STaR, arXiv 2203.14465).
 
-Each labelled pair is asked `reason_samples` times. A reason that led to the human grade is kept. Where none did, the grade
-is given and a reason for it asked for; that one is kept if it does not name the grade that was given, and if the model,
-shown the pair and this reason alone, answers with the human grade. What was left out: STaR's outer loop (AGPO follows), and
-more than one reason for a pair.
+Each labelled pair is asked `reason_samples` times, with the completion begun for the model so that the reason comes before
+the grade. Every reason is then verified in one way: which grade does the model give the pair when it reads only this reason?
+One that leads to the human grade is right. Where none does, the grade is given and a reason for it asked for, which must not
+name what was given. What was left out: STaR's outer loop (AGPO follows), and more than one reason for a pair.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +32,37 @@ from data.contracts import (
     write_json,
 )
 from teacher.chat_template import special_tokens
-from teacher.config import TeacherConfig
+from teacher.config import REASONS_METHOD, TeacherConfig
 from teacher.engines import open_engine
 from teacher.engines.base import Completion, Engine, Sampling
+from teacher.engines.config import TransformersConfig
 from teacher.examples import labelled_rows
 from teacher.model import load_tokenizer, weights_fingerprint
 from teacher.prompt import Prompt, PromptWriter, as_data
-from teacher.reading import AnswerReader, Sample, answer_logprobs
-from teacher.verifier import parse_grade
+from teacher.reading import AnswerReader, answer_logprobs
+from teacher.reason_text import names_the_given, reason_in, says_nothing
+from teacher.verifier import ANSWER
 
 logger = logging.getLogger(__name__)
 
 REASONS_FILE = "reasons.parquet"
 FUNNEL_FILE = "reasons.json"
-_METHOD = 1  # raised by hand when the same completions would give other reasons
-_CHUNK = 64  # pairs that a kill loses at most
+_CHUNK = 64  # pairs that a kill loses, if they fill the engine
 _EXAMPLES = 4  # of each outcome, for the report
 _LONGEST = 4000  # characters of a reason
-_ANSWER_TOKENS = 24  # the answer tag takes fewer, whatever the tokenizer
+_OPENING = "Reason:"  # what a completion is begun with
+_TAG = ANSWER.partition("{")[0]
 _HINT = (
-    "The right grade is {grade}, {name}. Give a short reason for it from the query and the ad, as if the grade had not been "
-    "given, then the answer."
-)
-_NAMES_HINT = re.compile(
-    r"\bhint\w*|\btold\b|\b(?:right|correct|given|provided|stated|actual) (?:grade|answer|label|rating)\b"
-    r"|\b(?:grade|answer|label|rating|score)\b\W*(?:(?:is|was|of|be|ha[sd] (?:not )?been)\W+)?(?:given|provided|stated|\d)",
-    re.IGNORECASE,
+    "The right grade is {grade}, {name}. Say in one short sentence what in the query and the ad makes it so, as if "
+    "the grade had not been given."
 )
 _RULE = re.compile(r"\brule (\d+)", re.IGNORECASE)
-# What can be wrong with a completion, the farther it came the later.
-_WRONG, _EMPTY, _NO_RULE, _TOO_LONG, _NAMES, _ELSEWHERE = (
-    "another grade, or none", "no reason", "names no rule", "longer than max_completion_tokens",
+# What can be wrong with a reason, the farther it came the later.
+_EMPTY, _NOTHING, _NO_RULE, _TOO_LONG, _NAMES, _ELSEWHERE = (
+    "no reason", "says nothing of the pair", "names no rule", "longer than max_completion_tokens",
     "names the grade that was given", "the reason alone leads elsewhere",
 )  # fmt: skip
-_FAULTS = (_WRONG, _EMPTY, _NO_RULE, _TOO_LONG, _NAMES, _ELSEWHERE)
+_FAULTS = (_EMPTY, _NOTHING, _NO_RULE, _TOO_LONG, _NAMES, _ELSEWHERE)
 
 Row = dict[str, Any]
 
@@ -82,7 +79,7 @@ def collect_reasons(config: TeacherConfig, model: Path, base: Path, pairs: Path,
     rows = labelled_rows(pairs, "train", settings.examples, config.seed)
     engine = settings.reason_engine
     content = {
-        "method": _METHOD,
+        "method": REASONS_METHOD,
         "model": weights_fingerprint(model),
         "served": getattr(engine, "served_model", ""),
         "learner": digest_files(sorted(base.glob("tokenizer*"))),
@@ -101,8 +98,11 @@ def collect_reasons(config: TeacherConfig, model: Path, base: Path, pairs: Path,
             opened = open_engine(engine, model)
             try:
                 asker = _Asker(config, opened, prompt, tokenizer, load_tokenizer(base))
-                for start in range(0, len(missing), _CHUNK):
-                    chunk = missing[start : start + _CHUNK]
+                # Enough pairs to fill the engine; a served one keeps its own queue.
+                batch = engine.batch_size if isinstance(engine, TransformersConfig) else 0
+                size = max(_CHUNK, batch // settings.reason_samples)
+                for start in range(0, len(missing), size):
+                    chunk = missing[start : start + size]
                     answers = asker.ask(chunk)
                     _write(folder / f"{digest([row['pair_id'] for row in chunk])}.parquet", answers)
                     asked |= _by_pair(answers)
@@ -135,13 +135,13 @@ def funnel_metrics(out: Path) -> dict[str, float]:
     return {f"reasons/{name}": funnel[name] for name in ("asked", "right", "hinted", "dropped")}
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Candidate:
-    """A completion read: its reason, the probability of its grade, and what is wrong with it (empty if nothing)."""
+    """A reason, what is wrong with it (empty if nothing), and the probability of the human grade after it."""
 
     reason: str
-    probability: float
     fault: str
+    probability: float = 0.0
 
 
 class _Asker:
@@ -152,13 +152,14 @@ class _Asker:
         self._config, self._num_grades = config, prompt.scale.size
         self._special = tuple(dict.fromkeys(special_tokens(tokenizer) + special_tokens(learner)))
         self._writer, self._reader = PromptWriter(prompt, tokenizer), AnswerReader(tokenizer, self._num_grades)
+        self._room = config.max_completion_tokens - len(self._target(""))
         self._sampling = Sampling(
             n=config.warm_start.reason_samples,
             temperature=config.warm_start.reason_temperature,
-            max_tokens=config.max_completion_tokens,
+            max_tokens=max(1, self._room),
             seed=config.seed,
-            logprobs=answer_logprobs(self._num_grades),
         )
+        self._verification = Sampling(temperature=0.0, max_tokens=1, logprobs=answer_logprobs(self._num_grades))
 
     def ask(self, rows: Sequence[Row]) -> list[Row]:
         """A `REASONS` row for each of some labelled pairs, in their order."""
@@ -176,73 +177,92 @@ class _Asker:
                 answers[pair_id]["dropped"] = f"no prompt: {ids}"
             else:
                 prompts[pair_id] = ids
-        for pair_id, samples in self._sampled(prompts, self._sampling).items():
-            read = [self._candidate(sample, by_id[pair_id], hinted=False) for sample in samples]
-            answers[pair_id]["n_right"] = sum(candidate.fault != _WRONG for candidate in read)
-            if (best := _best(read)) is not None:
-                answers[pair_id] |= {"outcome": "right", "reasoning": best.reason, "dropped": ""}
-        hints = {
-            pair_id: self._with_hint(by_id[pair_id]) for pair_id in prompts if answers[pair_id]["outcome"] == "dropped"
-        }
-        led: dict[str, str] = {}
-        for pair_id, samples in self._sampled(hints, self._sampling).items():
-            read = [self._candidate(sample, by_id[pair_id], hinted=True) for sample in samples]
-            if (best := _best(read)) is not None:
-                led[pair_id] = best.reason
-            else:
-                answers[pair_id]["dropped"] = max((candidate.fault for candidate in read), key=_FAULTS.index)
-        for pair_id, grade in self._grades_after(prompts, led).items():
-            if grade == by_id[pair_id]["grade"]:
-                answers[pair_id] |= {"outcome": "hinted", "reasoning": led[pair_id], "dropped": ""}
-            else:
-                answers[pair_id]["dropped"] = _ELSEWHERE
+        for hinted, outcome in ((False, "right"), (True, "hinted")):
+            asked = {
+                pair_id: self._with_hint(by_id[pair_id]) if hinted else ids
+                for pair_id, ids in prompts.items()
+                if answers[pair_id]["outcome"] == "dropped"
+            }
+            for pair_id, candidates in self._candidates(asked, prompts, by_id, hinted).items():
+                sound = [candidate for candidate in candidates if not candidate.fault]
+                if not hinted:
+                    answers[pair_id]["n_right"] = len(sound)
+                if sound:  # the likeliest, the first among equals
+                    best = max(sound, key=lambda candidate: candidate.probability)
+                    answers[pair_id] |= {"outcome": outcome, "reasoning": best.reason, "dropped": ""}
+                else:
+                    answers[pair_id]["dropped"] = max((each.fault for each in candidates), key=_FAULTS.index)
         return list(answers.values())
 
-    def _sampled(self, prompts: Mapping[str, list[int]], sampling: Sampling) -> dict[str, list[Sample]]:
-        completions = self._completed(prompts, sampling)
-        return {pair_id: [self._reader.read(each) for each in group] for pair_id, group in completions.items()}
-
-    def _grades_after(self, prompts: Mapping[str, list[int]], reasons: Mapping[str, str]) -> dict[str, int | None]:
-        """What the model answers, greedily, to a pair's prompt that is followed by a reason."""
+    def _candidates(
+        self, asked: Mapping[str, list[int]], prompts: Mapping[str, list[int]], by_id: Mapping[str, Row], hinted: bool
+    ) -> dict[str, list[_Candidate]]:
+        """The reasons sampled for each prompt of `asked`, verified by what the model answers to `prompts` after them."""
+        opening = self._tokenizer(_OPENING, add_special_tokens=False)["input_ids"]
+        completions = self._completed({pair_id: ids + opening for pair_id, ids in asked.items()}, self._sampling)
+        sampled = {
+            pair_id: [self._candidate(completion, by_id[pair_id], hinted) for completion in group]
+            for pair_id, group in completions.items()
+        }
         begun = {
-            pair_id: prompts[pair_id] + self._tokenizer(reason, add_special_tokens=False)["input_ids"]
-            for pair_id, reason in reasons.items()
+            (pair_id, each.reason): prompts[pair_id]
+            + self._tokenizer(f"{each.reason} {_TAG}", add_special_tokens=False)["input_ids"]
+            for pair_id, group in sampled.items()
+            for each in group
+            if not each.fault
         }
-        answers = self._completed(begun, Sampling(temperature=0.0, max_tokens=_ANSWER_TOKENS))
+        led = {
+            (pair_id, reason): self._led(completion, reason, by_id[pair_id]["grade"])
+            for (pair_id, reason), (completion,) in self._completed(begun, self._verification).items()
+        }
         return {
-            pair_id: parse_grade(f"{reasons[pair_id]}{completion.text}", self._num_grades)
-            for pair_id, (completion,) in answers.items()
+            pair_id: [led.get((pair_id, each.reason), replace(each, fault=each.fault or _ELSEWHERE)) for each in group]
+            for pair_id, group in sampled.items()
         }
 
-    def _completed(self, prompts: Mapping[str, list[int]], sampling: Sampling) -> dict[str, list[Completion]]:
+    def _led(self, completion: Completion, reason: str, grade: int) -> _Candidate:
+        """A reason after which the model answers with `completion`; `grade` is the human one."""
+        sample = self._reader.read_opened(completion)
+        probability = sample.probs[grade] if sample.probs else 0.0
+        return _Candidate(reason, "" if sample.grade == grade else _ELSEWHERE, probability)
+
+    def _completed(self, prompts: Mapping[Any, list[int]], sampling: Sampling) -> dict[Any, list[Completion]]:
         """The completions of those prompts that the engine can complete."""
-        results: dict[str, list[Completion]] = {}
-        for pair_id, ids in prompts.items():
+        results: dict[Any, list[Completion]] = {}
+        for tag, ids in prompts.items():
             if len(ids) + sampling.max_tokens <= self._engine.max_model_len:
-                self._engine.submit(pair_id, ids, sampling)
+                self._engine.submit(tag, ids, sampling)
         while done := self._engine.finished():
-            results |= {pair_id: result for pair_id, result in done if not isinstance(result, Exception)}
+            results |= {tag: result for tag, result in done if not isinstance(result, Exception)}
         return results
 
-    def _candidate(self, sample: Sample, row: Row, *, hinted: bool) -> _Candidate:
-        reason = as_data(sample.reasoning, _LONGEST, self._special)
-        fault = self._fault(sample, reason, row, hinted)
-        return _Candidate(reason, sample.probs[row["grade"]] if sample.probs else 0.0, fault)
+    def _candidate(self, completion: Completion, row: Row, hinted: bool) -> _Candidate:
+        own = f"{row['query']} {row['ad_title']} {row['ad_text'] or ''}"
+        text = reason_in(completion.text, own, cut_off=completion.finish_reason == "length")
+        reason = as_data(text or "", _LONGEST, self._special)
+        return _Candidate(
+            reason, _TOO_LONG if text is None else self._fault(reason, own, row["grade"] if hinted else None)
+        )
 
-    def _fault(self, sample: Sample, reason: str, row: Row, hinted: bool) -> str:
-        if sample.grade != row["grade"]:
-            return _WRONG
+    def _fault(self, reason: str, own: str, given: int | None) -> str:
+        """What is wrong with a reason before it is verified; `own` is the pair's text, `given` the grade of a hint."""
         if not reason:
             return _EMPTY
+        if says_nothing(reason, own, self._prompt.system()):
+            return _NOTHING
         rules = {int(number) for number in _RULE.findall(reason)}
         if self._prompt.config.name_rule and not rules & set(range(1, len(self._prompt.config.rules) + 1)):
             return _NO_RULE
-        if len(self._learner(reason, add_special_tokens=False)["input_ids"]) > self._config.max_completion_tokens:
+        if len(self._target(reason)) > self._config.max_completion_tokens:
             return _TOO_LONG
-        own = f"{row['query']} {row['ad_title']} {row['ad_text'] or ''}".lower()
-        if hinted and any(named.group().lower() not in own for named in _NAMES_HINT.finditer(reason)):
+        if given is not None and names_the_given(reason, own, self._prompt.scale.grades[given].name):
             return _NAMES
         return ""
+
+    def _target(self, reason: str) -> list[int]:
+        """The tokens of the completion that the learner is to learn, with a place for its end token."""
+        text = f"{reason} {ANSWER.format(grade=0)}"
+        return [*self._learner(text, add_special_tokens=False)["input_ids"], self._learner.eos_token_id]
 
     def _with_hint(self, row: Row) -> list[int]:
         """The token ids of a pair's prompt that gives the grade."""
@@ -252,11 +272,6 @@ class _Asker:
         messages[-1]["content"] += f"\n{_HINT.format(grade=row['grade'], name=name)}"
         text = self._prompt.render(self._tokenizer, messages)
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _best(candidates: Sequence[_Candidate]) -> _Candidate | None:
-    """The candidate without a fault whose grade is likeliest, the first among equals."""
-    return max((each for each in candidates if not each.fault), key=lambda each: each.probability, default=None)
 
 
 def _rows_of(folder: Path) -> list[Row]:

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 # Mean difference of a log probability that rounding explains.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 
-# Added to the scores of what is hidden. Not −inf: a block of keys that is hidden wholly then makes gradients of NaN in some
-# of the GPU's kernels (seen on an H100 in bfloat16); the exponential of this is 0 too.
+# Added to the scores of what is hidden. Not −inf: a block of keys that is hidden wholly may then make gradients of NaN in
+# some of the GPU's kernels (pytorch issue 109517); the exponential of this is 0 too.
 _HIDDEN = -30_000.0
 
 
@@ -264,7 +264,10 @@ def _shared_rows(
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill)
+    """The rows as a tensor (rows, width). A width of 64 more than a multiple of 128 is one more: with a mask of such a width
+    cuDNN's attention in torch 2.11 has gradients of NaN on an H100 (pytorch issue 196678)."""
+    tensor = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill)
+    return torch.nn.functional.pad(tensor, (0, int(tensor.size(1) % 128 == 64)), value=fill)
 
 
 @contextmanager

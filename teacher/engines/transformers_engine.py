@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teacher.decoding import decode, draw
+from teacher.decoding import decode
 from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
 from teacher.engines.config import TransformersConfig
 from teacher.model import load_causal_lm
@@ -114,11 +114,13 @@ class TransformersEngine(Engine):
 
 
 class _Sampler:
-    """Chooses each row's next token with that row's own generator, and keeps the likeliest tokens' log probabilities."""
+    """Chooses each row's next token with that row's own random numbers, and keeps log probabilities of the likeliest."""
 
     def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device) -> None:
         self._sampling = sampling
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        drawn = [torch.rand(sampling.max_tokens, generator=each, dtype=torch.float64) for each in generators]
+        self._steps = iter(torch.stack(drawn, dim=1).to(device))  # for each step (rows,)
         self.top_logprobs: list[list[dict[int, float]]] = [[] for _ in seeds]
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
@@ -141,10 +143,10 @@ class _Sampler:
             # A token stays while those before it have not reached top_p.
             ordered[ordered.cumsum(-1) - ordered >= self._sampling.top_p] = 0.0
             probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-        noise = torch.empty_like(probabilities)
-        for i, row in enumerate(rows.tolist()):
-            noise[i].exponential_(generator=self._generators[row])
-        return draw(probabilities, noise)
+        # By inversion: one number for a row and step, where noise for every token would be most of a large batch's time.
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        drawn = next(self._steps)[rows, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
 
 def load_transformers(config: TransformersConfig, folder: Path) -> TransformersEngine:

@@ -182,4 +182,5 @@ def test_the_teacher_stage_hands_over_the_model_that_gives_reasons(
         STAGES["teacher"].work(settings, {"data": tmp_path}, tmp_path)
         assert given == {"base": Path("scratch:small"), "reason_model": expected, "cache": tmp_path / "reasons"}
         inputs = STAGES["teacher"].reads_besides(settings)
-        assert [each.place for each in inputs.values()] == ([model] if overrides else [])
+        # How a model is asked counts for those that ask one; the others' teachers stay as they are when it changes.
+        assert [each.place for each in inputs.values()] == ([model, "teacher.reasons"] if overrides else [])

@@ -297,3 +297,23 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_many_end_the_training(
         assert caplog.text.count("is left out, as its gradient is not finite") == len(bad)
         assert log.read("warm_start")[-1]["loss"] < log.read("warm_start")[0]["loss"]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("width", [63, 64, 65, 128, 192])
+def test_no_pass_has_a_width_at_which_gradients_become_nan_on_a_gpu(width, shared):
+    # cuDNN's attention in torch 2.11 at 64 more than a multiple of 128: pytorch issue 196678.
+    model, generator = model_of("qwen2"), torch.Generator().manual_seed(0)
+    lengths = (10, width - 30) if shared else (10, width - 20)  # beyond a prompt of 20
+    prompt = torch.randint(2, 300, (20,), generator=generator).tolist()
+    sequences = [prompt + torch.randint(2, 300, (n,), generator=generator).tolist() for n in lengths]
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda module, arguments, inputs: widths.append(inputs["input_ids"].size(1)), with_kwargs=True
+    )
+    groups = [Group((0, 1), 20)] if shared else [Group((0,), 0), Group((1,), 0)]
+    together, _ = token_log_probs(model, sequences, [20, 20], groups, 0)
+    handle.remove()
+    assert widths == [width + (width % 128 == 64)]
+    alone = [token_log_probs(model, [ids], [20], [Group((0,), 0)], 0)[0] for ids in sequences]
+    assert (together - torch.cat(alone)).abs().max() <= 1e-5
