@@ -1,7 +1,7 @@
 """A step of AGPOTrainer against a step of TRL's own GRPOTrainer on identical work.
 
-    python -m benchmarks.trainer_overhead                          # the demo's decoder and prompts
-    python -m benchmarks.trainer_overhead --model FOLDER           # a real model, the default guideline
+    python -m benchmarks.trainer_overhead                                 # the demo's decoder and prompts
+    python -m benchmarks.trainer_overhead --model FOLDER --full-length    # a real model, the default guideline
 
 Identical: model, prompts, order, seed, rewards, settings; the learning rate is 0, so that both sample the same
 completions in every step although their advantages differ. Each side runs in a process of its own, alternating, so that
@@ -18,6 +18,7 @@ import itertools
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="in a step")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--tokens", type=int, default=40, help="of a completion at most")
+    parser.add_argument("--full-length", action="store_true", help="completions go on behind an end, to all --tokens")
     parser.add_argument("--micro-batch", type=int, default=96, help="completions at most in a pass of TRL's")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens at most in a pass of ours")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 trains all weights")
@@ -45,7 +47,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "stock": []}
     for round_ in range(options.rounds):
         for side in ("ours", "stock") if round_ % 2 else ("stock", "ours"):
-            runs[side].append(_child(side, options))
+            runs[side].append(ask("benchmarks.trainer_overhead", *sys.argv[1:], "--side", side, environment=TORCH))
     if len({run["completions"] for side in runs.values() for run in side}) != 1:
         raise SystemExit("the two sides did not sample the same completions: the work was not identical")
     report: dict[str, Any] = {"benchmark": "trainer_overhead", "model": str(options.model or "demo")}
@@ -132,6 +134,10 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             callbacks=[Clock()],
             **own,
         )
+        if options.full_length:  # ours samples until one of the trainer's end tokens, TRL by the generation settings
+            no_token = model.config.vocab_size
+            trainer.eos_token_ids = [no_token]
+            trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = no_token
         trainer.train()
     steps = [after - before for before, after in itertools.pairwise(ended)]
     training = [whole - sampled for whole, sampled in zip(steps, sampling[1:], strict=False)]
@@ -175,13 +181,6 @@ def _work(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
     prompt = Prompt(config, SCALE, options.tokens)
     rows = pairs[:200]
     return base, [prompt.text(tokenizer, p["query"], p["ad_title"], p["ad_text"], dict(p["attributes"])) for p in rows]
-
-
-def _child(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    names = ("prompts", "group", "tokens", "micro_batch", "micro_batch_tokens", "lora", "steps")
-    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
-    model = ["--model", str(options.model)] if options.model else []
-    return ask("benchmarks.trainer_overhead", "--side", side, *words, *model, environment=TORCH)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def _step(work: Work, side: str) -> dict[str, Any]:
         prompts=settings.prompts_per_step,
         group=settings.group_size,
         tokens=work.teacher.max_completion_tokens,
+        full_length=False,
         micro_batch=math.gcd(16, settings.prompts_per_step * settings.group_size),
         micro_batch_tokens=settings.micro_batch_tokens,
         lora=work.teacher.lora_rank,
