@@ -23,7 +23,7 @@ from teacher.config import PromptConfig
 from teacher.prompt import Prompt, save_prompt
 from teacher.scratch import make_decoder
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.e2e]  # kills and clusters: not what people run while they work
 
 # Some pairs are decided after two samples, some after five, some take all eight.
 CONFIG = AnnotateConfig(n=2, n_max=8, confidence=0.85, max_in_flight=400, max_failed_share=1.0)

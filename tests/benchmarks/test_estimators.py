@@ -85,6 +85,7 @@ def tiny_countdown(monkeypatch):
     monkeypatch.setattr(estimator_run, "_countdown", cut)
 
 
+@pytest.mark.e2e
 def test_a_method_is_trained_within_the_budget_sampled_and_kept(tmp_path, tiny_countdown):
     options = Namespace(task="countdown", out=tmp_path)
     for method in ("base", "warm_start", "grpo", "agpo:delta=0.5,negative=-0.1"):

@@ -73,6 +73,7 @@ def run(place, seconds):
     return done.stdout
 
 
+@pytest.mark.e2e
 def test_packed_trained_annotated_and_measured(place, capsys):
     pack(place / "there", place / "pairs", str(place / "model"), 200_000, wheels=False)
     assert len(list((place / "there").glob("parcel-*"))) > 1
