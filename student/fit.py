@@ -18,10 +18,10 @@ from data.contracts import ContractError, MetricsLog, digest, digest_files, log_
 from student import checkpoint
 from student.checkpoint import Progress
 from student.config import StudentConfig
-from student.dataset import Examples, query_grouped, random_batches
+from student.dataset import Examples, Tokens, query_grouped, random_batches
 from student.metrics import roc_auc
 from student.objective import Objective
-from student.reader import Reader
+from student.reader import Reader, predict_logits
 from student.scorer import softmax
 from student.setup import Setup
 from student.vocabulary import occurring_tokens
@@ -49,9 +49,9 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
     """
     reader = setup.reader()
     objective = Objective(setup, reader, rows)
-    ids = np.union1d(objective.token_ids(), setup.tokens(reader.model, valid).occurring())
-    with occurring_tokens(reader.model, ids):
-        progress = _train(setup, objective, rows, valid, folder=folder, metrics=metrics, phase=phase)
+    valid_tokens = setup.tokens(reader.model, valid)
+    with occurring_tokens(reader.model, np.union1d(objective.token_ids(), valid_tokens.occurring())):
+        progress = _train(setup, objective, rows, valid, valid_tokens, folder=folder, metrics=metrics, phase=phase)
     reader.model.eval()
     return Fitted(reader, progress.epoch, progress.best_epoch, progress.step)
 
@@ -61,11 +61,13 @@ def _train(
     objective: Objective,
     rows: Examples,
     valid: Examples,
+    valid_tokens: Tokens,
     *,
     folder: Path,
     metrics: MetricsLog,
     phase: str,
 ) -> Progress:
+    """Train the objective's model in place, to the weights of the best epoch, from the latest checkpoint in `folder` on."""
     config, reader = setup.config, objective.reader
     model = reader.model
     optimiser = _optimiser(model, config)
@@ -82,7 +84,7 @@ def _train(
         else:
             batches = random_batches(len(rows), config.batch_size, rng)
         _epoch(objective, optimiser, batches, progress.step, partial(metrics.write, phase))
-        score, measured = _validate(setup, reader, valid)
+        score, measured = _validate(setup, predict_logits(reader, valid_tokens, config.eval_batch_size), valid)
         progress = _judge(progress, len(batches), score, config.patience)
         metrics.write(phase, progress.step, measured)
         log_progress(
@@ -137,9 +139,11 @@ def schedule(step: int, steps: int, warmup_ratio: float, decay_ratio: float) -> 
     return max(0.0, min(1.0, rise, fall))
 
 
-def _validate(setup: Setup, reader: Reader, valid: Examples) -> tuple[float, dict[str, float]]:
-    """The score that early stopping watches (ROC-AUC, or minus the loss where valid has one class), and all metrics."""
-    logits = setup.logits(reader, valid)
+def _validate(setup: Setup, logits: Array, valid: Examples) -> tuple[float, dict[str, float]]:
+    """The score that early stopping watches (ROC-AUC, or minus the loss where valid has one class), and all metrics.
+
+    `logits` (N, K) are those of `valid`.
+    """
     if not np.isfinite(logits).all():
         raise ContractError("the student gives values that are not numbers; lower student.learning_rate")
     probs = softmax(logits)

@@ -84,17 +84,10 @@ def sample_completions(
 
     def choose(logits: Tensor, rows: Tensor) -> Tensor:
         noise = torch.empty(len(prompts), logits.size(-1), device=logits.device).exponential_()
-        return draw(torch.softmax(logits.float() / temperature, dim=-1), noise[rows])
+        # An exact draw: the exponential form of the Gumbel-max trick.
+        return (torch.softmax(logits.float() / temperature, dim=-1) / noise[rows]).argmax(dim=-1)
 
     return decode(model, prompts, [max_tokens] * len(prompts), ends=ends, pad=pad, choose=choose)
-
-
-def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """(rows,) tokens from probabilities and standard exponential noise, both (rows, vocabulary).
-
-    An exact draw: the exponential form of the Gumbel-max trick.
-    """
-    return (probabilities / noise).argmax(dim=-1)
 
 
 class _Reader:

@@ -152,11 +152,11 @@ class _Asker:
         self._config, self._num_grades = config, prompt.scale.size
         self._special = tuple(dict.fromkeys(special_tokens(tokenizer) + special_tokens(learner)))
         self._writer, self._reader = PromptWriter(prompt, tokenizer), AnswerReader(tokenizer, self._num_grades)
-        self._room = config.max_completion_tokens - len(self._target(""))
+        self._guideline = prompt.system()
         self._sampling = Sampling(
             n=config.warm_start.reason_samples,
             temperature=config.warm_start.reason_temperature,
-            max_tokens=max(1, self._room),
+            max_tokens=max(1, config.max_completion_tokens - len(self._target(""))),
             seed=config.seed,
         )
         self._verification = Sampling(temperature=0.0, max_tokens=1, logprobs=answer_logprobs(self._num_grades))
@@ -248,7 +248,7 @@ class _Asker:
         """What is wrong with a reason before it is verified; `own` is the pair's text, `given` the grade of a hint."""
         if not reason:
             return _EMPTY
-        if says_nothing(reason, own, self._prompt.system()):
+        if says_nothing(reason, own, self._guideline):
             return _NOTHING
         rules = {int(number) for number in _RULE.findall(reason)}
         if self._prompt.config.name_rule and not rules & set(range(1, len(self._prompt.config.rules) + 1)):
