@@ -79,6 +79,8 @@ def _attention(
     layout = getattr(attention_mask, "shared_prefix", None)
     if layout is None or not layout.places.numel() or dropout or more.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+    # With autocast positions are put into query and key in float32, and values come as they were multiplied.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     groups = getattr(module, "num_key_value_groups", 1)
     output = _SharedAttention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), layout, scaling)
     return output.transpose(1, 2).contiguous(), None
@@ -112,12 +114,14 @@ class _SharedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # With the output and the log-sum-exp over all keys, the kernels' gradients for a part of the keys are exact.
-        query, key, value, output, logsumexp = ctx.saved_tensors
+        # In float32, as the kernel for bfloat16 takes several times as long.
+        dtype = grad.dtype
+        grad, query, key, value, output, logsumexp = (states.float() for states in (grad, *ctx.saved_tensors))
         layout, scale = ctx.layout, ctx.scale
         prefix = layout.prefix_mask.size(3)
         grad_query, grad_prefix_key, grad_prefix_value = _backward(
             *(grad, query, key[:, :, :prefix], value[:, :, :prefix], output, logsumexp, 0.0, False),
-            attn_mask=layout.prefix_mask.to(query.dtype),
+            attn_mask=layout.prefix_mask,
             scale=scale,
         )
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
@@ -128,7 +132,7 @@ class _SharedAttention(torch.autograd.Function):
         of_branches = _backward(*own, branch_logsumexp, 0.0, True, scale=scale)
         for total, part in zip((grad_query, grad_key, grad_value), of_branches, strict=True):
             _scatter(total, part, layout, add=True)
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
 
 
 def _gather(states: Tensor, layout: Layout) -> Tensor:

@@ -27,7 +27,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     """See `load_causal_lm`; in the number format that it is to be trained in."""
     # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
-    return load_causal_lm(folder, config.dtype if config.lora_rank else "float32")
+    return load_causal_lm(folder, number_format(config.dtype, folder) if config.lora_rank else "float32")
 
 
 def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -70,6 +70,18 @@ def load_tokenizer(folder: Path) -> Any:
 def stored_dtype(folder: Path) -> torch.dtype:
     """The number format of the weights in a model folder, as its config.json says; float32 where it does not."""
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+
+
+def number_format(asked: str, folder: Path) -> str:
+    """`asked`, or for `auto` what this machine computes fastest for the model in `folder` without a loss: bfloat16 for
+    weights that are stored in 16 bits, on a GPU or CPU with units for it, and float32 otherwise."""
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:  # without AMX the CPU's kernels for bfloat16 are slower than those for float32
+        fast = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return "bfloat16" if fast and stored_dtype(folder) != torch.float32 else "float32"
 
 
 def add_adapters(model: Any, config: TeacherConfig) -> Any:

@@ -25,6 +25,7 @@ from teacher.model import (
     add_adapters,
     load_model,
     merge_adapters,
+    number_format,
     plain_weights,
     save_model,
     stored_dtype,
@@ -64,6 +65,7 @@ def train_teacher(
             cannot sample rollouts as the config asks.
     """
     require_rollouts(config.agpo)
+    config = config.model_copy(update={"dtype": number_format(config.dtype, base)})
     if config.warm_start.asks_a_model and not (out / REASONS_FILE).exists():
         # By one process, before there are several, and before a model that is trained takes the memory.
         collect_reasons(config, reason_model or base, base, pairs, out, cache or out / "reasons")

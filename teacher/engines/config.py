@@ -18,7 +18,8 @@ class LocalEngine(_AnyEngine):
     """What the engines inside this process share."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; `auto` is float32 on a CPU and the model's own on a GPU."""
+    """Type of the weights; `auto` is the model's own on a GPU. On a CPU it is bfloat16 for a model that is stored in 16 bits
+    where the CPU multiplies it fast (AMX), and float32 otherwise."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of the engine; 0 takes all cores (the annotation job divides them among its engines)."""
 

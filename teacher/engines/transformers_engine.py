@@ -17,7 +17,7 @@ from torch import Tensor
 from teacher.decoding import decode
 from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
 from teacher.engines.config import TransformersConfig
-from teacher.model import load_causal_lm
+from teacher.model import load_causal_lm, number_format
 
 MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all
 
@@ -153,7 +153,7 @@ def load_transformers(config: TransformersConfig, folder: Path) -> TransformersE
     """The engine over a model folder; raises `ContractError` when the folder cannot be loaded."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    dtype = "float32" if config.dtype == "auto" and not torch.cuda.is_available() else config.dtype
+    dtype = config.dtype if torch.cuda.is_available() else number_format(config.dtype, folder)
     return TransformersEngine(*load_causal_lm(folder, dtype), config.batch_size, config.max_model_len)
 
 

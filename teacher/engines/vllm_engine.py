@@ -47,6 +47,8 @@ class VLLMEngine(Engine):
             import torch
             from vllm import LLM, EngineArgs
             from vllm.platforms import current_platform
+
+            from teacher.model import number_format
         except ImportError as error:
             raise ContractError(
                 f"vLLM is not usable here ({error}): install the extra `cpu` or `gpu`, or set the engine's kind to "
@@ -57,7 +59,7 @@ class VLLMEngine(Engine):
             "model": str(model),
             "load_format": "safetensors",  # never a pickle
             "trust_remote_code": False,
-            "dtype": "float32" if config.dtype == "auto" and on_cpu else config.dtype,
+            "dtype": number_format(config.dtype, model) if on_cpu else config.dtype,
             "max_model_len": config.max_model_len or -1,  # −1: the model's own limit, or what memory allows
             "max_num_seqs": config.max_num_seqs,
             "scheduling_policy": "priority",

@@ -14,7 +14,7 @@ from teacher.config import AGPOConfig, WarmStartConfig
 from teacher.engines.base import Sampling
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.examples import Example, Problem, drop_too_long
-from teacher.model import add_adapters, load_model
+from teacher.model import add_adapters, load_model, number_format
 from teacher.policy import train_policy
 from teacher.train import train_teacher
 from teacher.warm_start import warm_start
@@ -44,6 +44,26 @@ def test_in_bfloat16_small_updates_reach_nearly_all_weights(decoder, pairs, tmp_
     config = TINY.model_copy(update={"dtype": "bfloat16", "warm_start": warm, "agpo": agpo, **steps})
     train_teacher(config, decoder, pairs, tmp_path)
     assert moved(decoder, tmp_path / "model") > 0.95
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "amx", "expected"),
+    [
+        ("auto", "bfloat16", True, "bfloat16"),
+        ("auto", "float16", True, "bfloat16"),
+        ("auto", "bfloat16", False, "float32"),  # a CPU without the units is slower at it
+        ("auto", "float32", True, "float32"),  # nothing is lost unasked
+        ("float32", "bfloat16", True, "float32"),
+        ("bfloat16", "float32", False, "bfloat16"),
+    ],
+)
+def test_auto_takes_the_number_format_that_costs_nothing(asked, stored, amx, expected, decoder, tmp_path, monkeypatch):
+    base = changed(decoder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    assert number_format(asked, base) == expected
 
 
 def test_lora_trains_in_float32_over_a_bfloat16_base_and_saves_as_the_base_was(decoder, pairs, tmp_path):

@@ -260,6 +260,31 @@ def test_completions_are_those_of_generate(family, changed):
     assert len({len(completion) for completion in expected}) > 3
 
 
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [5, 6, 8, 9]], [[5] * 30, [6] * 3]])
+def test_the_head_never_multiplies_what_is_not_in_one_piece(decoder, prompts):
+    model, _ = load_model(decoder, TINY)
+    pieces = []
+    model.lm_head.register_forward_pre_hook(
+        lambda _, inputs: pieces.append((inputs[0].shape[1], inputs[0].is_contiguous()))
+    )
+    sample_completions(model, prompts, max_tokens=4, ends={2}, temperature=1.0, pad=0)
+    assert (1, True) in pieces
+    assert (1, False) not in pieces
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_as_far_as_it_can_tell(decoder):
+    gradients = []
+    for autocast in (False, True):
+        model, _ = load_model(decoder, TINY)
+        add_fused_lm_head(model)
+        sequences = [[5, 6, 7, 8, *rest] for rest in ([9, 10], [11, 12, 13], [14])]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            log_probs, _ = token_log_probs(model, sequences, [4] * 3, [Group((0, 1, 2), 4)], 0)
+            log_probs.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
 def test_a_warm_start_is_the_same_with_a_shared_guideline(decoder, tmp_path):
     weights = []
     for shared in (True, False):
