@@ -25,8 +25,9 @@ demo: $(READY)
 	$(BIN)/prefect run relevance-pipeline --preset sample
 
 # What people run while they work: minutes. Whole flows, vLLM engines and kills are in test-all.
+TEST_PROCESSES ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest -m "not vllm and not e2e"
+	$(BIN)/python -m pytest -m "not vllm and not e2e" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "vllm or e2e"

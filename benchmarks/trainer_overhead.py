@@ -68,12 +68,12 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
     from teacher.advantages import agpo
     from teacher.config import TeacherConfig
     from teacher.model import add_adapters, load_model
     from teacher.trainer import AGPOTrainer
+    from teacher.trl_parts import GRPOConfig, GRPOTrainer  # without vLLM on either side
 
     cuda = torch.cuda.is_available()
     clock = time.perf_counter if cuda else time.process_time

@@ -15,7 +15,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trl import GRPOConfig
 
 from data.contracts import ContractError, MetricsLog
 from teacher.advantages import ESTIMATORS, agpo
@@ -26,6 +25,7 @@ from teacher.engines.config import VLLMConfig
 from teacher.examples import Problem
 from teacher.loop import StepLog, shared_arguments, train
 from teacher.trainer import Advantages, AGPOTrainer
+from teacher.trl_parts import GRPOConfig, load_vllm, vllm_generation
 from teacher.verifier import Judge, reward
 
 if TYPE_CHECKING:
@@ -167,12 +167,11 @@ def _rollout_arguments(config: TeacherConfig, engine: VLLMEngine | None) -> dict
     settings = config.agpo
     if settings.rollouts == "transformers":
         return {}
+    load_vllm()
     if settings.rollouts == "vllm-server":
         return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": settings.rollout_server}
     # TRL's own engine would be a second one.
-    import trl.generation.vllm_generation as generation
-
-    generation.LLM = lambda **unused: engine.llm if engine else None
+    vllm_generation.LLM = lambda **unused: engine.llm if engine else None
     return {"use_vllm": True, "vllm_mode": "colocate"}
 
 

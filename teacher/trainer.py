@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from teacher.advantages import group_statistics, mixed
 from teacher.decoding import sample_completions
@@ -26,6 +24,7 @@ from teacher.shared_prefix import (
     token_log_probs,
     unpadded,
 )
+from teacher.trl_parts import GRPOTrainer, unwrap_model_for_generation
 
 Advantages = Callable[[Tensor], Tensor]
 

@@ -10,6 +10,8 @@ import pytest
 # Set before anything imports torch or starts a JVM: two cores are shared by Spark, torch and vLLM.
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Public data sets that may lie beside the repository; tests that need one skip where it is not there.
