@@ -96,6 +96,7 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
     return made
 
 
+@pytest.mark.e2e
 @pytest.mark.spark
 def test_added_rows_move_no_pair_and_near_duplicates_stay_together(spark: Any, tmp_path: Path) -> None:
     old = rows(400, 1)

@@ -123,6 +123,7 @@ def test_a_student_from_labels_needs_no_teacher_and_leaves_its_pairs_to_the_pipe
     ]
 
 
+@pytest.mark.e2e
 def test_the_loop_runs_rounds_until_the_budget_is_spent_or_gains_stop_and_resumes(
     settings: PipelineConfig, calls: list[str], works: Works, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,6 +212,7 @@ def test_training_falls_back_to_the_repeated_form_and_says_why(decoder, tmp_path
     assert "its own prompt, as this model cannot share it" in caplog.text
 
 
+@pytest.mark.e2e
 def test_two_processes_with_unequal_micro_batches_train_one_teacher(decoder, pairs, tmp_path):
     """Through accelerate, on the CPU (gloo) as on several GPUs (NCCL). Each forward pass gathers metrics from all
     processes, so that all need as many."""

@@ -33,6 +33,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Path) -> None:
     train_teacher(CONFIG, make_family(name, tmp_path / "base"), pairs, tmp_path / "out")

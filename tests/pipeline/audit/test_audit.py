@@ -261,6 +261,7 @@ def test_ordinary_text_stays() -> None:
         assert cell(text) == text
 
 
+@pytest.mark.e2e
 @pytest.mark.spark
 def test_answers_reach_the_student_and_the_report(run: PipelineConfig, finished_run: PipelineConfig) -> None:
     from pipeline.report.page import finish_run
