@@ -27,7 +27,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 def load_model(folder: Path, config: TeacherConfig) -> tuple[Any, Any]:
     """See `load_causal_lm`; in the number format that it is to be trained in."""
     # Below LoRA adapters, which are in float32 themselves, the weights stay as they are.
-    return load_causal_lm(folder, number_format(config.dtype, folder) if config.lora_rank else "float32")
+    return load_causal_lm(folder, config.dtype if config.lora_rank else "float32")
 
 
 def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -39,7 +39,7 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        raise _unloadable(folder, error) from error
     # The model's own sampling settings are not ours, and some of them cannot even be saved again.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_tokens(folder, tokenizer)),
@@ -51,12 +51,16 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _unloadable(folder: Path, error: Exception) -> ContractError:
+    return ContractError(f"{folder} cannot be loaded as a causal language model: {error}")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`, with padding and a chat template; raises `ContractError` when there is none that can do."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ContractError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+        raise _unloadable(folder, error) from None
     tokenizer.padding_side = "left"
     if tokenizer.eos_token_id is None:
         raise ContractError(f"the tokenizer in {folder} has no end-of-sequence token; choose another model")
@@ -68,8 +72,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The number format of the weights in a model folder, as its config.json says; float32 where it does not."""
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    """The number format of the weights in a model folder, as its config.json says; float32 where it does not.
+
+    Raises `ContractError` when the folder holds no such file.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(folder, error) from error
 
 
 def number_format(asked: str, folder: Path) -> str:
@@ -81,7 +91,7 @@ def number_format(asked: str, folder: Path) -> str:
         fast = torch.cuda.is_bf16_supported()
     else:  # without AMX the CPU's kernels for bfloat16 are slower than those for float32
         fast = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return "bfloat16" if fast and stored_dtype(folder) != torch.float32 else "float32"
+    return "bfloat16" if fast and stored_dtype(folder).itemsize == 2 else "float32"
 
 
 def add_adapters(model: Any, config: TeacherConfig) -> Any:

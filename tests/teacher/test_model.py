@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from data.contracts import ContractError, MetricsLog
 from teacher.config import AGPOConfig, WarmStartConfig
+from teacher.engines import open_engine
 from teacher.engines.base import Sampling
+from teacher.engines.config import TransformersConfig
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.examples import Example, Problem, drop_too_long
 from teacher.model import add_adapters, load_model, number_format
@@ -53,6 +55,7 @@ def test_in_bfloat16_small_updates_reach_nearly_all_weights(decoder, pairs, tmp_
         ("auto", "float16", True, "bfloat16"),
         ("auto", "bfloat16", False, "float32"),  # a CPU without the units is slower at it
         ("auto", "float32", True, "float32"),  # nothing is lost unasked
+        ("auto", "float64", True, "float32"),
         ("float32", "bfloat16", True, "float32"),
         ("bfloat16", "float32", False, "bfloat16"),
     ],
@@ -64,6 +67,18 @@ def test_auto_takes_the_number_format_that_costs_nothing(asked, stored, amx, exp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     assert number_format(asked, base) == expected
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"model_type": "no such"}'])
+def test_a_folder_without_a_model_is_one_sentence_in_every_number_format(text, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    if text:
+        (tmp_path / "config.json").write_text(text)
+    for dtype in ("auto", "float32"):
+        with pytest.raises(ContractError, match=r"is not a model folder|cannot be loaded as a causal language model"):
+            open_engine(TransformersConfig(dtype=dtype), tmp_path)
+        with pytest.raises(ContractError, match="cannot be loaded as a causal language model"):
+            train_teacher(TINY.model_copy(update={"dtype": dtype}), tmp_path, pairs, tmp_path / "out")
 
 
 def test_lora_trains_in_float32_over_a_bfloat16_base_and_saves_as_the_base_was(decoder, pairs, tmp_path):

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from trl import GRPOConfig, GRPOTrainer
 
 from data.contracts import ContractError, MetricsLog
 from teacher.advantages import ESTIMATORS, group_statistics
@@ -25,6 +24,7 @@ from teacher.model import load_model
 from teacher.policy import estimator
 from teacher.train import train_teacher
 from teacher.trainer import AGPOTrainer
+from teacher.trl_parts import GRPOConfig, GRPOTrainer
 
 TINY = TeacherConfig(
     model="scratch:tiny",
