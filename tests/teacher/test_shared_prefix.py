@@ -132,6 +132,23 @@ def test_models_that_cannot_share_are_recognised(family, changed, word, caplog):
     assert word is None or word in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1, 30])
+def test_what_a_model_rounds_is_not_taken_for_a_fault_and_does_not_hide_one(dtype, scale, caplog):
+    """Scale 30 gives logits of tens, which are up to 0.25 apart in bfloat16."""
+    prompts = [list(range(2, 60))]
+    for family, changed in (("qwen2", {}), ("gemma2", {}), ("gpt2", {}), ("mistral", {"sliding_window": None})):
+        model = model_of(family, tie_word_embeddings=False, **changed).to(dtype)
+        model.lm_head.weight.data *= scale
+        assert can_share(model, prompts, 8, 0), caplog.text
+        assert can_share(lora(model), prompts, 8, 0), caplog.text
+        with torch.autocast("cpu", dtype):
+            assert can_share(model.float(), prompts, 8, 0), caplog.text
+    model = model_of("mistral", tie_word_embeddings=False, sliding_window=32).to(dtype)
+    model.lm_head.weight.data *= scale
+    assert not can_share(model, prompts, 8, 0)
+
+
 def test_micro_batches_keep_to_the_budget_and_hold_every_sequence_once():
     lengths = [100 + 10 * row for row in range(8)] + [60] * 8 + [900]
     groups = [Group(tuple(range(8)), 50), Group(tuple(range(8, 16)), 50), Group((16,), 50)]
