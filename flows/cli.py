@@ -1,7 +1,7 @@
 """`prefect run`: a verb of Prefect's own command line that runs one of this project's flows here and now.
 
 Exit codes: 0 done; 1 the flow failed; 2 the command was wrong (an unknown flow, preset or key, or a bad value), and
-nothing was started; 130 interrupted. Light to import: the flows and the rooms are imported when one is run.
+nothing was started; 130 interrupted; 143 terminated. Light to import: the flows and the rooms are imported when one is run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flows.audit import audit_export, audit_import
 from flows.catalog import FLOWS, Entry
 from flows.compare import compare
 from flows.environment import set_environment
-from flows.runtime import fail, refusals
+from flows.runtime import Terminated, fail, refusals, terminable
 
 if TYPE_CHECKING:
     from pipeline.settings import PipelineConfig
@@ -215,7 +215,7 @@ def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) ->
 
         log = settings.folder / "stderr.log"
         entry = FLOWS[flow]
-        with progress_view(with_upstream(entry.stages, entry.own(settings)), log):
+        with terminable(), progress_view(with_upstream(entry.stages, entry.own(settings)), log):
             summary = getattr(relevance, entry.function)(settings)
     except Busy as error:
         fail(str(error), 1)
@@ -223,6 +223,8 @@ def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) ->
         fail(str(error), 1, _go_on(settings, config))
     except KeyboardInterrupt:
         fail("interrupted", 130, _go_on(settings, config))
+    except Terminated:
+        fail("terminated", 143, _go_on(settings, config))
     except Exception as error:  # Prefect has logged it, with its traceback
         fail(f"{flow} failed: {type(error).__name__}: {first_line(error)}", 1, _go_on(settings, config))
     _show(summary)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOMS = ("data", "teacher", "student", "pipeline", "flows")
 
@@ -26,6 +27,24 @@ def refusals() -> Iterator[None]:
         yield
     except ContractError as error:
         fail(str(error), 2)
+
+
+class Terminated(BaseException):
+    """The process was asked to end, by SIGTERM."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A SIGTERM in the body raises `Terminated`. Inside a flow Prefect has its own, and then sends the signal again."""
+
+    def end(*_: Any) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def connect_logging() -> None:

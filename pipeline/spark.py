@@ -26,6 +26,11 @@ from pipeline.locks import visible_gpus
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+logger = logging.getLogger(__name__)
+
+# How long a session may take to stop after a failure: running tasks can hold it. The JVM ends with this process in any case.
+_STOP_SECONDS = 10
+
 LOG4J = Path(__file__).with_name("log4j2.properties")
 
 
@@ -54,7 +59,10 @@ class SparkConfig(Config):
 
 @contextmanager
 def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
-    """A session for one stage, stopped after it: training must not share the memory with an idle JVM."""
+    """A session for one stage, stopped after it: training must not share the memory with an idle JVM.
+
+    What ends the stage is what is raised, even if Spark cannot be stopped then.
+    """
     before = signal.getsignal(signal.SIGINT)
     session = start_spark(config)
     if threading.current_thread() is threading.main_thread():
@@ -62,8 +70,34 @@ def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
         signal.signal(signal.SIGINT, before)
     try:
         yield session
-    finally:
+    except BaseException as error:
+        # An interrupted call has left its answer in this thread's connection, where the next call would take it for its own.
+        stopping = threading.Thread(target=_stop, args=(session,), daemon=True)
+        stopping.start()
+        stopping.join(_STOP_SECONDS)
+        # PySpark asks the JVM again on the way out of an interrupted call, and fails at that.
+        interruption = _interruption(error)
+        if interruption is error:
+            raise
+        raise interruption from None
+    session.stop()
+
+
+def _interruption(error: BaseException) -> BaseException:
+    """The signal that `error` followed, such as KeyboardInterrupt; `error` itself if there was none."""
+    context: BaseException | None = error
+    while context is not None:
+        if not isinstance(context, Exception):
+            return context
+        context = context.__context__
+    return error
+
+
+def _stop(session: SparkSession) -> None:
+    try:
         session.stop()
+    except Exception as error:  # the JVM may be gone: a signal to this process group ended it too
+        logger.debug("Spark did not stop (%s); it ends with this process", first_line(error))
 
 
 def start_spark(config: SparkConfig) -> SparkSession:

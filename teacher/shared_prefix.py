@@ -159,7 +159,7 @@ def can_share(model: Any, prompts: Sequence[Sequence[int]], completion_length: i
     prompt = max(prompts, key=len)
     vocabulary = causal_lm(model).get_input_embeddings().weight.size(0)
     generator = torch.Generator().manual_seed(0)
-    lengths = (completion_length, (completion_length + 1) // 2, 1)
+    lengths = [completion_length, (completion_length + 1) // 2, 1]
     lengths *= math.ceil(64 / sum(lengths))
     sequences = [[*prompt, *torch.randint(vocabulary, (n,), generator=generator).tolist()] for n in lengths]
     training = model.training

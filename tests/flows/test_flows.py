@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -60,13 +61,16 @@ def calls(works: Works) -> list[str]:
     return ran
 
 
-def failing(*errors: BaseException) -> Callable[..., StageOutput]:
-    """Work that raises these, one at each try, and then succeeds."""
+def failing(*errors: BaseException | signal.Signals) -> Callable[..., StageOutput]:
+    """Work that raises these or gets these signals, one at each try, and then succeeds."""
     left = list(errors)
 
     def run(settings: PipelineConfig, folders: dict[str, Path], out: Path) -> StageOutput:
         if left:
-            raise left.pop(0)
+            error = left.pop(0)
+            if isinstance(error, BaseException):
+                raise error
+            signal.raise_signal(error)
         return StageOutput(fingerprint="f", figures={})
 
     return run
@@ -296,9 +300,15 @@ def test_a_held_stage_stays_as_it_is_and_is_not_trained_by_surprise(settings: Pi
         plan(held, ("data", "teacher"))
 
 
-@pytest.mark.parametrize(("error", "code"), [(RuntimeError("a defect"), 1), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("a defect"), 1), (KeyboardInterrupt(), 130), (signal.SIGTERM, 143)]
+)
 def test_other_endings(
-    error: BaseException, code: int, settings: PipelineConfig, works: Works, capsys: pytest.CaptureFixture[str]
+    error: BaseException | signal.Signals,
+    code: int,
+    settings: PipelineConfig,
+    works: Works,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     works("data", failing(error))
     with pytest.raises(SystemExit) as ended:

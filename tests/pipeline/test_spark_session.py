@@ -82,3 +82,41 @@ session.stop()
     assert done.stdout.splitlines() == ["refused: 0 True", "3 Asia/Tokyo", "[1, 1]"]
     quiet = done.stderr.split("--\n", 1)[1]
     assert [line for line in quiet.splitlines() if "incubator modules" not in line] == []
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(("name", "to_all"), [("SIGTERM", True), ("SIGTERM", False), ("SIGINT", True)])
+def test_a_signal_in_the_middle_of_a_job_is_what_the_caller_sees(name: str, to_all: bool) -> None:
+    """A signal to the process group ends the JVM too, and PySpark then fails at whatever it asks it."""
+    code = """
+import os, signal, sys, threading, time
+from pipeline.spark import SparkConfig, spark_session
+class Ended(BaseException):
+    pass
+def end(*_):
+    raise Ended
+signal.signal(signal.SIGTERM, end)
+number, send = getattr(signal, sys.argv[1]), os.killpg if sys.argv[2] == "True" else os.kill
+def slow(batches):
+    for batch in batches:
+        time.sleep(4)
+        yield batch
+try:
+    with spark_session(SparkConfig(master="local[1]")) as spark:
+        tracker = spark.sparkContext.statusTracker()
+        def watch():
+            while not tracker.getActiveStageIds():
+                time.sleep(0.1)
+            time.sleep(1)
+            send(os.getpid(), number)
+        threading.Thread(target=watch, daemon=True).start()
+        spark.range(2).mapInArrow(slow, "id long").collect()
+except (Ended, KeyboardInterrupt) as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, str(to_all)],
+        start_new_session=True, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    expected = {"SIGTERM": "Ended", "SIGINT": "KeyboardInterrupt"}[name]
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
