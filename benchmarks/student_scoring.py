@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from student.config import ExportConfig
 from student.dataset import read_examples
 from student.export import export_student
 from student.metrics import roc_auc
-from student.scorer import Scorer, softmax
+from student.scorer import Scorer, refuse_bf16, softmax
 
 BATCH_SIZES = (8, 16, 32, 64)  # pairs for the peer, 24 tokens each for ours
 
@@ -52,14 +54,22 @@ def main() -> None:
     def auc(logits: np.ndarray) -> float:
         return roc_auc(relevant, softmax(logits)[:, scale.relevant_from :].sum(axis=1))
 
+    def scored(scorer: Scorer, size: int) -> Any:
+        return scorer.logits(texts, 24 * size)
+
     with tempfile.TemporaryDirectory() as folder:
         export_student(ExportConfig(parity_rows=256), model, pairs, Path(folder))
-        scorers = {precision: Scorer(folder, precision, options.threads) for precision in ("fp32", "int8")}
+        ours = ["fp32", "int8"]
+        try:
+            refuse_bf16()
+            ours.append("bf16")
+        except ValueError as error:
+            print(f"without bf16: {error}", file=sys.stderr)
+        scorers = {precision: Scorer(folder, precision, options.threads) for precision in ours}
         peer = CrossEncoder(str(model), max_length=scorers["fp32"].card["max_length"], device="cpu")
         sides: dict[str, Callable[[int], Any]] = {
             "cross_encoder": lambda size: peer.predict(texts, batch_size=size, show_progress_bar=False),
-            "fp32": lambda size: scorers["fp32"].logits(texts, 24 * size),
-            "int8": lambda size: scorers["int8"].logits(texts, 24 * size),
+            **{name: partial(scored, scorer) for name, scorer in scorers.items()},
         }
         found = {name: auc(np.asarray(side(32))) for name, side in sides.items()}  # and the first call's costs
         best: dict[tuple[str, int], float] = {}
@@ -84,15 +94,37 @@ def main() -> None:
                 "threads": options.threads,
                 "pairs_per_second": {name: round(value, 1) for name, value in speed.items()},
                 "best_batch_size": {name: min(BATCH_SIZES, key=lambda size: best[name, size]) for name in sides},
-                "ratio": {name: round(speed[name] / speed["cross_encoder"], 3) for name in ("fp32", "int8")},
-                "cpu_ratio": {
-                    name: round(cpu_speed[name] / cpu_speed["cross_encoder"], 3) for name in ("fp32", "int8")
-                },
+                "ratio": {name: round(speed[name] / speed["cross_encoder"], 3) for name in ours},
+                "cpu_ratio": {name: round(cpu_speed[name] / cpu_speed["cross_encoder"], 3) for name in ours},
                 "roc_auc": {name: round(value, 5) for name, value in found.items()},
-                "int8_auc_loss": round(found["fp32"] - found["int8"], 5),
+                "auc_loss": {name: round(found["fp32"] - found[name], 5) for name in ours[1:]},
+                # What one layer's product of matrices reaches, and what fp32 does: its limit on this machine.
+                "sgemm_gflops": round(sgemm(options.threads), 1),
+                "fp32_gflops": round(speed["fp32"] * operations(model, scorers["fp32"], texts) / 1e9, 1),
             }
         )
     )
+
+
+def sgemm(threads: int, rows: int = 384, width: int = 384) -> float:
+    """10⁹ operations a second of the product of a batch with a weight of an encoder's feed-forward layer."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(rows, width), torch.randn(width, 4 * width)
+    for _ in range(20):
+        a @ b
+    begin = time.perf_counter()
+    for _ in range(300):
+        a @ b
+    return 300 * 2 * rows * width * 4 * width / (time.perf_counter() - begin) / 1e9
+
+
+def operations(model: Path, scorer: Scorer, texts: list[tuple[str, str]]) -> float:
+    """Operations in the linear layers for a mean pair; the last layer computes keys and values alone for most tokens."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    layer = 4 * width**2 + 2 * width * inner
+    weights = (config["num_hidden_layers"] - 1) * layer + 2 * width**2
+    return 2 * weights * float(np.mean([len(e.ids) for e in scorer.tokenizer.encode_batch(texts)]))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--dropout", action="store_true", help="on our side too; the peer has the encoder's own by default"
     )
+    parser.add_argument("--peer-bf16", action="store_true", help="the peer in bfloat16, which is not its default")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -113,6 +114,7 @@ def peer(options: argparse.Namespace) -> dict[str, float]:
                 warmup_steps=0.1,
                 weight_decay=0.01,
                 use_cpu=True,
+                bf16=options.peer_bf16,
                 save_strategy="no",
                 eval_strategy="no",
                 report_to=[],

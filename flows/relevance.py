@@ -28,6 +28,7 @@ from flows.terminal import show
 from pipeline.artifacts import StageRecord
 from pipeline.executions import FLOW, Execution, executing
 from pipeline.locks import exclusive
+from pipeline.plan import refuse_impossible
 from pipeline.report.summary import code_commit, reproduce_command, summary_metrics
 from pipeline.resume import remember
 from pipeline.rounds import CHOSEN, RANDOM, begin_round, gains_stopped, point, write_curve
@@ -80,6 +81,7 @@ def _flow(entry: Entry) -> Any:
         ):
             remember(given, entry.name)
             try:
+                refuse_impossible(settings, stages)
                 for name in stages:
                     begin = time.monotonic()
                     show(name, "running")

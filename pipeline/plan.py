@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from data.contracts import ContractError
 from pipeline.artifacts import StageRecord, reason_to_run, reusable
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES
@@ -27,6 +28,20 @@ def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
         if row.stage == "data":
             row.reason += f"; source: {source_label(settings.data)}"
     return rows
+
+
+def refuse_impossible(settings: PipelineConfig, names: tuple[str, ...]) -> None:
+    """Raises `ContractError` when a stage that would run is told to compute in what this machine does not have."""
+    bf16 = {"export": settings.export.bf16, "score": settings.score.precision == "bf16"}
+    if not any(bf16.get(name) for name in names):
+        return
+    from student.scorer import refuse_bf16
+
+    if any(row.action == "run" and bf16.get(row.stage) for row in plan(settings, names)):
+        try:
+            refuse_bf16()
+        except ValueError as error:
+            raise ContractError(str(error)) from None
 
 
 def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord]) -> Planned:

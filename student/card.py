@@ -97,7 +97,7 @@ def decisions_table(evaluation: dict[str, Any], scale: GradeScale) -> str:
 def export_card(trained_card: str, parity: dict[str, Any]) -> str:
     """The card of an exported student: the trained one's, how to score with the folder, and what the export changed."""
     rows = []
-    for precision in (name for name in ("fp32", "int8", "fp16") if name in parity):
+    for precision in (name for name in ("fp32", "int8", "fp16", "bf16") if name in parity):
         measured = parity[precision]
         rows.append(
             f"| {precision} | {measured['file']} | {measured['megabytes']:.1f} | {measured['pairs_per_second']:,.0f} | "

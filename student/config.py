@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from data.contracts import Config
 
-Precision = Literal["fp32", "int8", "fp16"]
+Precision = Literal["fp32", "int8", "fp16", "bf16"]
 
 
 class WarmUpConfig(Config):
@@ -124,8 +124,8 @@ class StudentConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward pass in training; auto takes bf16 on GPUs that have it, and fp32 elsewhere, where it is
-    faster. Weights and optimiser are always fp32."""
+    """Arithmetic of the gradients in training; auto takes bf16 on GPUs that have it and on CPUs with AMX, for encoders at
+    least 256 wide, and fp32 elsewhere, where it is faster. Weights and optimiser are always fp32."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of the head's weights, the data order, dropout and the bootstrap."""
 
@@ -148,13 +148,16 @@ class ExportConfig(Config):
     """The export fails if a probability of the fp32 model differs by more than this from the trained model's."""
 
     max_int8_auc_loss: float = Field(default=0.01, ge=0, le=1)
-    """The export fails if the int8 or fp16 model loses more ROC-AUC than this against fp32 on the pairs compared, and the
-    95 % interval of the loss, resampled by query, is above 0."""
+    """The export fails if int8, fp16 or bf16 loses more ROC-AUC than this against fp32 on the pairs compared, and the 95 %
+    interval of the loss, resampled by query, is above 0."""
     max_decisions_changed: float = Field(default=0.05, ge=0, le=1)
-    """The export fails if int8 or fp16 decides otherwise than fp32 (relevant or not) on a larger share of a grade."""
+    """The export fails if int8, fp16 or bf16 decides otherwise than fp32 (relevant or not) on a larger share of a grade."""
 
     fp16: bool = False
     """Also write model.fp16.onnx, for GPUs (package onnxruntime-gpu)."""
+    bf16: bool = False
+    """Also compare and measure precision bf16: model.onnx, computed in bfloat16 by the package openvino, on a CPU with units
+    for it."""
     batch_tokens: int = Field(default=384, ge=1, le=1_000_000)
     """Tokens, padding included, in one forward pass when throughput is measured; each thread has its own batch."""
     threads: int = Field(default=0, ge=0, le=1024)
@@ -167,7 +170,8 @@ class ScoreConfig(Config):
     """How a whole table is scored with Spark."""
 
     precision: Precision = "int8"
-    """Which exported model scores: fp32, int8 (smaller and faster), or fp16 (on a GPU, see `export.fp16`)."""
+    """Which exported model scores: fp32, int8 (smaller and faster), fp16 (on a GPU, see `export.fp16`), or bf16 (on a
+    CPU with AMX the fastest, see `export.bf16`)."""
     batch_tokens: int = Field(default=384, ge=1, le=1_000_000)
     """Tokens, padding included, in one forward pass; each thread has its own batch."""
     window: int = Field(default=4096, ge=1, le=1_000_000)

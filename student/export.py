@@ -54,11 +54,12 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     shutil.copyfile(scorer.__file__, out / "score.py")
     model = load_classifier(source, scale, max_length=card["max_length"], seed=0)
     logger.info("export: tracing the model")
-    files = {name: out / file for name, file in MODEL_FILES.items() if name != "fp16" or config.fp16}
-    write_onnx(model, card["inputs"], card["max_length"], files["fp32"])
-    write_int8(files["fp32"], files["int8"])
+    precisions = [name for name in MODEL_FILES if getattr(config, name, True)]
+    files = {out / MODEL_FILES[name] for name in precisions}
+    write_onnx(model, card["inputs"], card["max_length"], out / MODEL_FILES["fp32"])
+    write_int8(out / MODEL_FILES["fp32"], out / MODEL_FILES["int8"])
     if config.fp16:
-        write_onnx(copy.deepcopy(model).half(), card["inputs"], card["max_length"], files["fp16"])
+        write_onnx(copy.deepcopy(model).half(), card["inputs"], card["max_length"], out / MODEL_FILES["fp16"])
 
     logger.info("export: comparing on %d pairs", len(rows))
     tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
@@ -75,7 +76,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
         "torch": {"pairs_per_second": torch_speed, "roc_auc": _auc(relevant, trained, scale)},
     }
     scores = {}
-    for precision in files:
+    for precision in precisions:
         parity[precision], scores[precision] = _measure(out, precision, rows, trained, scale, config)
         if precision != "fp32":
             parity |= _losses(rows, precision, scores, card["threshold"], scale)
@@ -83,12 +84,12 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     parity["passed"] = fault is None
     write_json(out / "export.json", parity)
     if fault is not None:
-        for path in files.values():
+        for path in files:
             path.unlink(missing_ok=True)
         raise ContractError(fault)
     trained_card = (source / "model_card.md").read_text(encoding="utf-8")
     write_text(out / "model_card.md", export_card(trained_card, parity))
-    served = (*files.values(), *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
+    served = (*sorted(files), *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
     return StageOutput(fingerprint=digest_files(served), figures=_key_metrics(parity))
 
 
@@ -200,7 +201,7 @@ def parity_fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
             f"the exported fp32 model differs from the trained one by {moved:.1e} in a probability (limit "
             f"{config.max_probability_difference:.1e}); export again with the versions in the constraints file"
         )
-    for precision in (name for name in ("int8", "fp16") if name in parity):
+    for precision in (name for name in ("int8", "fp16", "bf16") if name in parity):
         loss = parity[f"{precision}_auc_loss"]
         if loss["value"] is None:
             return (

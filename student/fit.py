@@ -116,13 +116,11 @@ def _epoch(
         rate = config.learning_rate * schedule(step, steps, config.warmup_ratio, config.decay_ratio)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        loss = objective(batch)
-        optimiser.zero_grad()
-        loss.backward()
+        loss = objective.backward(batch)
         torch.nn.utils.clip_grad_norm_(objective.reader.model.parameters(), config.max_grad_norm)
         optimiser.step()
         step += 1
-        losses.append(loss.detach())
+        losses.append(loss)
         if step % config.log_every == 0 or step == steps:
             mean = float(torch.stack(losses).mean())
             if not math.isfinite(mean):

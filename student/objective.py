@@ -8,6 +8,7 @@ import torch
 from data.contracts import ContractError
 from student.config import StudentConfig
 from student.dataset import Examples, Tokens, with_reasons
+from student.half import HalfReader, gains
 from student.losses import (
     blended_target,
     class_weights,
@@ -50,7 +51,8 @@ class Objective:
         )
         self.target = blended_target(self.gold, self.soft, self.mix)
         self.class_weight = class_weights(self.target, self.weight, self.config.class_balance)
-        self.bf16 = half_precision(self.config, self.device)
+        self.bf16 = half_precision(self.config, reader)
+        self._half: HalfReader | None = None
         self.reasoned: Tokens | None = None
         self.has_reason = rows.reasons != ""
         if self.config.contrastive_weight > 0 and any(rows.reasons):
@@ -67,24 +69,37 @@ class Objective:
         own = self.tokens.occurring()
         return own if self.reasoned is None else np.union1d(own, self.reasoned.occurring())
 
-    def __call__(self, batch: Array) -> torch.Tensor:
-        """The loss, a scalar."""
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16):
-            logits, vectors = self.reader(self.tokens, batch)
-            loss = self._loss(logits, batch)
-            at = np.flatnonzero(self.has_reason[batch])
-            if self.reasoned is None or not len(at):
-                return loss
-            with_reason = batch[at]
-            logits, reasoned = self.reader(self.reasoned, with_reason)
-            contrast = reasoning_contrast(
-                vectors[torch.from_numpy(at).to(self.device)].float(),
-                reasoned.float(),
-                self.weight[torch.from_numpy(with_reason).to(self.device)],
-                self.config.contrastive_temperature,
-            )
-            # The reasoned view learns the labels too: it has to be the better of the two to be worth following.
-            return loss + self.config.contrastive_weight * (contrast + self._loss(logits, with_reason))
+    def backward(self, batch: Array) -> torch.Tensor:
+        """The loss, a scalar, whose gradient the model gets in place of the one it had."""
+        if not self.bf16 or self.device == "cuda":
+            self.reader.model.zero_grad()
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16):
+                loss = self._of(batch, self.reader)
+            loss.backward()
+        else:
+            self._half = self._half or HalfReader(self.reader)
+            self._half.refresh()
+            loss = self._of(batch, self._half)
+            loss.backward()
+            self._half.hand_over()
+        return loss.detach()
+
+    def _of(self, batch: Array, read: Reader | HalfReader) -> torch.Tensor:
+        logits, vectors = read(self.tokens, batch)
+        loss = self._loss(logits, batch)
+        at = np.flatnonzero(self.has_reason[batch])
+        if self.reasoned is None or not len(at):
+            return loss
+        with_reason = batch[at]
+        logits, reasoned = read(self.reasoned, with_reason)
+        contrast = reasoning_contrast(
+            vectors[torch.from_numpy(at).to(self.device)].float(),
+            reasoned.float(),
+            self.weight[torch.from_numpy(with_reason).to(self.device)],
+            self.config.contrastive_temperature,
+        )
+        # The reasoned view learns the labels too: it has to be the better of the two to be worth following.
+        return loss + self.config.contrastive_weight * (contrast + self._loss(logits, with_reason))
 
     def _loss(self, logits: torch.Tensor, batch: Array) -> torch.Tensor:
         rows = torch.from_numpy(batch).to(self.device)
@@ -107,8 +122,8 @@ class Objective:
         return loss
 
 
-def half_precision(config: StudentConfig, device: str) -> bool:
-    """Whether the forward pass runs in bf16: measured on CPUs without its instructions it is several times slower."""
-    if config.precision == "auto":
-        return device == "cuda" and torch.cuda.is_bf16_supported()
-    return config.precision == "bf16"
+def half_precision(config: StudentConfig, reader: Reader) -> bool:
+    """Whether the gradients are computed in bf16; by default where that is faster."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    return torch.cuda.is_bf16_supported() if reader.device == "cuda" else gains(reader)

@@ -37,9 +37,13 @@ class Reader:
 
     def __call__(self, tokens: Tokens, pairs: Array, width: int = ROW_TOKENS) -> tuple[Tensor, Tensor]:
         """Logits (B, K) of these pairs, and the last hidden state of each one's first token (B, D)."""
+        return self._packed(tokens, pairs, width) if self.can_pack(tokens, pairs) else self._padded(tokens, pairs)
+
+    def can_pack(self, tokens: Tokens, pairs: Array) -> bool:
+        """Whether pairs are packed; tried with some of these if it is not known yet."""
         if self.packs is None:
             self.packs = self._can_pack(tokens, pairs[:8])
-        return self._packed(tokens, pairs, width) if self.packs else self._padded(tokens, pairs)
+        return self.packs
 
     def _can_pack(self, tokens: Tokens, pairs: Array) -> bool:
         training, reason = self.model.training, ""
@@ -73,7 +77,8 @@ class Reader:
         packed = pack(tokens, pairs, width, self.first_position)
         at = {name: torch.from_numpy(array).to(self.device) for name, array in vars(packed).items()}
         apart = (at["pair"].unsqueeze(1) != at["pair"].unsqueeze(2)).unsqueeze(1)
-        mask = torch.zeros(apart.shape, device=self.device).masked_fill_(apart, torch.finfo(torch.float32).min)
+        dtype = self.model.dtype
+        mask = torch.zeros(apart.shape, dtype=dtype, device=self.device).masked_fill_(apart, torch.finfo(dtype).min)
         vectors: list[Tensor] = []
 
         def first_tokens(base: nn.Module, _: Any, output: Any) -> Any:

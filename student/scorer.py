@@ -2,6 +2,7 @@
 
 This file is copied into every export as `score.py`, so it imports nothing of the product. Training and evaluation take
 their text and tokens from here too: one implementation, so what is served is what was measured.
+Precision bf16 also needs openvino, and a CPU with units for bfloat16.
 As a command it reads JSON lines ({"query": …, "ad_title": …, "ad_text": …, "attributes": {…}}) and writes JSON lines:
 
     python score.py int8 --at irrelevant:precision=0.95 < pairs.jsonl > scores.jsonl
@@ -15,7 +16,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-MODEL_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
+# bf16 is the fp32 model, computed in bfloat16.
+MODEL_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "bf16": "model.onnx"}
 # What a score's model_version says of the precision; it changes with how the precision computes.
-VERSIONS = {"fp32": "fp32", "int8": "int8-by-token", "fp16": "fp16"}
+VERSIONS = {"fp32": "fp32", "int8": "int8-by-token", "fp16": "fp16", "bf16": "bf16"}
 MAX_CHARACTERS = 4000  # of one side; far more than fits any max_length, so that a huge text costs no time
 
 
@@ -78,9 +81,10 @@ def batches_by_tokens(lengths: Sequence[int] | np.ndarray, tokens: int) -> Itera
         start += size
 
 
-def pad(rows: Sequence[Sequence[int]], value: int = 0) -> np.ndarray:
-    """int64 array (len(rows), longest row), filled up on the right with `value`."""
-    padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+def pad(rows: Sequence[Sequence[int]], value: int = 0, multiple: int = 1) -> np.ndarray:
+    """int64 array (len(rows), longest row or the next `multiple`), filled up on the right with `value`."""
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    padded = np.full((len(rows), width), value, dtype=np.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded
@@ -155,28 +159,19 @@ class Scorer:
     """An exported student. `threads` = 0 uses all cores; `precision` fp16 uses a GPU where onnxruntime has one.
 
     Each thread computes batches of its own: with small batches that is faster than all threads on one large batch.
+    Raises ValueError when this machine cannot compute in `precision`.
     """
 
     def __init__(self, folder: str | Path, precision: str = "fp32", threads: int = 0) -> None:
-        import onnxruntime
-
         folder = Path(folder)
         self.card = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         self.scale = json.loads((folder / "scale.json").read_text(encoding="utf-8"))
         self.tokenizer = load_tokenizer(folder / "tokenizer.json", self.card["max_length"])
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        gpu = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
-        # On the CPU the fused "add, then normalise" takes eight times as long as the two operations one after the other,
-        # and the fused "add the bias, then GELU" half as long again.
-        self.session = onnxruntime.InferenceSession(
-            str(folder / MODEL_FILES[precision]),
-            options,
-            providers=[*(gpu if precision == "fp16" else ()), "CPUExecutionProvider"],
-            disabled_optimizers=["SkipLayerNormFusion", "BiasGeluFusion"],
-        )
         self.threads = threads or os.cpu_count() or 1
+        # Other widths take kernels that round otherwise in bfloat16, and a pair's score would depend on its batch.
+        self.multiple = 16 if precision == "bf16" else 1
+        start = _openvino if precision == "bf16" else _onnxruntime
+        self.run = start(folder / MODEL_FILES[precision], precision, self.threads)
         self.version = f"{self.card['fingerprint']}-{VERSIONS[precision]}"
         self.threshold: float = self.card["threshold"]
 
@@ -188,11 +183,11 @@ class Scorer:
         def score(rows: np.ndarray) -> None:
             batch = [encodings[i] for i in rows]
             inputs = {
-                "input_ids": pad([e.ids for e in batch], self.card["pad_token_id"]),
-                "attention_mask": pad([e.attention_mask for e in batch]),
-                "token_type_ids": pad([e.type_ids for e in batch]),
+                "input_ids": pad([e.ids for e in batch], self.card["pad_token_id"], self.multiple),
+                "attention_mask": pad([e.attention_mask for e in batch], 0, self.multiple),
+                "token_type_ids": pad([e.type_ids for e in batch], 0, self.multiple),
             }
-            out[rows] = self.session.run(None, {name: inputs[name] for name in self.card["inputs"]})[0]
+            out[rows] = self.run({name: inputs[name] for name in self.card["inputs"]})
 
         batches = list(batches_by_tokens([len(e) for e in encodings], batch_tokens))
         if min(self.threads, len(batches)) < 2:
@@ -220,6 +215,60 @@ class Scorer:
         return event_score(grade_probs, parse_decision(at, self.scale)[0], self.scale["relevant_from"]) >= threshold
 
 
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # inputs (B, W) by name to logits (B, K)
+
+
+def _onnxruntime(file: Path, precision: str, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    gpu = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
+    # On the CPU the fused "add, then normalise" takes eight times as long as the two operations one after the other,
+    # and the fused "add the bias, then GELU" half as long again.
+    session = onnxruntime.InferenceSession(
+        str(file),
+        options,
+        providers=[*(gpu if precision == "fp16" else ()), "CPUExecutionProvider"],
+        disabled_optimizers=["SkipLayerNormFusion", "BiasGeluFusion"],
+    )
+    return lambda inputs: session.run(None, inputs)[0]
+
+
+def _openvino(file: Path, precision: str, threads: int) -> Run:
+    refuse_bf16()
+    import openvino
+
+    model = openvino.Core().compile_model(
+        str(file),
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": openvino.Type.bf16,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": threads,  # each thread has a core, and a request of its own
+        },
+    )
+    of_thread = threading.local()
+
+    def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        if not hasattr(of_thread, "request"):
+            of_thread.request = model.create_infer_request()
+        return np.array(of_thread.request.infer(inputs)[0])
+
+    return run
+
+
+def refuse_bf16() -> None:
+    """Raises ValueError when precision bf16 cannot be had on this machine."""
+    try:
+        import openvino
+    except ImportError:
+        raise ValueError("precision bf16 needs the package openvino (pip install openvino)") from None
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ValueError("this CPU has no units for bfloat16 (AMX or AVX512-BF16); take precision fp32 or int8")
+
+
 def _clean(text: str) -> str:
     # A lone surrogate (from a broken escape in JSON) cannot be encoded and would stop the tokenizer.
     return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
@@ -237,7 +286,10 @@ def main() -> None:
     there = [precision for precision, file in MODEL_FILES.items() if (folder / file).exists()]
     if options.precision not in there:
         sys.exit(f"score.py: there is no precision '{options.precision}'; give {' or '.join(there)}")
-    scorer = Scorer(folder, options.precision)
+    try:
+        scorer = Scorer(folder, options.precision)
+    except ValueError as error:
+        sys.exit(f"score.py: {error}")
     window: list[dict[str, Any]] = []
 
     def flush() -> None:

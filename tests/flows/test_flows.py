@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -317,6 +318,21 @@ def test_other_endings(
     *_, message, remedy = capsys.readouterr().err.strip().splitlines()
     assert message.startswith("error: ")
     assert "prefect run --resume sample" in remedy
+
+
+@pytest.mark.parametrize(
+    ("flow", "setting"), [("student-export", "export.bf16=true"), ("student-score", "score.precision=bf16")]
+)
+def test_what_this_machine_cannot_do_is_said_before_anything_runs(
+    flow: str, setting: str, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    settings = load_preset("sample", [f"runs={tmp_path}", "tracking.enabled=false", setting])
+    with pytest.raises(SystemExit):
+        cli.run_here(flow, settings)
+    assert calls == []
+    cli.run_here("data-prepare", settings)
+    assert calls == ["data"]
 
 
 def test_a_run_that_is_in_use_gets_no_advice_to_go_on(

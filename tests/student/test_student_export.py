@@ -104,7 +104,7 @@ def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["int4"], "no precision 'int4'; give fp32 or int8 or fp16"),
+        (["int4"], "no precision 'int4'; give fp32 or int8 or fp16 or bf16"),
         (["--at", "precision"], "'precision' is no decision; write precision=0.95"),
         (["--at", "best:recall=0.5"], "no grade 'best'; the grades are grade 0, grade 1, grade 2"),
     ],

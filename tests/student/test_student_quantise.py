@@ -1,8 +1,10 @@
-"""int8: one score for a pair, whatever shares its batch; the export fails on an encoder that int8 ruins."""
+"""One score for a pair, whatever shares its batch; the export fails on an encoder that int8 ruins."""
 
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from student.dataset import read_examples
 from student.export import export_student
 from student.model import load_classifier
 from student.quantise import by_channel
-from student.scorer import Scorer, pad, softmax
+from student.scorer import Scorer, pad, refuse_bf16, softmax
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("int8", 1e-6), ("fp16", 1e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("int8", 1e-6), ("fp16", 1e-3), ("bf16", 1e-6)])
 def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(exported, tiny, precision, tolerance):
+    if precision == "bf16":
+        need_bf16()
     scorer = Scorer(exported[0], precision)
     rows = read_examples(tiny["pairs"], GradeScale.load(tiny["pairs"]), "test")
     texts = [(query, f"{ad} " * (1 + i % 4)) for i, (query, ad) in enumerate(zip(rows.queries, rows.ads, strict=True))]
@@ -30,13 +34,36 @@ def test_a_pair_has_one_score_in_any_batch_and_with_any_padding(exported, tiny, 
     for i, encoding in enumerate(scorer.tokenizer.encode_batch(texts)):
         longer = [[*encoding.ids, *[0] * (8 + i % 9)]]
         inputs = {
-            "input_ids": pad(longer),
-            "attention_mask": pad([encoding.attention_mask, longer[0]])[:1],
-            "token_type_ids": pad([encoding.type_ids, longer[0]])[:1],
+            "input_ids": pad(longer, 0, scorer.multiple),
+            "attention_mask": pad([encoding.attention_mask, longer[0]], 0, scorer.multiple)[:1],
+            "token_type_ids": pad([encoding.type_ids, longer[0]], 0, scorer.multiple)[:1],
         }
-        np.testing.assert_allclose(
-            softmax(scorer.session.run(None, inputs)[0]), softmax(alone[i : i + 1]), atol=tolerance
-        )
+        np.testing.assert_allclose(softmax(scorer.run(inputs)), softmax(alone[i : i + 1]), atol=tolerance)
+
+
+def need_bf16():
+    try:
+        refuse_bf16()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def test_bf16_is_compared_as_the_others_are(distilled, tiny, tmp_path):
+    need_bf16()
+    export_student(ExportConfig(bf16=True, max_int8_auc_loss=0.2), distilled / "model", tiny["pairs"], tmp_path)
+    parity = json.loads((tmp_path / "export.json").read_text())
+    assert 0 < parity["bf16"]["max_abs_dp"] < 0.03
+    assert parity["bf16"]["file"] == parity["fp32"]["file"]
+    assert parity["bf16_auc_loss"]["value"] == pytest.approx(0, abs=0.02)
+    assert "| bf16 |" in (tmp_path / "model_card.md").read_text()
+
+
+@pytest.mark.parametrize(("module", "words"), [(None, "pip install openvino"), ("old", "no units for bfloat16")])
+def test_bf16_is_refused_where_it_cannot_be(exported, module, words, monkeypatch):
+    old = SimpleNamespace(Core=lambda: SimpleNamespace(get_property=lambda *_: ["FP32", "INT8"]))
+    monkeypatch.setitem(sys.modules, "openvino", module and old)
+    with pytest.raises(ValueError, match=words):
+        Scorer(exported[0], "bf16")
 
 
 def test_int8_and_fp16_are_near_and_smaller(exported):
