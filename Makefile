@@ -32,9 +32,9 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "vllm or e2e"
 
-# Both at the same time: each waits much of its time, for servers and engines that start.
+# Both at the same time, a process each for two cores: each waits much of its time, for servers and engines that start.
 test-all: $(READY)
-	$(MAKE) --jobs=2 test test-slow
+	$(MAKE) --jobs=2 TEST_PROCESSES=1 test test-slow
 
 check: $(READY)
 	$(BIN)/ruff check --no-cache .
