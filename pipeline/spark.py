@@ -26,8 +26,6 @@ from pipeline.locks import visible_gpus
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-logger = logging.getLogger(__name__)
-
 # How long a session may take to stop after a failure: running tasks can hold it. The JVM ends with this process in any case.
 _STOP_SECONDS = 10
 
@@ -61,7 +59,8 @@ class SparkConfig(Config):
 def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     """A session for one stage, stopped after it: training must not share the memory with an idle JVM.
 
-    What ends the stage is what is raised, even if Spark cannot be stopped then.
+    What ends the stage is what is raised, even if Spark cannot be stopped then. Raises `ContractError` when it is that the
+    JVM has ended.
     """
     before = signal.getsignal(signal.SIGINT)
     session = start_spark(config)
@@ -71,15 +70,17 @@ def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     try:
         yield session
     except BaseException as error:
-        # An interrupted call has left its answer in this thread's connection, where the next call would take it for its own.
-        stopping = threading.Thread(target=_stop, args=(session,), daemon=True)
-        stopping.start()
-        stopping.join(_STOP_SECONDS)
+        gone = _stop_after(session)
         # PySpark asks the JVM again on the way out of an interrupted call, and fails at that.
         interruption = _interruption(error)
-        if interruption is error:
-            raise
-        raise interruption from None
+        if interruption is not error:
+            raise interruption from None
+        if gone and isinstance(error, Exception):
+            raise ContractError(
+                "Spark's JVM ended in the middle of this stage, most likely for lack of memory on this machine; close other "
+                "programs, or lower what runs at once (spark.master, annotate.engines), and start the run again"
+            ) from error
+        raise
     session.stop()
 
 
@@ -93,11 +94,21 @@ def _interruption(error: BaseException) -> BaseException:
     return error
 
 
-def _stop(session: SparkSession) -> None:
-    try:
-        session.stop()
-    except Exception as error:  # the JVM may be gone: a signal to this process group ended it too
-        logger.debug("Spark did not stop (%s); it ends with this process", first_line(error))
+def _stop_after(session: SparkSession) -> bool:
+    """Stop the session after a failure; whether there is no JVM any more."""
+    failures: list[Exception] = []
+
+    def stop() -> None:
+        try:
+            session.stop()
+        except Exception as error:  # Py4J and sockets each have their own
+            failures.append(error)
+
+    # An interrupted call has left its answer in this thread's connection, where the next call would take it for its own.
+    stopping = threading.Thread(target=stop, daemon=True)
+    stopping.start()
+    stopping.join(_STOP_SECONDS)
+    return any(isinstance(error, ConnectionError) for error in failures)
 
 
 def start_spark(config: SparkConfig) -> SparkSession:

@@ -85,18 +85,28 @@ session.stop()
 
 
 @pytest.mark.spark
-@pytest.mark.parametrize(("name", "to_all"), [("SIGTERM", True), ("SIGTERM", False), ("SIGINT", True)])
-def test_a_signal_in_the_middle_of_a_job_is_what_the_caller_sees(name: str, to_all: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "to", "expected"),
+    [
+        ("SIGTERM", "all", "Ended"),
+        ("SIGTERM", "self", "Ended"),
+        ("SIGINT", "all", "KeyboardInterrupt"),
+        ("SIGKILL", "jvm", "ContractError Spark's JVM ended in the middle of this stage"),
+    ],
+)
+def test_what_ends_a_job_is_what_the_caller_sees(name: str, to: str, expected: str) -> None:
     """A signal to the process group ends the JVM too, and PySpark then fails at whatever it asks it."""
     code = """
 import os, signal, sys, threading, time
+import psutil
+from data.contracts import ContractError
 from pipeline.spark import SparkConfig, spark_session
 class Ended(BaseException):
     pass
 def end(*_):
     raise Ended
 signal.signal(signal.SIGTERM, end)
-number, send = getattr(signal, sys.argv[1]), os.killpg if sys.argv[2] == "True" else os.kill
+number, to = getattr(signal, sys.argv[1]), sys.argv[2]
 def slow(batches):
     for batch in batches:
         time.sleep(4)
@@ -108,15 +118,20 @@ try:
             while not tracker.getActiveStageIds():
                 time.sleep(0.1)
             time.sleep(1)
-            send(os.getpid(), number)
+            if to == "all":
+                os.killpg(os.getpid(), number)
+            elif to == "self":
+                os.kill(os.getpid(), number)
+            else:
+                [jvm] = [child for child in psutil.Process().children() if "java" in child.name()]
+                jvm.send_signal(number)
         threading.Thread(target=watch, daemon=True).start()
         spark.range(2).mapInArrow(slow, "id long").collect()
-except (Ended, KeyboardInterrupt) as error:
-    print(type(error).__name__)
+except (Ended, KeyboardInterrupt, ContractError) as error:
+    print(type(error).__name__, str(error).partition(",")[0])
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, name, str(to_all)],
+        [sys.executable, "-c", code, name, to],
         start_new_session=True, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    expected = {"SIGTERM": "Ended", "SIGINT": "KeyboardInterrupt"}[name]
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
