@@ -203,6 +203,8 @@ def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) ->
     `config` is the file that the settings came from, for the command that goes on after a failure.
     """
     set_environment()
+    from httpx import TransportError
+
     from data.contracts import ContractError, first_line
     from flows.local_server import ensure_server
     from flows.terminal import progress_view
@@ -225,6 +227,8 @@ def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) ->
         fail("interrupted", 130, _go_on(settings, config))
     except Terminated:
         fail("terminated", 143, _go_on(settings, config))
+    except TransportError as error:
+        fail(f"Prefect's server does not answer any more ({first_line(error)})", 1, _go_on(settings, config))
     except Exception as error:  # Prefect has logged it, with its traceback
         fail(f"{flow} failed: {type(error).__name__}: {first_line(error)}", 1, _go_on(settings, config))
     _show(summary)

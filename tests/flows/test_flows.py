@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from httpx import ConnectError
 from prefect.flows import load_flow_from_entrypoint
 
 from data.contracts import ContractError, Unavailable
@@ -302,11 +303,18 @@ def test_a_held_stage_stays_as_it_is_and_is_not_trained_by_surprise(settings: Pi
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(RuntimeError("a defect"), 1), (KeyboardInterrupt(), 130), (signal.SIGTERM, 143)]
+    ("error", "code", "words"),
+    [
+        (RuntimeError("a defect"), 1, "RuntimeError: a defect"),
+        (ConnectError("[Errno 111] Connection refused"), 1, "Prefect's server does not answer any more"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+    ],
 )
 def test_other_endings(
     error: BaseException | signal.Signals,
     code: int,
+    words: str,
     settings: PipelineConfig,
     works: Works,
     capsys: pytest.CaptureFixture[str],
@@ -317,6 +325,7 @@ def test_other_endings(
     assert ended.value.code == code
     *_, message, remedy = capsys.readouterr().err.strip().splitlines()
     assert message.startswith("error: ")
+    assert words in message
     assert "prefect run --resume sample" in remedy
 
 
