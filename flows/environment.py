@@ -8,6 +8,10 @@ DEFAULTS = {
     # Idle OpenMP threads sleep. By default they spin, which on a machine whose cores are shared (by Spark, a server, another
     # run) makes training and generation several times slower.
     "OMP_WAIT_POLICY": "passive",
+    # In bfloat16 on a CPU, torch keeps a compiled product of matrices, with its memory, for each of the last 1,024 shapes
+    # (pytorch issue 29893). Batches here have ever new shapes: a teacher's training of an hour had grown to 14 GB.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
     # Nothing is reported to the makers of the libraries.
     "DO_NOT_TRACK": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",

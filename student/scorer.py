@@ -189,7 +189,9 @@ class Scorer:
             }
             out[rows] = self.run({name: inputs[name] for name in self.card["inputs"]})
 
-        batches = list(batches_by_tokens([len(e) for e in encodings], batch_tokens))
+        # Few different shapes, too: for each one OpenVINO keeps memory.
+        widths = [-(-len(e) // self.multiple) * self.multiple for e in encodings]
+        batches = list(batches_by_tokens(widths, batch_tokens))
         if min(self.threads, len(batches)) < 2:
             for rows in batches:
                 score(rows)

@@ -61,6 +61,30 @@ def test_outside_the_repository_nothing_is_reported_to_anyone(tmp_path: Path) ->
     assert json.loads(reported) == [False, False, False, False]
 
 
+def test_ever_new_shapes_do_not_fill_the_memory() -> None:
+    """In bfloat16, on CPUs where torch keeps something for each shape; what the user has chosen wins."""
+    code = (
+        "from flows.environment import set_environment\n"
+        "set_environment()\n"
+        "import psutil, torch\n"
+        "torch.set_num_threads(1)\n"
+        "weight, process = torch.zeros(2048, 512).bfloat16(), psutil.Process()\n"
+        "for n in range(1, 500):\n"
+        "    torch.nn.functional.linear(torch.zeros(n, 512).bfloat16(), weight)\n"
+        "    before = process.memory_info().rss if n == 20 else (before if n > 20 else 0)\n"
+        "print(process.memory_info().rss - before)"
+    )
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    without = {name: value for name, value in environment().items() if name not in names}
+    limited, unlimited = (
+        int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=without | chosen, timeout=240))
+        for chosen in ({}, dict.fromkeys(names, "1024"))
+    )
+    if unlimited < 200 * 2**20:
+        pytest.skip("on this CPU torch keeps nothing for each shape")
+    assert limited < unlimited / 2
+
+
 def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DO_NOT_TRACK", "0")
     set_environment()
