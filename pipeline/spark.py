@@ -14,8 +14,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -64,11 +65,13 @@ def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
     """
     before = signal.getsignal(signal.SIGINT)
     session = start_spark(config)
-    if threading.current_thread() is threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
         # PySpark's own handler talks to the JVM in the middle of another call, which fails with pages of tracebacks.
         signal.signal(signal.SIGINT, before)
     try:
-        yield session
+        with _signals_cancel(session) if in_main else nullcontext():
+            yield session
     except BaseException as error:
         gone = _stop_after(session)
         # PySpark asks the JVM again on the way out of an interrupted call, and fails at that.
@@ -82,6 +85,30 @@ def spark_session(config: SparkConfig) -> Iterator[SparkSession]:
             ) from error
         raise
     session.stop()
+
+
+@contextmanager
+def _signals_cancel(session: SparkSession) -> Iterator[None]:
+    """Inside, a signal that this process handles ends the running jobs too: PySpark would wait for them first."""
+    before = {
+        number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))
+    }
+
+    def cancel() -> None:
+        with suppress(Exception):  # the JVM may have got the same signal
+            session.sparkContext.cancelAllJobs()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=cancel, daemon=True).start()
+        before[signal.Signals(number)](number, frame)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interruption(error: BaseException) -> BaseException:

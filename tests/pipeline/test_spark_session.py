@@ -91,11 +91,13 @@ session.stop()
         ("SIGTERM", "all", "Ended"),
         ("SIGTERM", "self", "Ended"),
         ("SIGINT", "all", "KeyboardInterrupt"),
+        ("SIGINT", "self", "KeyboardInterrupt"),
         ("SIGKILL", "jvm", "ContractError Spark's JVM ended in the middle of this stage"),
     ],
 )
 def test_what_ends_a_job_is_what_the_caller_sees(name: str, to: str, expected: str) -> None:
-    """A signal to the process group ends the JVM too, and PySpark then fails at whatever it asks it."""
+    """A signal to the process group ends the JVM too, and PySpark then fails at whatever it asks it; a signal to the process
+    alone leaves a task of ten minutes, for which it would wait."""
     code = """
 import os, signal, sys, threading, time
 import psutil
@@ -109,7 +111,7 @@ signal.signal(signal.SIGTERM, end)
 number, to = getattr(signal, sys.argv[1]), sys.argv[2]
 def slow(batches):
     for batch in batches:
-        time.sleep(4)
+        time.sleep(600)
         yield batch
 try:
     with spark_session(SparkConfig(master="local[1]")) as spark:
