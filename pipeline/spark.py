@@ -115,7 +115,7 @@ def _interruption(error: BaseException) -> BaseException:
     """The signal that `error` followed, such as KeyboardInterrupt; `error` itself if there was none."""
     context: BaseException | None = error
     while context is not None:
-        if not isinstance(context, Exception):
+        if not isinstance(context, Exception | GeneratorExit):
             return context
         context = context.__context__
     return error
