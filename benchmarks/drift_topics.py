@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--batch", type=int, default=0, help="queries of the pool; 0 takes all of its half")
+    parser.add_argument(
+        "--known", type=int, default=0, help="queries that the models learn from; 0 takes all of their half"
+    )
     options = parser.parse_args()
     import pyarrow.dataset as pads
 
@@ -55,8 +58,9 @@ def main() -> None:
         rank = rng.permutation(CLUSTERS)[cluster]
         for kind, order in (("random", rng.permutation(len(ids))), ("topic", np.argsort(rank, kind="stable"))):
             halves = [{ids[i]: texts[ids[i]] for i in part} for part in np.array_split(order, 2)]
-            if options.batch:
-                halves[1] = {each: halves[1][each] for each in rng.permutation(list(halves[1]))[: options.batch]}
+            for half, count in enumerate((options.known, options.batch)):
+                if count:
+                    halves[half] = {each: halves[half][each] for each in rng.permutation(list(halves[half]))[:count]}
             measures = compare(profile(halves[0]), halves[1])
             check = Check.model_validate(
                 {"against": "teacher", "at": 0, "pairs": 0, "queries": len(halves[1]), "measures": measures}

@@ -36,6 +36,7 @@ FILE = "_drift.json"  # so that a folder of Parquet files is read without it
 PROFILE = "profile.json"  # in a teacher's folder
 SAMPLE = 100_000  # pairs that are read on each side
 COMMON = 200  # words that are compared one by one
+EXPECTED = 2  # how often a word has to be expected on the smaller side
 _LONGEST = 8  # words of a query, and more
 
 
@@ -135,8 +136,10 @@ def compare(known: Profile, new: Texts) -> list[Measure]:
         # What only one query has is the share of words to expect that no query has had (Good and Turing, Good 1953).
         alone, unseen = sum(n == 1 for n in old.values()), sum(n for word, n in now.items() if word not in old)
         measures.append(_shares(f"unseen words {title}", alone, old.total(), unseen, now.total()))
-        # Words seen once stand for those that were never seen (Good and Turing): both are among all others.
-        common = [word for word, count in old.most_common(COMMON) if count > 1]
+        # Chosen from both sides: what is common on one side only in part is so by chance, and would be less so on the other.
+        both = old + now
+        share = min(old.total(), now.total()) / max(both.total(), 1)
+        common = [word for word, count in both.most_common(COMMON) if count * share >= EXPECTED]
         measures.append(_bins(f"common words {title}", *(_with_others(counts, common) for counts in (old, now))))
     measures.append(_bins("query lengths", known.lengths, _lengths(new)))
     measures.append(_bins("scripts of queries", known.scripts, _scripts(new)))

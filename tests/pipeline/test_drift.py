@@ -126,6 +126,21 @@ def test_annotations_that_measure_the_teacher_are_no_new_pairs(tmp_path: Path) -
     assert (check.pairs, check.queries, check.level(LIMITS)) == (300, 150, "fine")
 
 
+@pytest.mark.parametrize(("known", "new"), [(325, 1300), (1300, 325), (200, 200), (200, 4000)])
+def test_chance_is_no_drift_whatever_the_sizes(known: int, new: int) -> None:
+    """Words as in a language: many of them rare, so that what is common among few queries is so by chance."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, 5001)
+
+    def texts(count: int, first: int) -> dict[str, tuple[str, list[str]]]:
+        words = [first + rng.choice(5000, 3, p=share / share.sum()) for _ in range(count)]
+        return {str(i): (" ".join(f"w{word}" for word in row), [f"w{row[0]} for home"]) for i, row in enumerate(words)}
+
+    old = profile(texts(known, 0))
+    assert max(measure.psi for measure in compare(old, texts(new, 0))) < 0.02
+    assert max(measure.psi for measure in compare(old, texts(new, 2500))) > LIMITS.stop
+
+
 def test_scripts_and_lengths() -> None:
     latin = {str(i): ("red shoes", ["a"]) for i in range(300)}
     han = {str(i): ("红色跑鞋", ["a"]) for i in range(300)}
