@@ -6,6 +6,7 @@ from typing import Any
 
 from data.contracts import GradeScale
 from student.evaluation import floor_fault
+from student.scorer import MODEL_FILES
 
 _TITLES = {
     "roc_auc": "ROC-AUC",
@@ -97,7 +98,7 @@ def decisions_table(evaluation: dict[str, Any], scale: GradeScale) -> str:
 def export_card(trained_card: str, parity: dict[str, Any]) -> str:
     """The card of an exported student: the trained one's, how to score with the folder, and what the export changed."""
     rows = []
-    for precision in (name for name in ("fp32", "int8", "fp16", "bf16") if name in parity):
+    for precision in (name for name in MODEL_FILES if name in parity):
         measured = parity[precision]
         rows.append(
             f"| {precision} | {measured['file']} | {measured['megabytes']:.1f} | {measured['pairs_per_second']:,.0f} | "

@@ -54,7 +54,8 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     shutil.copyfile(scorer.__file__, out / "score.py")
     model = load_classifier(source, scale, max_length=card["max_length"], seed=0)
     logger.info("export: tracing the model")
-    precisions = [name for name in MODEL_FILES if getattr(config, name, True)]
+    asked = {"fp16": config.fp16, "bf16": config.bf16}
+    precisions = [name for name in MODEL_FILES if asked.get(name, True)]
     files = {out / MODEL_FILES[name] for name in precisions}
     write_onnx(model, card["inputs"], card["max_length"], out / MODEL_FILES["fp32"])
     write_int8(out / MODEL_FILES["fp32"], out / MODEL_FILES["int8"])
@@ -201,7 +202,7 @@ def parity_fault(parity: dict[str, Any], config: ExportConfig) -> str | None:
             f"the exported fp32 model differs from the trained one by {moved:.1e} in a probability (limit "
             f"{config.max_probability_difference:.1e}); export again with the versions in the constraints file"
         )
-    for precision in (name for name in ("int8", "fp16", "bf16") if name in parity):
+    for precision in (name for name in MODEL_FILES if name != "fp32" and name in parity):
         loss = parity[f"{precision}_auc_loss"]
         if loss["value"] is None:
             return (

@@ -83,11 +83,16 @@ def batches_by_tokens(lengths: Sequence[int] | np.ndarray, tokens: int) -> Itera
 
 def pad(rows: Sequence[Sequence[int]], value: int = 0, multiple: int = 1) -> np.ndarray:
     """int64 array (len(rows), longest row or the next `multiple`), filled up on the right with `value`."""
-    width = -(-max(len(row) for row in rows) // multiple) * multiple
-    padded = np.full((len(rows), width), value, dtype=np.int64)
+    width = max(len(row) for row in rows)
+    padded = np.full((len(rows), round_up(width, multiple)), value, dtype=np.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded
+
+
+def round_up(width: int, multiple: int) -> int:
+    """The next multiple from `width` on."""
+    return -(-width // multiple) * multiple
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -170,8 +175,8 @@ class Scorer:
         self.threads = threads or os.cpu_count() or 1
         # Other widths take kernels that round otherwise in bfloat16, and a pair's score would depend on its batch.
         self.multiple = 16 if precision == "bf16" else 1
-        start = _openvino if precision == "bf16" else _onnxruntime
-        self.run = start(folder / MODEL_FILES[precision], precision, self.threads)
+        file = folder / MODEL_FILES[precision]
+        self.run = _openvino(file, self.threads) if precision == "bf16" else _onnxruntime(file, precision == "fp16")
         self.version = f"{self.card['fingerprint']}-{VERSIONS[precision]}"
         self.threshold: float = self.card["threshold"]
 
@@ -190,7 +195,7 @@ class Scorer:
             out[rows] = self.run({name: inputs[name] for name in self.card["inputs"]})
 
         # Few different shapes, too: for each one OpenVINO keeps memory.
-        widths = [-(-len(e) // self.multiple) * self.multiple for e in encodings]
+        widths = [round_up(len(e), self.multiple) for e in encodings]
         batches = list(batches_by_tokens(widths, batch_tokens))
         if min(self.threads, len(batches)) < 2:
             for rows in batches:
@@ -220,7 +225,7 @@ class Scorer:
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # inputs (B, W) by name to logits (B, K)
 
 
-def _onnxruntime(file: Path, precision: str, threads: int) -> Run:
+def _onnxruntime(file: Path, on_gpu: bool) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -232,13 +237,13 @@ def _onnxruntime(file: Path, precision: str, threads: int) -> Run:
     session = onnxruntime.InferenceSession(
         str(file),
         options,
-        providers=[*(gpu if precision == "fp16" else ()), "CPUExecutionProvider"],
+        providers=[*(gpu if on_gpu else ()), "CPUExecutionProvider"],
         disabled_optimizers=["SkipLayerNormFusion", "BiasGeluFusion"],
     )
     return lambda inputs: session.run(None, inputs)[0]
 
 
-def _openvino(file: Path, precision: str, threads: int) -> Run:
+def _openvino(file: Path, threads: int) -> Run:
     refuse_bf16()
     import openvino
 
