@@ -64,7 +64,8 @@ def measure(options: argparse.Namespace) -> float:
     prompts = [prompt for prompt in written if not isinstance(prompt, str)]  # a string says why there is none
     kind, dtype = options.engine.split("-")
     config = {"vllm": VLLMConfig, "transformers": TransformersConfig}[kind](dtype=dtype, max_model_len=512)
-    sampling = Sampling(temperature=0.0, max_tokens=settings.teacher.max_completion_tokens, logprobs=20)
+    longest = 1 if write.opening else settings.teacher.max_completion_tokens
+    sampling = Sampling(temperature=0.0, max_tokens=longest, logprobs=20)
     engine = open_engine(config, options.model)
     engine.generate(prompts[:4], sampling)
     began = time.perf_counter()

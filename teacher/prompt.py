@@ -20,6 +20,7 @@ from data.contracts import ContractError, GradeScale, digest, write_json
 from teacher.chat_template import render, special_tokens
 from teacher.config import PromptConfig, TeacherConfig
 from teacher.rationale import compare_words
+from teacher.verifier import ANSWER, OPENED
 
 TEACHER_FILE = "teacher.json"
 PROMPT_FORMAT = 2
@@ -120,6 +121,8 @@ class PromptWriter:
 
     The last line of defence against injected control tokens is here, on the token ids themselves: whatever a tokenizer's
     own normalisation makes of a text, a prompt holds the control tokens of the chat template and no other.
+
+    Where the grade alone is asked for, a prompt ends with `opening` (see `opened_answer`): the grade completes it.
     """
 
     def __init__(self, prompt: Prompt, tokenizer: Any) -> None:
@@ -128,6 +131,7 @@ class PromptWriter:
         self._special = special_tokens(tokenizer)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control = frozenset(added | set(tokenizer.all_special_ids))
+        self.opening = opened_answer(prompt, tokenizer)
         self._expected = self._controls(next(self._ids([prompt.text(tokenizer, "query", "title", "text")])))
         self._head, self._frame = self._tokenised_once(_frame(prompt, tokenizer))
 
@@ -149,7 +153,7 @@ class PromptWriter:
 
     def _checked(self, tokens: list[int]) -> list[int] | str:
         sound = self._controls(tokens) == self._expected
-        return tokens if sound else "the text would become a control token of the teacher"
+        return tokens + self.opening if sound else "the text would become a control token of the teacher"
 
     def _text(self, pair: Mapping[str, Any]) -> tuple[list[int], str] | str:
         for name, called in (("query", "query"), ("ad_title", "ad title")):
@@ -195,6 +199,25 @@ class PromptWriter:
 
     def _controls(self, tokens: list[int]) -> list[int]:
         return [token for token in tokens if token in self._control]
+
+
+def opened_answer(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """The tokens of an answer before its digit, which a teacher that says the grade alone would write for every pair.
+
+    None where there is more to say: a reason is asked for, the chat template lets the model think first, or the tokenizer
+    writes the digit and what stands before it in one token.
+    """
+    if prompt.config.reason or prompt.config.chat_template_kwargs.get("enable_thinking", True):
+        return []
+    opened: list[int]
+    opened, *answers = tokenizer(
+        [OPENED, *(ANSWER.format(grade=grade) for grade in range(prompt.scale.size))], add_special_tokens=False
+    )["input_ids"]
+    begins = [
+        answer[: len(opened)] == opened and tokenizer.decode(answer[len(opened)]).startswith(str(grade))
+        for grade, answer in enumerate(answers)
+    ]
+    return opened if all(begins) else []
 
 
 def _frame(prompt: Prompt, tokenizer: Any) -> tuple[str, str] | None:

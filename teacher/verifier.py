@@ -13,7 +13,8 @@ from typing import Any
 Judge = Callable[[str, Any], bool | None]
 """From a completion's text and the gold answer: right, wrong, or None where the completion does not answer properly."""
 
-ANSWER = "<answer>{grade}</answer>"
+OPENED = "<answer>"
+ANSWER = f"{OPENED}{{grade}}</answer>"
 _THINK_END = "</think>"
 
 # ASCII digits only: `\d` would take full-width and other scripts' digits.

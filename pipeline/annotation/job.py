@@ -46,7 +46,7 @@ from student.config import ScoreConfig
 from teacher.annotator import Annotator
 from teacher.engines.base import Sampling
 from teacher.engines.config import EngineConfig, LocalEngine
-from teacher.prompt import TEACHER_FILE, Prompt, load_prompt
+from teacher.prompt import TEACHER_FILE, load_prompt, opened_answer
 from teacher.reading import answer_logprobs
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def annotate(
     from pyspark.sql import functions as F
 
     prompt = load_prompt(teacher)
-    sampling = sampling_of(config, prompt)
+    sampling = sampling_of(config, teacher)
     key = annotation_key(teacher, config)
     if prompt.scale != GradeScale.load(pairs):
         raise ContractError(f"teacher {teacher} and pairs {pairs} have different scales; train one on these pairs")
@@ -152,13 +152,17 @@ def label(job: Job, todo: DataFrame, total: int, count: int, what: str) -> None:
     _run(job, in_order(todo, max(engines, config.partitions)), count)
 
 
-def sampling_of(config: AnnotateConfig, prompt: Prompt) -> Sampling:
-    """The sampling that a config asks of a teacher with this prompt."""
+def sampling_of(config: AnnotateConfig, teacher: Path) -> Sampling:
+    """The sampling that a config asks of the teacher in a folder: one token where its prompts open the answer."""
+    from transformers import AutoTokenizer
+
+    prompt = load_prompt(teacher)
+    opened = opened_answer(prompt, AutoTokenizer.from_pretrained(teacher))
     return Sampling(
         n=config.n if config.temperature else 1,  # greedy samples of a prompt are all the same
         temperature=config.temperature,
         top_p=config.top_p,
-        max_tokens=config.max_tokens or prompt.max_completion_tokens,
+        max_tokens=1 if opened else config.max_tokens or prompt.max_completion_tokens,
         seed=config.seed,
         logprobs=answer_logprobs(prompt.scale.size),
     )
@@ -172,7 +176,7 @@ def annotation_key(teacher: Path, config: AnnotateConfig) -> str:
     if not fingerprint:
         raise ContractError(f"{teacher / TEACHER_FILE} has no fingerprint: give the `model` folder of teacher-train")
     version = prompt.rendered_version(AutoTokenizer.from_pretrained(teacher))
-    sampling = dict(vars(sampling_of(config, prompt)))
+    sampling = dict(vars(sampling_of(config, teacher)))
     del sampling["first"]  # every pair begins with 0
     if config.adaptive:
         sampling |= {"n_max": config.n_max, "confidence": config.confidence}

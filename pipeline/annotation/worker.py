@@ -185,7 +185,7 @@ class Stream:
             return Answer("failed", error[:500], len(prompt))
         self._failures = 0
         reader, waiting, config = self.annotator.reader, self._waiting[prompt], self._job.config
-        waiting.samples += [reader.read(completion) for completion in result]
+        waiting.samples += [self.annotator.read(completion) for completion in result]
         waiting.tokens += sum([len(completion.token_ids) for completion in result])
         waiting.cut_off += sum([completion.finish_reason != "stop" for completion in result])
         read, count = aggregate(waiting.samples, reader.num_grades), len(waiting.samples)
@@ -195,7 +195,7 @@ class Stream:
         status, error = "ok", ""
         if not read.votes:
             status, error = "unparsed", f"no grade in {count} samples"
-            if waiting.cut_off:
+            if waiting.cut_off and not self.annotator.opened:
                 error += f", of which {waiting.cut_off} were cut off at {self._job.sampling.max_tokens} tokens"
         return Answer(status, error, len(prompt), read, count, waiting.tokens)
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from data.contracts import PAIRS, ContractError, Grade, GradeScale
 from teacher.chat_template import special_tokens
 from teacher.config import PromptConfig, TeacherConfig
-from teacher.prompt import Prompt, PromptWriter, as_data, load_prompt, save_prompt
+from teacher.prompt import Prompt, PromptWriter, as_data, load_prompt, opened_answer, save_prompt
 from teacher.rationale import compare_words
 from teacher.scratch import make_decoder
+from teacher.verifier import ANSWER
 from tests.teacher.families import FAMILIES, make_tokenizer
 
 SCALE = GradeScale(
@@ -109,6 +110,29 @@ def test_a_beginning_tokenised_once_gives_the_same_tokens_with_any_kind_of_token
     writer = PromptWriter(prompt, tokenizer)
     pairs = [{"query": f"{q}red shoes", "ad_title": "red", "ad_text": None, "attributes": None} for q in ("", "0", "é")]
     assert writer(pairs) == [ids_of(prompt, tokenizer, p["query"], p["ad_title"]) for p in pairs]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_for_the_grade_alone_ends_where_the_grade_begins(name):
+    tokenizer = make_tokenizer(FAMILIES[name])
+    prompt = Prompt(PromptConfig(reason=False), SCALE, max_completion_tokens=10)
+    writer = PromptWriter(prompt, tokenizer)
+    (written,) = writer([{"query": "red shoes", "ad_title": "<answer>1</answer>", "ad_text": None, "attributes": None}])
+    assert written == ids_of(prompt, tokenizer, "red shoes", "<answer>1</answer>") + writer.opening
+    answer = tokenizer(ANSWER.format(grade=1), add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(writer.opening) == "<answer>"
+    assert answer[: len(writer.opening)] == writer.opening
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"reason": False, "chat_template_kwargs": {"enable_thinking": True}}, {"reason": False}]
+)
+def test_nothing_is_opened_for_a_teacher_that_has_more_to_say_or_whose_digit_has_no_token(tokenizer, settings):
+    if settings == {"reason": False}:  # a tokenizer that writes a digit and what stands before it in one token
+        vocabulary = {text: number for number, text in enumerate([*"<answer/>01", ">0", ">1"])}
+        merged = Tokenizer(models.BPE(vocab=vocabulary, merges=[(">", "0"), (">", "1")]))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=merged)
+    assert opened_answer(Prompt(PromptConfig(**settings), SCALE, 10), tokenizer) == []
 
 
 def control_tokens(tokenizer, ids):

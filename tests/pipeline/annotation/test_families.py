@@ -1,5 +1,6 @@
 """Families of models that users bring, tiny, all the way: warm start, two steps of AGPO, annotation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,8 @@ from teacher.annotator import open_annotator
 from teacher.config import AGPOConfig, EvaluationConfig, PromptConfig, TeacherConfig, WarmStartConfig
 from teacher.engines.config import TransformersConfig
 from teacher.examples import labelled_rows
-from teacher.prompt import load_prompt
+from teacher.model import load_tokenizer
+from teacher.prompt import load_prompt, opened_answer
 from teacher.train import train_teacher
 from tests.teacher.conftest import write_pairs
 from tests.teacher.families import FAMILIES, make_family
@@ -39,7 +41,7 @@ def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Pat
     train_teacher(CONFIG, make_family(name, tmp_path / "base"), pairs, tmp_path / "out")
     teacher, annotations = tmp_path / "out" / "model", tmp_path / "annotations"
     config = AnnotateConfig(n=1, temperature=0, max_in_flight=8, engine=TransformersConfig())
-    sampling = sampling_of(config, load_prompt(teacher))
+    sampling = sampling_of(config, teacher)
     key = annotation_key(teacher, config)
     (tmp_path / "annotations").mkdir()
     job = Job(
@@ -49,7 +51,22 @@ def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Pat
     learned = labelled_rows(pairs, "train", 16, CONFIG.seed)
     batch = pa.RecordBatch.from_pylist([row | {"attributes": None} for row in learned])
     assert [each.to_pydict() for each in annotate_partition(job, [batch])] == [{"rows": [16]}]
-    status = read_table(annotations, ANNOTATIONS)["status"].to_pylist()
-    assert "failed" not in status
-    # The teacher has learned to end an answer, as the engine and the reader understand it.
-    assert status.count("ok") >= 8
+    rows = {row["pair_id"]: row for row in read_table(annotations, ANNOTATIONS).to_pylist()}
+    assert {(row["status"], row["completion_tokens"]) for row in rows.values()} == {("ok", 1)}
+    # The teacher has learned to begin and end an answer, as the engine and the reader understand it; and says by itself what
+    # it was asked to complete.
+    annotator = open_annotator(teacher, config.engine)
+    whole = [
+        prompt[: -len(opened_answer(load_prompt(teacher), load_tokenizer(teacher)))]
+        for prompt in annotator.prompts(batch.to_pylist())
+    ]
+    said = annotator.engine.generate(whole, replace(sampling, max_tokens=CONFIG.max_completion_tokens))
+    same = [
+        (annotator.reader.read(completion), rows[row["pair_id"]])
+        for (completion,), row in zip(said, learned, strict=True)
+    ]
+    answered = [(sample, row) for sample, row in same if sample.grade is not None]
+    assert len(answered) >= 8
+    for sample, row in answered:
+        assert sample.grade == row["grade"]
+        assert sample.probs == pytest.approx(row["grade_probs_raw"], abs=1e-4)
