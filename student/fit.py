@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from data.contracts import ContractError, MetricsLog, digest, digest_files, log_progress
+from data.contracts import ContractError, MetricsLog, digest, digest_files, first_line, log_progress, out_of_memory
 from student import checkpoint
 from student.checkpoint import Progress
 from student.config import StudentConfig
@@ -41,11 +42,26 @@ class Fitted:
     steps: int
 
 
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise ContractError(
+            f"the student does not fit into memory ({first_line(error)}): halve student.batch_size, "
+            "student.eval_batch_size or student.max_length, or set student.device = 'cpu'; finished epochs are kept"
+        ) from error
+
+
+@_enough_memory()
 def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics: MetricsLog, phase: str) -> Fitted:
     """Train on `rows`, choose the epoch on `valid`, and return the model of that epoch.
 
     Checkpoints live in `folder`; with the same config, data and starting weights a second call goes on from the latest,
-    and ends with the same weights as an uninterrupted one. Raises `ContractError` when the loss is no longer a number.
+    and ends with the same weights as an uninterrupted one. Raises `ContractError` when the loss is no longer a number or
+    memory is not enough.
     """
     reader = setup.reader()
     objective = Objective(setup, reader, rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from data.contracts import first_line
+from data.contracts import first_line, out_of_memory
 from student.dataset import Tokens
 from student.first_token import FAMILIES, computing
 from student.model import first_position, input_names
@@ -54,6 +54,8 @@ class Reader:
             if not float(difference.abs().max()) <= _TOLERANCE:
                 reason = f"its logits move by {float(difference.abs().max()):.1e}"
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {first_line(error)}"
         self.model.train(training)
         if reason:

@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from data.contracts import ContractError, MetricsLog, log_progress
+from data.contracts import ContractError, MetricsLog, first_line, log_progress, out_of_memory
 from teacher.config import TeacherConfig
 from teacher.distributed import wait_for_all
 
@@ -34,8 +34,11 @@ def shared_arguments(config: TeacherConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def train(trainer: Trainer, log: MetricsLog, phase: str) -> None:
-    """Train to the end, from the last checkpoint of an interrupted call where there is one."""
+def train(trainer: Trainer, log: MetricsLog, phase: str, memory: str) -> None:
+    """Train to the end, from the last checkpoint of an interrupted call where there is one.
+
+    Raises `ContractError` when memory is not enough; `memory` is the setting that a step's need of it grows with.
+    """
     trainer.remove_callback(PrinterCallback)  # our own progress lines say it
     trainer.add_callback(FiniteGradients(phase))
     out = trainer.args.output_dir
@@ -44,7 +47,15 @@ def train(trainer: Trainer, log: MetricsLog, phase: str) -> None:
     log.rewind(phase, begin)
     wait_for_all()  # every process must read the same history
     logger.info("%s: %d examples, steps %d to %d", phase, len(trainer.train_dataset), begin, trainer.args.max_steps)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise ContractError(
+            f"{phase}: memory is not enough ({first_line(error)}): halve {memory}, or set teacher.lora_rank = 16 or "
+            "teacher.gradient_checkpointing = true; what a checkpoint holds is not lost"
+        ) from error
 
 
 class FiniteGradients(TrainerCallback):

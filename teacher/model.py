@@ -38,6 +38,8 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
+        if torch.cuda.is_available():
+            model = model.to(f"cuda:{local_rank()}")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unloadable(folder, error) from error
     # The model's own sampling settings are not ours, and some of them cannot even be saved again.
@@ -46,8 +48,6 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    if torch.cuda.is_available():
-        model = model.to(f"cuda:{local_rank()}")
     return model, tokenizer
 
 

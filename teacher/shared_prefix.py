@@ -24,7 +24,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.contracts import first_line
+from data.contracts import first_line, out_of_memory
 from teacher.cpu_kernels import Layout, attach, install, lay_out
 
 logger = logging.getLogger(__name__)
@@ -178,14 +178,14 @@ def _sharing_error(model: Any, sequences: Sequence[Sequence[int]], shared: int, 
         alone, _ = token_log_probs(model, sequences, starts, separate, pad)
         try:
             together, _ = token_log_probs(model, sequences, starts, [Group(tuple(rows), shared)], pad)
-        except torch.OutOfMemoryError:
-            raise
         except (
             RuntimeError,
             ValueError,
             TypeError,
             IndexError,
         ) as error:  # what models raise at a mask they do not know
+            if out_of_memory(error):
+                raise
             return f"it does not take a four-dimensional attention mask ({first_line(error)})"
         with _rounded_embeddings(causal_lm(model)):
             rounded, _ = token_log_probs(model, sequences, starts, separate, pad)

@@ -70,7 +70,7 @@ def warm_start(
         longest = sorted(dataset["input_ids"], key=len)[-1:]
         with trainer.accelerator.autocast():
             trainer.shared_prefix = can_share(model, longest, config.max_completion_tokens, tokenizer.pad_token_id)
-    train(trainer, log, "warm_start")
+    train(trainer, log, "warm_start", memory="teacher.warm_start.batch_size")
 
 
 class _SharedPrefixTrainer(Trainer):

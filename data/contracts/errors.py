@@ -11,6 +11,12 @@ class Unavailable(ContractError):
     """An outside service does not answer: the same work may succeed later, and what was done so far is kept."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that memory is not enough; there are several kinds, on a GPU and without one."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 300 characters; its kind where it has none."""
     lines = str(error).strip().splitlines()

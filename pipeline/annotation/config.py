@@ -93,7 +93,8 @@ class AnnotateConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens whose probabilities reach this sum."""
     max_tokens: int = Field(default=0, ge=0, le=100_000)
-    """Longest completion in tokens; 0 takes the length that the teacher was trained with."""
+    """Longest completion in tokens; 0 takes the length that the teacher was trained with. A teacher of the grade alone is
+    always asked for one token."""
     max_in_flight: int = Field(default=512, ge=1, le=1_000_000)
     """Pairs that an engine has started and not yet committed: what a kill loses at most. They are committed in files of a
     quarter of it. An engine is kept busy by at least twice `max_num_seqs` / n (or, of servers, twice `concurrency` ×

@@ -6,6 +6,7 @@ Every completion has a random stream of its own, so that it does not depend on t
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.contracts import out_of_memory
 from teacher.decoding import decode
 from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
 from teacher.engines.config import TransformersConfig
 from teacher.model import load_causal_lm, number_format
+
+log = logging.getLogger(__name__)
 
 MAX_LOGPROBS = 20  # vLLM's limit, so that a setting that works on one engine works on all
 
@@ -50,9 +54,12 @@ class TransformersEngine(Engine):
         training = self._model.training
         self._model.eval()
         try:
-            for start in range(0, len(work), self._batch_size):
-                batch = work[start : start + self._batch_size]
-                completions = self._batch([(*requests[place], number) for place, number in batch])
+            while work:
+                batch, work = work[: self._batch_size], work[self._batch_size :]
+                completions = self._fitting([(*requests[place], number) for place, number in batch])
+                if completions is None:
+                    work = batch + work
+                    continue
                 for (place, _), completion in zip(batch, completions, strict=True):
                     results[place].append(completion)
         finally:
@@ -90,6 +97,19 @@ class TransformersEngine(Engine):
     def close(self) -> None:
         """Let the model go; one that the caller still holds stays loaded."""
         self._model = None
+
+    def _fitting(self, batch: list[tuple[list[int], Sampling, int]]) -> list[Completion] | None:
+        """The completions of a batch; None if they do not fit into memory: from now on, half as many are tried at a time."""
+        try:
+            return self._batch(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not out_of_memory(error):
+                raise
+        # Only here is what the failed batch had in memory free.
+        torch.cuda.empty_cache()
+        self._batch_size = len(batch) // 2
+        log.warning("%d sequences at a time do not fit into memory: on with %d", len(batch), self._batch_size)
+        return None
 
     def _batch(self, batch: list[tuple[list[int], Sampling, int]]) -> list[Completion]:
         prompts, sampling = [prompt for prompt, _, _ in batch], batch[0][1]

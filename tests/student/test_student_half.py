@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.contracts import GradeScale, MetricsLog
+from data.contracts import ContractError, GradeScale, MetricsLog
 from student import checkpoint
 from student.dataset import read_examples, tokenize
 from student.fit import fit
@@ -81,3 +81,12 @@ def test_auto_takes_it_where_it_is_faster(width, amx, expected, tiny, monkeypatc
     model = load_classifier(tiny["base"], GradeScale.load(tiny["pairs"]), max_length=32, seed=0)
     model.config.hidden_size = width
     assert gains(Reader(model, "cpu")) == expected
+
+
+def test_a_student_that_does_not_fit_into_memory_is_one_sentence(tiny, quick, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("student.objective.Objective.backward", full)
+    with pytest.raises(ContractError, match=r"2\.00 GiB.*halve student\.batch_size"):
+        training(quick, tiny, tmp_path, "full")

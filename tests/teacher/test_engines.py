@@ -235,6 +235,46 @@ def test_further_samples_are_those_of_a_longer_list_and_come_first(engine):
         assert texts([result])[0] == expected[place][first : first + n]
 
 
+class SmallMemory:
+    """A model whose memory takes so many rows at a time; what it raises beyond them is `error`."""
+
+    def __init__(self, model, rows, error):
+        self._model, self._rows, self._error = model, rows, error
+        self.tried = []
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, input_ids, **more):
+        self.tried.append(len(input_ids))
+        if len(input_ids) > self._rows:
+            raise self._error
+        return self._model(input_ids=input_ids, **more)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDA error: out of memory\nSearch")]
+)
+def test_a_batch_that_does_not_fit_into_memory_is_halved_for_good(tiny_model, error, caplog):
+    engine = open_engine(TransformersConfig(batch_size=8), tiny_model)
+    sampling = Sampling(n=4, max_tokens=6, seed=3)
+    expected = texts(engine.generate(PROMPTS, sampling))
+    small = engine._model = SmallMemory(engine._model, 2, error)
+    assert texts(drained(engine, PROMPTS, sampling)) == expected
+    assert [record.args for record in caplog.records] == [(8, 4), (4, 2)]
+    small.tried = []
+    assert texts(engine.generate(PROMPTS, sampling)) == expected
+    assert max(small.tried) == 2
+
+
+def test_a_prompt_that_fits_into_no_memory_fails_alone_and_another_error_is_no_lack_of_it(tiny_model):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a mask of another shape")):
+        engine = open_engine(TransformersConfig(batch_size=8), tiny_model)
+        engine._model = SmallMemory(engine._model, 0, error)
+        assert drained(engine, PROMPTS[:2], Sampling(max_tokens=6)) == [error, error]
+        assert engine._batch_size == (1 if isinstance(error, torch.OutOfMemoryError) else 8)
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", ["phi-3", "gemma-2"])
 def test_vllm_stops_at_each_end_token_of_a_family(name, tmp_path):

@@ -128,6 +128,21 @@ def test_train_teacher_leaves_a_complete_folder(undisturbed):
     assert {"base/accuracy", "warm_start/accuracy", "agpo/accuracy"} <= set(result.figures)
 
 
+@pytest.mark.parametrize(
+    ("steps", "setting"), [(0, "teacher.warm_start.batch_size"), (1, "teacher.agpo.micro_batch_tokens")]
+)
+def test_a_step_that_does_not_fit_into_memory_names_the_setting(decoder, pairs, tmp_path, monkeypatch, steps, setting):
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    warm = TINY.warm_start.model_copy(update={"examples": 0 if steps else 8})
+    config = TINY.model_copy(update={"warm_start": warm, "agpo": TINY.agpo.model_copy(update={"steps": steps})})
+    monkeypatch.setattr("transformers.Trainer.training_step", full)
+    monkeypatch.setattr("teacher.trainer.AGPOTrainer.training_step", full)
+    with pytest.raises(ContractError, match=f"memory is not enough.*2.00 GiB.*halve {setting}"):
+        train_teacher(config, decoder, pairs, tmp_path)
+
+
 def test_few_examples_get_more_passes_and_unreadable_answers_are_said_early(decoder, pairs, tmp_path, caplog):
     warm = WarmStartConfig(examples=4, epochs=1, batch_size=8, min_steps=3)
     config = TINY.model_copy(update={"warm_start": warm, "agpo": TINY.agpo.model_copy(update={"steps": 1})})
