@@ -46,7 +46,8 @@ class StudentConfig(Config):
     epochs: int = Field(default=6, ge=1, le=100)
     """Passes over the training rows at most; early stopping may end sooner."""
     patience: int = Field(default=2, ge=1, le=100)
-    """Epochs without a better ROC-AUC on split valid after which training stops."""
+    """Epochs no better on split valid after which training stops: by ROC-AUC or, where at least 50 pairs of valid are
+    annotated, by the loss that is trained."""
     batch_size: int = Field(default=32, ge=1, le=4096)
     """Pairs in one optimiser step."""
     eval_batch_size: int = Field(default=128, ge=1, le=8192)

@@ -108,15 +108,16 @@ def distill(
 
     def train(chosen: Examples, phase: str) -> Calibrated:
         equal = setup.for_as_many_steps(len(rows.training), len(chosen))
-        fitted = fit(equal, chosen, rows.valid, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
+        judge = judged if chosen.n_annotated else rows.valid
+        fitted = fit(equal, chosen, judge, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
     whole = rows.training
     rows = replace(rows, training=without_suspects(setup, pairs, whole, rows.valid, rows.annotations, out, metrics))
-    first, pool = None, dict[str, Any]()
+    first, judged, pool = None, soft_valid(rows, scale.size), dict[str, Any]()
     if config.soft_labels == "ensemble" and rows.training.n_annotated and rows.training.n_gold:
         first = train(rows.training.gold_only(), "gold_only")
-        rows, pool = with_ensemble(setup, first, rows)
+        rows, judged, pool = with_ensemble(setup, first, rows)
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
@@ -135,22 +136,34 @@ def distill(
     return StageOutput(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
-def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, dict[str, Any]]:
-    """The rows with soft labels of the teacher and `first` together, where there is no human grade; and their weights."""
+def soft_valid(rows: Rows, grades: int) -> Examples:
+    """Split valid with the soft labels of those pairs that the teacher has annotated."""
+    at, probs = annotated(rows.annotations, rows.valid, grades)
+    soft = rows.valid.soft.copy()
+    soft[at] = probs
+    return replace(rows.valid, soft=soft)
+
+
+def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, Examples, dict[str, Any]]:
+    """The rows with soft labels of the teacher and `first` together, where there is no human grade; `soft_valid` with the
+    same; and their weights."""
 
     def probs(examples: Examples) -> Array:
         return probabilities(setup.logits(first.fitted.reader, examples), first.temperature, first.isotonic)
 
-    at, of_teacher = annotated(rows.annotations, rows.valid, setup.scale.size)
-    valid = rows.valid.take(at)
-    chosen = choose_weight(of_teacher, probs(valid), valid.grade)
+    judged = soft_valid(rows, setup.scale.size)
+    known = np.flatnonzero(judged.soft.sum(axis=1) > 0)
+    valid, of_teacher = rows.valid.take(known), judged.soft[known]
+    of_first = probs(valid)
+    chosen = choose_weight(of_teacher, of_first, valid.grade)
     weight = chosen["weight"]
+    judged.soft[known] = pooled(of_teacher, of_first, weight)
     logger.info("ensemble: the teacher weighs %.2f, by %d annotated pairs of valid", weight, chosen["rows"])
     training = rows.training
     at = np.flatnonzero((training.soft.sum(axis=1) > 0) & (training.grade < 0))
     soft = training.soft.copy()
     soft[at] = pooled(soft[at], probs(training.take(at)), weight)
-    return replace(rows, training=replace(training, soft=soft)), chosen
+    return replace(rows, training=replace(training, soft=soft)), judged, chosen
 
 
 def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:

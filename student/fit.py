@@ -20,6 +20,7 @@ from student import checkpoint
 from student.checkpoint import Progress
 from student.config import StudentConfig
 from student.dataset import Examples, Tokens, query_grouped, random_batches
+from student.ensemble import MIN_ROWS
 from student.metrics import roc_auc
 from student.objective import Objective
 from student.reader import Reader, predict_logits
@@ -59,6 +60,8 @@ def _enough_memory() -> Iterator[None]:
 def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics: MetricsLog, phase: str) -> Fitted:
     """Train on `rows`, choose the epoch on `valid`, and return the model of that epoch.
 
+    Where `valid` has soft labels, what is trained is also what chooses: the mean cross-entropy against human grades and soft
+    labels, mixed by `gold_mix`. Otherwise it is the ROC-AUC, of which the grades of a thousand pairs leave twice the noise.
     Checkpoints live in `folder`; with the same config, data and starting weights a second call goes on from the latest,
     and ends with the same weights as an uninterrupted one. Raises `ContractError` when the loss is no longer a number or
     memory is not enough.
@@ -154,7 +157,7 @@ def schedule(step: int, steps: int, warmup_ratio: float, decay_ratio: float) -> 
 
 
 def _validate(setup: Setup, logits: Array, valid: Examples) -> tuple[float, dict[str, float]]:
-    """The score that early stopping watches (ROC-AUC, or minus the loss where valid has one class), and all metrics.
+    """The score that early stopping watches (see `fit`; minus the loss where valid has one class), and all metrics.
 
     `logits` (N, K) are those of `valid`.
     """
@@ -162,10 +165,14 @@ def _validate(setup: Setup, logits: Array, valid: Examples) -> tuple[float, dict
         raise ContractError("the student gives values that are not numbers; lower student.learning_rate")
     probs = softmax(logits)
     loss = float(-np.log(np.maximum(probs[np.arange(len(valid)), valid.grade], 1e-12)).mean())
-    auc = roc_auc(setup.relevant(valid), setup.p_relevant(probs))
-    if math.isnan(auc):
-        return -loss, {"valid_loss": loss}
-    return auc, {"valid_loss": loss, "valid_roc_auc": auc}
+    auc, measured = roc_auc(setup.relevant(valid), setup.p_relevant(probs)), {"valid_loss": loss}
+    if not math.isnan(auc):
+        measured["valid_roc_auc"] = auc
+    if (at := np.flatnonzero(valid.soft.sum(axis=1) > 0)).size >= MIN_ROWS:
+        soft = -float((valid.soft[at] * np.log(np.maximum(probs[at], 1e-12))).sum(axis=1).mean())
+        mix = setup.config.gold_mix
+        return -(mix * loss + (1 - mix) * soft), measured | {"valid_soft_loss": soft}
+    return measured.get("valid_roc_auc", -loss), measured
 
 
 def _judge(progress: Progress, steps: int, score: float, patience: int) -> Progress:

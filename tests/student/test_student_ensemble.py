@@ -1,13 +1,19 @@
 """Soft labels of a teacher and of a student of human labels together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.contracts import MetricsLog, read_json
-from student.distill import distill
-from student.ensemble import choose_weight, pooled
+from data.contracts import GradeScale, MetricsLog, read_json
+from student.dataset import read_examples
+from student.distill import distill, read_rows, soft_valid
+from student.ensemble import MIN_ROWS, choose_weight, pooled
+from student.fit import _validate
+from student.scorer import load_tokenizer, softmax
+from student.setup import Setup
 
 from .conftest import annotate_pool, make_rows, write_annotations
 
@@ -70,3 +76,35 @@ def test_a_student_learns_from_both_and_the_first_one_is_trained_once(valid_rows
     distill(quick(epochs=1), tiny["base"], tiny["pairs"], annotations, tmp_path / "other")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("both", "other")]
     assert weights[0] != weights[1]
+
+
+def test_where_valid_is_annotated_the_epoch_is_chosen_by_what_is_trained(tiny, quick):
+    scale = GradeScale.load(tiny["pairs"])
+    setup = Setup(quick(), tiny["base"], load_tokenizer(tiny["base"] / "tokenizer.json", 32), scale, "cpu")
+    valid = read_examples(tiny["pairs"], scale, "valid")
+    valid = valid.joined(valid)
+    rng = np.random.default_rng(0)
+    logits, soft = rng.normal(size=(2, len(valid), scale.size))
+    soft = softmax(soft)
+    score, measured = _validate(setup, logits, valid)
+    assert score == measured["valid_roc_auc"]
+    # A few annotated pairs would be noisier still.
+    few = replace(valid, soft=np.where(np.arange(len(valid))[:, None] < MIN_ROWS - 1, soft, 0.0))
+    assert _validate(setup, logits, few) == (score, measured)
+    chosen, more = _validate(setup, logits, replace(valid, soft=soft))
+    log = np.log(softmax(logits))
+    by_people, by_annotators = -log[np.arange(len(valid)), valid.grade].mean(), -(soft * log).sum(axis=1).mean()
+    assert more == measured | {"valid_soft_loss": pytest.approx(by_annotators)}
+    assert chosen == pytest.approx(-(by_people + by_annotators) / 2)
+
+
+def test_the_annotated_pairs_of_valid_have_the_soft_labels_that_are_trained(tiny, quick, tmp_path):
+    rows = make_rows()
+    pool = annotate_pool([row | {"split": "pool"} for row in rows if row["split"] == "valid"])
+    annotations = write_annotations(tmp_path / "annotations", pool[:30])
+    scale = GradeScale.load(tiny["pairs"])
+    judged = soft_valid(read_rows(quick(), tiny["pairs"], annotations, scale), scale.size)
+    probs = {row["pair_id"]: row["grade_probs"] for row in pool[:30]}
+    for pair_id, soft in zip(judged.pair_ids, judged.soft, strict=True):
+        assert soft.tolist() == probs.get(pair_id, [0.0] * scale.size)
+    assert len(probs) == 30
