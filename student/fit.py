@@ -61,7 +61,7 @@ def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics:
     """Train on `rows`, choose the epoch on `valid`, and return the model of that epoch.
 
     Where `valid` has soft labels, what is trained is also what chooses: the mean cross-entropy against human grades and soft
-    labels, mixed by `gold_mix`. Otherwise it is the ROC-AUC, of which the grades of a thousand pairs leave twice the noise.
+    labels, mixed by `gold_mix`; two epochs differ by less than the noise of a ROC-AUC. Otherwise it is the ROC-AUC.
     Checkpoints live in `folder`; with the same config, data and starting weights a second call goes on from the latest,
     and ends with the same weights as an uninterrupted one. Raises `ContractError` when the loss is no longer a number or
     memory is not enough.

@@ -114,7 +114,7 @@ def train_policy(
         sft_weight=config.agpo.sft_weight,
         callbacks=[watch],
     )
-    train(trainer, log, "agpo", memory="teacher.agpo.micro_batch_tokens")
+    train(trainer, log, "agpo", memory="teacher.agpo.micro_batch_tokens (or prompts_per_step, if it was in sampling)")
     step = trainer.state.global_step
     if settings.keep == "best" and not (watch.collapsed or watch.gains_no_more):
         watch.evaluate_at(model, step)

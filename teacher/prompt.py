@@ -204,7 +204,7 @@ class PromptWriter:
 def opened_answer(prompt: Prompt, tokenizer: Any) -> list[int]:
     """The tokens of an answer before its digit, which a teacher that says the grade alone would write for every pair.
 
-    None where there is more to say: a reason is asked for, the chat template lets the model think first, or the tokenizer
+    Empty where there is more to say: a reason is asked for, the chat template lets the model think first, or the tokenizer
     writes the digit and what stands before it in one token.
     """
     if prompt.config.reason or prompt.config.chat_template_kwargs.get("enable_thinking", True):

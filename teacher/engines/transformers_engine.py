@@ -54,14 +54,15 @@ class TransformersEngine(Engine):
         training = self._model.training
         self._model.eval()
         try:
-            while work:
-                batch, work = work[: self._batch_size], work[self._batch_size :]
+            done = 0
+            while done < len(work):
+                batch = work[done : done + self._batch_size]
                 completions = self._fitting([(*requests[place], number) for place, number in batch])
                 if completions is None:
-                    work = batch + work
                     continue
                 for (place, _), completion in zip(batch, completions, strict=True):
                     results[place].append(completion)
+                done += len(batch)
         finally:
             self._model.train(training)
         return [row * (sampling.n // sampling.copies) for row, (_, sampling) in zip(results, requests, strict=True)]
