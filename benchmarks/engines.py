@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cpu-real")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--count", type=int, default=192)
+    parser.add_argument("--whole", action="store_true", help="let it write the whole answer, where one token would do")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
@@ -64,7 +65,9 @@ def measure(options: argparse.Namespace) -> float:
     prompts = [prompt for prompt in written if not isinstance(prompt, str)]  # a string says why there is none
     kind, dtype = options.engine.split("-")
     config = {"vllm": VLLMConfig, "transformers": TransformersConfig}[kind](dtype=dtype, max_model_len=512)
-    longest = 1 if write.opening else settings.teacher.max_completion_tokens
+    longest = 1 if write.opening and not options.whole else settings.teacher.max_completion_tokens
+    if options.whole:
+        prompts = [prompt[: len(prompt) - len(write.opening)] for prompt in prompts]
     sampling = Sampling(temperature=0.0, max_tokens=longest, logprobs=20)
     engine = open_engine(config, options.model)
     engine.generate(prompts[:4], sampling)
