@@ -138,12 +138,12 @@ def run(
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
     from student.dataset import read_annotated, read_examples, read_training
-    from student.distill import Rows, calibrate, measured, soft_valid, with_ensemble
+    from student.distill import Rows, calibrate, measured, with_ensemble
     from student.evaluation import write_predictions
     from student.fit import fit
     from student.metrics import Labels, evaluate
     from student.model import save_tokenizer
-    from student.peers import cosine, warmed_up
+    from student.peers import cosine, warmed_up, with_soft
     from student.setup import Setup
     from student.warm_up import warm_up
 
@@ -195,16 +195,16 @@ def run(
     else:
         student = cosine(setup, valid, test)
     if plan["gold"] != 0:
-        given_rows = Rows(rows, valid, test, key, annotated)
-        judged = soft_valid(given_rows, scale.size)
+        taught = Rows(rows, valid, test, key, annotated, with_soft(valid, annotated))
         if config.soft_labels == "ensemble":
             alone = rows.gold_only()
             equal = setup.for_as_many_steps(len(rows), len(alone))
             fitted = fit(equal, alone, valid, folder=place / "first", metrics=metrics, phase="gold_only")
             first = calibrate(setup, fitted, valid)
-            given_rows, judged, _ = with_ensemble(setup, first, given_rows)
-            rows = given_rows.training
-        fitted = fit(setup, rows, judged, folder=place / "checkpoints", metrics=metrics, phase="student")
+            taught, _ = with_ensemble(setup, first, taught)
+        fitted = fit(
+            setup, taught.training, taught.judged, folder=place / "checkpoints", metrics=metrics, phase="student"
+        )
         calibrated = calibrate(setup, fitted, valid)
         student = measured(setup, "student", calibrated, valid, test)
         if then is not None:

@@ -36,7 +36,7 @@ from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
-from student.peers import annotated, peers, without_labels
+from student.peers import peers, with_soft, without_labels
 from student.scorer import probabilities, softmax
 from student.setup import Setup
 from student.warm_up import warm_up
@@ -64,13 +64,15 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the student learns from, is chosen by and is measured on; `annotations` by pair_id and their key."""
+    """What the student learns from, is chosen by and is measured on; `annotations` by pair_id and their key; `judged` is
+    valid with the soft labels that annotated pairs teach."""
 
     training: Examples
     valid: Examples
     test: Examples
     annotation_key: str
     annotations: dict[str, Annotated]
+    judged: Examples
 
 
 def distill(
@@ -108,16 +110,15 @@ def distill(
 
     def train(chosen: Examples, phase: str) -> Calibrated:
         equal = setup.for_as_many_steps(len(rows.training), len(chosen))
-        judge = judged if chosen.n_annotated else rows.valid
-        fitted = fit(equal, chosen, judge, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
+        fitted = fit(equal, chosen, rows.judged, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
     whole = rows.training
     rows = replace(rows, training=without_suspects(setup, pairs, whole, rows.valid, rows.annotations, out, metrics))
-    first, judged, pool = None, soft_valid(rows, scale.size), dict[str, Any]()
+    first, pool = None, dict[str, Any]()
     if config.soft_labels == "ensemble" and rows.training.n_annotated and rows.training.n_gold:
         first = train(rows.training.gold_only(), "gold_only")
-        rows, judged, pool = with_ensemble(setup, first, rows)
+        rows, pool = with_ensemble(setup, first, rows)
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
@@ -136,34 +137,28 @@ def distill(
     return StageOutput(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
 
 
-def soft_valid(rows: Rows, grades: int) -> Examples:
-    """Split valid with the soft labels of those pairs that the teacher has annotated."""
-    at, probs = annotated(rows.annotations, rows.valid, grades)
-    soft = rows.valid.soft.copy()
-    soft[at] = probs
-    return replace(rows.valid, soft=soft)
-
-
-def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, Examples, dict[str, Any]]:
-    """The rows with soft labels of the teacher and `first` together, where there is no human grade; `soft_valid` with the
-    same; and their weights."""
+def with_ensemble(setup: Setup, first: Calibrated, rows: Rows) -> tuple[Rows, dict[str, Any]]:
+    """The rows with soft labels of the teacher and `first` together, but for human grades to learn; and their weights."""
 
     def probs(examples: Examples) -> Array:
         return probabilities(setup.logits(first.fitted.reader, examples), first.temperature, first.isotonic)
 
-    judged = soft_valid(rows, setup.scale.size)
-    known = np.flatnonzero(judged.soft.sum(axis=1) > 0)
-    valid, of_teacher = rows.valid.take(known), judged.soft[known]
+    known = np.flatnonzero(rows.judged.soft.sum(axis=1) > 0)
+    valid = rows.judged.take(known)
     of_first = probs(valid)
-    chosen = choose_weight(of_teacher, of_first, valid.grade)
+    chosen = choose_weight(valid.soft, of_first, valid.grade)
     weight = chosen["weight"]
-    judged.soft[known] = pooled(of_teacher, of_first, weight)
     logger.info("ensemble: the teacher weighs %.2f, by %d annotated pairs of valid", weight, chosen["rows"])
+
+    def together(examples: Examples, at: Array, of_first: Array) -> Examples:
+        soft = examples.soft.copy()
+        soft[at] = pooled(soft[at], of_first, weight)
+        return replace(examples, soft=soft)
+
     training = rows.training
     at = np.flatnonzero((training.soft.sum(axis=1) > 0) & (training.grade < 0))
-    soft = training.soft.copy()
-    soft[at] = pooled(soft[at], probs(training.take(at)), weight)
-    return replace(rows, training=replace(training, soft=soft)), judged, chosen
+    learned = together(training, at, probs(training.take(at)))
+    return replace(rows, training=learned, judged=together(rows.judged, known, of_first)), chosen
 
 
 def taught_otherwise(config: StudentConfig, training: Examples, whole: Examples) -> dict[str, Examples]:
@@ -239,7 +234,7 @@ def read_rows(
             raise ContractError(f"split '{split}' has no human grades; the student needs some to be measured against")
     counts = training.n_gold, training.n_annotated
     logger.info("student: %d rows to learn from (%d human grades, %d annotations)", len(training), *counts)
-    return Rows(training, valid, test, key, annotated)
+    return Rows(training, valid, test, key, annotated, with_soft(valid, annotated))
 
 
 def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from data.contracts import ContractError, MetricsLog, digest, digest_files, first_line, log_progress, out_of_memory
+from data.contracts import ContractError, MetricsLog, digest, digest_files, enough_memory, log_progress
 from student import checkpoint
 from student.checkpoint import Progress
 from student.config import StudentConfig
@@ -43,29 +42,22 @@ class Fitted:
     steps: int
 
 
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise ContractError(
-            f"the student does not fit into memory ({first_line(error)}): halve student.batch_size, "
-            "student.eval_batch_size or student.max_length, or set student.device = 'cpu'; finished epochs are kept"
-        ) from error
-
-
-@_enough_memory()
+@enough_memory(
+    "the student",
+    "halve student.batch_size, student.eval_batch_size or student.max_length, or set student.device = 'cpu'; finished "
+    "epochs are kept",
+)
 def fit(setup: Setup, rows: Examples, valid: Examples, *, folder: Path, metrics: MetricsLog, phase: str) -> Fitted:
     """Train on `rows`, choose the epoch on `valid`, and return the model of that epoch.
 
-    Where `valid` has soft labels, what is trained is also what chooses: the mean cross-entropy against human grades and soft
+    Where both have soft labels, what is trained is also what chooses: the mean cross-entropy against human grades and soft
     labels, mixed by `gold_mix`; two epochs differ by less than the noise of a ROC-AUC. Otherwise it is the ROC-AUC.
     Checkpoints live in `folder`; with the same config, data and starting weights a second call goes on from the latest,
     and ends with the same weights as an uninterrupted one. Raises `ContractError` when the loss is no longer a number or
     memory is not enough.
     """
+    if not rows.n_annotated:
+        valid = valid.gold_only()
     reader = setup.reader()
     objective = Objective(setup, reader, rows)
     valid_tokens = setup.tokens(reader.model, valid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def annotated(annotations: dict[str, Annotated], examples: Examples, grades: int
     """Which rows (M,) of the examples have an annotation, and its probabilities (M, K)."""
     at = np.flatnonzero([pair_id in annotations for pair_id in examples.pair_ids])
     return at, np.array([annotations[pair_id].probs for pair_id in examples.pair_ids[at]]).reshape(-1, grades)
+
+
+def with_soft(examples: Examples, annotations: dict[str, Annotated]) -> Examples:
+    """The examples with the soft labels of those that have an annotation."""
+    soft = examples.soft.copy()
+    at, soft_at = annotated(annotations, examples, soft.shape[1])
+    soft[at] = soft_at
+    return replace(examples, soft=soft)
 
 
 def teacher_on_test(setup: Setup, annotations: dict[str, Annotated], valid: Examples, test: Examples) -> list[System]:

@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from data.contracts import ContractError, MetricsLog, first_line, log_progress, out_of_memory
+from data.contracts import ContractError, MetricsLog, enough_memory, log_progress
 from teacher.config import TeacherConfig
 from teacher.distributed import wait_for_all
 
@@ -47,15 +47,9 @@ def train(trainer: Trainer, log: MetricsLog, phase: str, memory: str) -> None:
     log.rewind(phase, begin)
     wait_for_all()  # every process must read the same history
     logger.info("%s: %d examples, steps %d to %d", phase, len(trainer.train_dataset), begin, trainer.args.max_steps)
-    try:
+    others = "teacher.lora_rank = 16 or teacher.gradient_checkpointing = true"
+    with enough_memory(phase, f"halve {memory}, or set {others}; what a checkpoint holds is not lost"):
         trainer.train(resume_from_checkpoint=checkpoint)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise ContractError(
-            f"{phase}: memory is not enough ({first_line(error)}): halve {memory}, or set teacher.lora_rank = 16 or "
-            "teacher.gradient_checkpointing = true; what a checkpoint holds is not lost"
-        ) from error
 
 
 class FiniteGradients(TrainerCallback):

@@ -43,6 +43,8 @@ from pipeline.settings import PipelineConfig, choose
 from pipeline.wheels import catalogue_entry, check_sha256
 from teacher.annotator import Annotator, open_annotator
 from teacher.config import AGPOConfig, TeacherConfig
+from teacher.model import load_tokenizer
+from teacher.prompt import load_prompt
 from teacher.train import train_teacher
 
 logger = logging.getLogger("benchmarks.gpu")
@@ -298,7 +300,7 @@ def annotate_pool(work: Work) -> dict[str, Any]:
 def _annotate(work: Work, teacher: str, split: str, limit: int) -> dict[str, Any]:
     """Annotate the first `limit` pairs of a split, in the order of their ids, as a worker of the annotation job does."""
     config, folder, out = work.settings.annotate, work.state / teacher / "model", work.state / "annotations" / teacher
-    sampling = sampling_of(config, folder)
+    sampling = sampling_of(config, load_prompt(folder), load_tokenizer(folder))
     key, run = annotation_key(folder, config), take_over(out)
     rows = (
         read_table(work.pairs / "pairs", PAIRS, where=pads.field("split") == split).sort_by("pair_id").slice(0, limit)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ContractError(ValueError):
     """Input that a person must mend: one sentence with the cause and the remedy, shown without a traceback."""
@@ -21,3 +24,14 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 300 characters; its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+@contextmanager
+def enough_memory(what: str, remedy: str) -> Iterator[None]:
+    """Inside, or for a function that it decorates, memory that is not enough is a `ContractError` with this remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise ContractError(f"{what}: memory is not enough ({first_line(error)}): {remedy}") from error

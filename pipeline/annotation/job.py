@@ -46,7 +46,7 @@ from student.config import ScoreConfig
 from teacher.annotator import Annotator
 from teacher.engines.base import Sampling
 from teacher.engines.config import EngineConfig, LocalEngine
-from teacher.prompt import TEACHER_FILE, load_prompt, opened_answer
+from teacher.prompt import TEACHER_FILE, Prompt, load_prompt, opened_answer
 from teacher.reading import answer_logprobs
 
 if TYPE_CHECKING:
@@ -77,9 +77,10 @@ def annotate(
     tries again, or when another run takes the folder over.
     """
     from pyspark.sql import functions as F
+    from transformers import AutoTokenizer
 
     prompt = load_prompt(teacher)
-    sampling = sampling_of(config, teacher)
+    sampling = sampling_of(config, prompt, AutoTokenizer.from_pretrained(teacher))
     key = annotation_key(teacher, config)
     if prompt.scale != GradeScale.load(pairs):
         raise ContractError(f"teacher {teacher} and pairs {pairs} have different scales; train one on these pairs")
@@ -152,17 +153,13 @@ def label(job: Job, todo: DataFrame, total: int, count: int, what: str) -> None:
     _run(job, in_order(todo, max(engines, config.partitions)), count)
 
 
-def sampling_of(config: AnnotateConfig, teacher: Path) -> Sampling:
-    """The sampling that a config asks of the teacher in a folder: one token where its prompts open the answer."""
-    from transformers import AutoTokenizer
-
-    prompt = load_prompt(teacher)
-    opened = opened_answer(prompt, AutoTokenizer.from_pretrained(teacher))
+def sampling_of(config: AnnotateConfig, prompt: Prompt, tokenizer: Any) -> Sampling:
+    """The sampling that a config asks of a teacher with this prompt and tokenizer: one token where the answer is opened."""
     return Sampling(
         n=config.n if config.temperature else 1,  # greedy samples of a prompt are all the same
         temperature=config.temperature,
         top_p=config.top_p,
-        max_tokens=1 if opened else config.max_tokens or prompt.max_completion_tokens,
+        max_tokens=1 if opened_answer(prompt, tokenizer) else config.max_tokens or prompt.max_completion_tokens,
         seed=config.seed,
         logprobs=answer_logprobs(prompt.scale.size),
     )
@@ -175,8 +172,8 @@ def annotation_key(teacher: Path, config: AnnotateConfig) -> str:
     fingerprint, prompt = read_json(teacher / TEACHER_FILE).get("fingerprint"), load_prompt(teacher)
     if not fingerprint:
         raise ContractError(f"{teacher / TEACHER_FILE} has no fingerprint: give the `model` folder of teacher-train")
-    version = prompt.rendered_version(AutoTokenizer.from_pretrained(teacher))
-    sampling = dict(vars(sampling_of(config, teacher)))
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    version, sampling = prompt.rendered_version(tokenizer), dict(vars(sampling_of(config, prompt, tokenizer)))
     del sampling["first"]  # every pair begins with 0
     if config.adaptive:
         sampling |= {"n_max": config.n_max, "confidence": config.confidence}

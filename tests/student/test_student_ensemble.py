@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data.contracts import GradeScale, MetricsLog, read_json
 from student.dataset import read_examples
-from student.distill import distill, read_rows, soft_valid
+from student.distill import distill, read_rows
 from student.ensemble import MIN_ROWS, choose_weight, pooled
 from student.fit import _validate
 from student.scorer import load_tokenizer, softmax
@@ -103,7 +103,7 @@ def test_the_annotated_pairs_of_valid_have_the_soft_labels_that_are_trained(tiny
     pool = annotate_pool([row | {"split": "pool"} for row in rows if row["split"] == "valid"])
     annotations = write_annotations(tmp_path / "annotations", pool[:30])
     scale = GradeScale.load(tiny["pairs"])
-    judged = soft_valid(read_rows(quick(), tiny["pairs"], annotations, scale), scale.size)
+    judged = read_rows(quick(), tiny["pairs"], annotations, scale).judged
     probs = {row["pair_id"]: row["grade_probs"] for row in pool[:30]}
     for pair_id, soft in zip(judged.pair_ids, judged.soft, strict=True):
         assert soft.tolist() == probs.get(pair_id, [0.0] * scale.size)

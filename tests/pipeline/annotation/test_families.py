@@ -41,7 +41,8 @@ def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Pat
     train_teacher(CONFIG, make_family(name, tmp_path / "base"), pairs, tmp_path / "out")
     teacher, annotations = tmp_path / "out" / "model", tmp_path / "annotations"
     config = AnnotateConfig(n=1, temperature=0, max_in_flight=8, engine=TransformersConfig())
-    sampling = sampling_of(config, teacher)
+    prompt, tokenizer = load_prompt(teacher), load_tokenizer(teacher)
+    sampling = sampling_of(config, prompt, tokenizer)
     key = annotation_key(teacher, config)
     (tmp_path / "annotations").mkdir()
     job = Job(
@@ -56,10 +57,8 @@ def test_a_family_is_trained_and_annotates(name: str, tmp_path: Path, pairs: Pat
     # The teacher has learned to begin and end an answer, as the engine and the reader understand it; and says by itself what
     # it was asked to complete.
     annotator = open_annotator(teacher, config.engine)
-    whole = [
-        prompt[: -len(opened_answer(load_prompt(teacher), load_tokenizer(teacher)))]
-        for prompt in annotator.prompts(batch.to_pylist())
-    ]
+    opening = len(opened_answer(prompt, tokenizer))
+    whole = [ids[:-opening] for ids in annotator.prompts(batch.to_pylist())]
     said = annotator.engine.generate(whole, replace(sampling, max_tokens=CONFIG.max_completion_tokens))
     same = [
         (annotator.reader.read(completion), rows[row["pair_id"]])
