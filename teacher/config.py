@@ -128,6 +128,9 @@ class AGPOConfig(Config):
     """G, completions sampled for a prompt."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts in an optimiser step."""
+    even_grades: bool = False
+    """Draw prompts so that every grade is as often the human one. Where most labels are of one grade, a policy that is paid
+    for the right grade alone can come to say that one of every pair."""
     generation_batches: int = Field(default=1, ge=1)
     """Optimiser steps fed by one round of generation; above 1 the later ones are slightly off-policy."""
     shared_prefix: bool = True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def load_examples(pairs: Path, split: str, prompt: Prompt, tokenizer: Any, limit
             target = f"{reason} {target}"
         examples.append(Example(rendered, row["grade"], target, row["pair_id"]))
     return examples
+
+
+def evenly(examples: Sequence[Example]) -> list[Example]:
+    """The examples, those of rarer grades repeated, so that every grade is as frequent as the commonest one."""
+    by_grade: dict[int, list[Example]] = {}
+    for example in examples:
+        by_grade.setdefault(example.gold, []).append(example)
+    most = max(map(len, by_grade.values()), default=0)
+    return [example for _, group in sorted(by_grade.items()) for example in islice(cycle(group), most)]
 
 
 def load_texts(pairs: Path, prompt: Prompt, tokenizer: Any, limit: int) -> list[Example]:

@@ -20,7 +20,7 @@ from teacher.distributed import is_main, launch, wait_for_all, world_size
 from teacher.engines.base import Engine, position_limit
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import evaluate
-from teacher.examples import Example, drop_too_long, load_examples, load_texts, with_reasons
+from teacher.examples import Example, drop_too_long, evenly, load_examples, load_texts, with_reasons
 from teacher.model import (
     add_adapters,
     load_model,
@@ -148,7 +148,7 @@ class _Training:
                 self.config,
                 self.model,
                 self.tokenizer,
-                self.train,
+                evenly(self.train) if settings.even_grades else self.train,
                 grade_judge(self.scale.size),
                 self.out / "checkpoints" / "agpo",
                 self.log,

@@ -1,13 +1,17 @@
-"""What a teacher learns from beside labels: texts."""
+"""What a teacher learns from: how often each grade is shown, and texts beside labels."""
+
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.contracts import TEXTS, GradeScale
 from data.sources.synthetic import catalogue
 from teacher.config import PromptConfig
-from teacher.examples import load_texts
+from teacher.examples import Example, evenly, labelled_rows, load_texts
 from teacher.model import load_model
 from teacher.prompt import Prompt
 from teacher.train import train_teacher
@@ -42,3 +46,24 @@ def test_a_warm_start_reads_texts_and_repeats_labels(with_texts, decoder, tmp_pa
     train_teacher(TINY.model_copy(update={"warm_start": warm, "agpo": agpo}), decoder, with_texts, tmp_path)
     steps = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"warm_start"' in line]
     assert '"step": 22' in steps[-1]  # 2 passes over 8 × 2 + 6 examples, two at a time
+
+
+@given(st.lists(st.integers(0, 3), max_size=40))
+def test_evenly_shows_every_grade_as_often_as_the_commonest_and_leaves_no_example_out(grades):
+    examples = [Example(f"prompt {i}", grade, "", str(i)) for i, grade in enumerate(grades)]
+    counts = Counter(example.gold for example in evenly(examples))
+    assert counts == dict.fromkeys(grades, max(Counter(grades).values(), default=0))
+    shown = Counter(example.pair_id for example in evenly(examples))
+    assert shown.keys() == {example.pair_id for example in examples}
+    of_a_grade = [[shown[example.pair_id] for example in examples if example.gold == grade] for grade in counts]
+    assert all(max(times) - min(times) <= 1 for times in of_a_grade)
+
+
+def test_agpo_draws_from_all_grades_alike_where_it_is_asked_to(pairs, decoder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    labelled = labelled_rows(pairs, "train", 10**9, 0)
+    grades = Counter(row["grade"] for row in labelled)
+    assert len(set(grades.values())) > 1
+    agpo = TINY.agpo.model_copy(update={"steps": 1, "even_grades": True})
+    train_teacher(TINY.model_copy(update={"agpo": agpo}), decoder, pairs, tmp_path)
+    assert f"agpo: {len(grades) * max(grades.values())} examples" in caplog.text
