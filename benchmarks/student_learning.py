@@ -221,8 +221,7 @@ def run(
 def annotate(pairs: Path, out: Path, count: int, accuracy: float, chosen: Sequence[str] | None = None) -> None:
     """Write the oracle's annotations of `count` pairs of the pool, at random or the first that are `chosen` by pair_id;
     smaller counts are parts of larger ones, and a pair's annotation is the same in all."""
-    from data.contracts import ANNOTATIONS, PAIRS, GradeScale, read_table
-    from student.words import words
+    from data.contracts import ANNOTATIONS, PAIRS, GradeScale, read_table, words
 
     scale = GradeScale.load(pairs)
     table = read_table(

@@ -83,6 +83,10 @@ class LogConfig(Config):
     """As for a `table`."""
     delimiter: Delimiter = None
     """As for a `table`."""
+    header: tuple[str, ...] = ()
+    """As for a `table`."""
+    quotes: bool = True
+    """As for a `table`."""
     columns: dict[LogColumn, str]
     """Our column → the file's column. `query` and `ad_title` are required; without `frequency` each row counts once."""
     head_traffic: float = Field(default=1 / 3, gt=0, lt=1)

@@ -27,8 +27,8 @@ import pyarrow.dataset as pads
 from pydantic import BaseModel, Field
 
 from data.contracts import ANNOTATIONS, PAIRS, Config, read_json, write_json
+from data.contracts import words as words_of
 from pipeline.annotated import of_the_split
-from student.words import words as words_of
 
 logger = logging.getLogger(__name__)
 Level = Literal["fine", "look", "stop"]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from data.contracts import words
 from student.dataset import Tokens
 from student.model import pad_token_id, quiet_transformers
 from student.scorer import batches_by_length
-from student.words import words
 
 Array = np.ndarray
 

@@ -29,6 +29,12 @@ class WarmUpConfig(Config):
     learning_rate: float = Field(default=5e-5, gt=0, le=0.1)
     """Peak learning rate of AdamW."""
 
+    @model_validator(mode="after")
+    def _encoder_has_an_effect(self) -> Self:
+        if self.encoder and self.source == "bm25":
+            raise ValueError("`encoder` has no effect with source = 'bm25'; leave one of the two out")
+        return self
+
 
 class StudentConfig(Config):
     """How the student is distilled, calibrated and evaluated."""

@@ -113,12 +113,12 @@ def distill(
         fitted = fit(equal, chosen, rows.judged, folder=out / "checkpoints" / phase, metrics=metrics, phase=phase)
         return calibrate(setup, fitted, rows.valid)
 
-    whole = rows.training
-    rows = replace(rows, training=without_suspects(setup, pairs, whole, rows.valid, rows.annotations, out, metrics))
+    kept = without_suspects(setup, pairs, rows.training, rows.valid, rows.annotations, out, metrics)
     first, pool = None, dict[str, Any]()
     if config.soft_labels == "ensemble" and rows.training.n_annotated and rows.training.n_gold:
-        first = train(rows.training.gold_only(), "gold_only")
+        first = train(rows.training.take(kept).gold_only(), "gold_only")
         rows, pool = with_ensemble(setup, first, rows)
+    whole, rows = rows.training, replace(rows, training=rows.training.take(kept))
     student = train(rows.training, "student")
     card = save_student(setup, building, student, rows)
     systems = [measured(setup, "student", student, rows.valid, rows.test)]
@@ -217,7 +217,8 @@ def write_evaluation(
     write_predictions(out, test, systems[0].score)
     drawn = [system for system in systems if system.name in ("student", "gold_only", "bm25")]
     for folder in (out / ".model", *out.glob(FOLDER.format("*"))):
-        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation))
+        own = read_json(folder / "evaluation.json") if folder.name != ".model" else {}  # a smaller student's floor
+        write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation | own))
     write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
     write_json(out / "evaluation.json", evaluation)
 
@@ -226,7 +227,8 @@ def read_rows(
     config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale, human_labels: Path | None = None
 ) -> Rows:
     """All rows of the stage; raises `ContractError` as `distill` does."""
-    key, annotated = read_annotated(annotations, config.annotation_key, reasons=config.contrastive_weight > 0)
+    reasons = config.contrastive_weight > 0 or config.suspects != "off"
+    key, annotated = read_annotated(annotations, config.annotation_key, reasons=reasons)
     training = read_training(pairs, annotated, scale, config, read_human_labels(human_labels))
     valid, test = read_examples(pairs, scale, "valid"), read_examples(pairs, scale, "test")
     for split, examples in (("valid", valid), ("test", test)):
@@ -309,9 +311,9 @@ def finish(out: Path, building: Path, key: dict[str, Any], metrics: MetricsLog, 
     write_json(building / "metrics.json", key)
     metrics.rewind("test", -1)
     metrics.write("test", step, {name: each for name, each in key.items() if isinstance(each, float)})
-    for old in (out / "model", out / "checkpoints"):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(out / "model", ignore_errors=True)
     building.rename(out / "model")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # last: a kill before would train all of it again
 
 
 def save_student(setup: Setup, folder: Path, student: Calibrated, rows: Rows) -> dict[str, Any]:

@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
-from data.contracts import ContractError
+from data.contracts import ContractError, words
 from student.baselines import overlap
 from student.dataset import Examples
 from student.metrics import ECE_BINS, Comparison, Evaluation, Labels, compare, evaluate, roc_auc
-from student.words import words
 
 Array = np.ndarray
 MAX_POINTS = 200

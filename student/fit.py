@@ -123,7 +123,7 @@ def _epoch(
 ) -> None:
     """One optimiser step for each batch of row numbers, from `step` on."""
     config, steps, losses = objective.config, objective.config.epochs * len(batches), []
-    for batch in batches:
+    for place, batch in enumerate(batches, 1):
         rate = config.learning_rate * schedule(step, steps, config.warmup_ratio, config.decay_ratio)
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -132,7 +132,7 @@ def _epoch(
         optimiser.step()
         step += 1
         losses.append(loss)
-        if step % config.log_every == 0 or step == steps:
+        if step % config.log_every == 0 or place == len(batches):
             mean = float(torch.stack(losses).mean())
             if not math.isfinite(mean):
                 raise ContractError(f"the student's loss is {mean} at step {step}; lower student.learning_rate")

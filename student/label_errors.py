@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from data.contracts import PAIRS, MetricsLog, digest, read_table
+from data.contracts import PAIRS, ContractError, MetricsLog, digest, read_table
 from student.baselines import Bm25, overlap
 from student.dataset import Annotated, Examples
 from student.fit import fit
@@ -63,9 +63,12 @@ def feature_scorer(setup: Setup, rows: Examples) -> Scorer:
     features = np.column_stack([query * ad, cosine, cosine**2, overlap(rows.queries, rows.ads), bm25, *lengths])
 
     def score(train: Array, held: Array) -> Array:
+        probs = np.zeros((len(held), setup.scale.size))
+        if len(known := np.unique(rows.grade[train])) == 1:
+            probs[:, known] = 1.0
+            return probs
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=100))
         model.fit(features[train], rows.grade[train])
-        probs = np.zeros((len(held), setup.scale.size))
         probs[:, model.classes_] = model.predict_proba(features[held])
         return probs
 
@@ -76,10 +79,10 @@ def off_diagonal(grade: Array, probs: Array) -> Array:
     """The grade (N,) that each label is confidently contradicted by; the label itself where it is not.
 
     A row counts for grade k when its probability reaches the mean that rows labelled k have of it, and for the likeliest of
-    several (the confident joint).
+    several (the confident joint). A grade that fewer rows than folds have has no such mean, and contradicts none.
     """
     size = probs.shape[1]
-    thresholds = np.array([probs[grade == k, k].mean() if (grade == k).any() else np.inf for k in range(size)])
+    thresholds = np.array([probs[grade == k, k].mean() if (grade == k).sum() >= FOLDS else np.inf for k in range(size)])
     passing = np.where(probs >= thresholds, probs, -1.0)
     return np.where(passing.max(axis=1) > 0, passing.argmax(axis=1), grade)
 
@@ -140,14 +143,20 @@ def without_suspects(
     annotations: Mapping[str, Annotated],
     out: Path,
     metrics: MetricsLog,
-) -> Examples:
-    """The training rows without a share `drop_suspects` of the human labels, the most suspect ones; writes the suspects.
+) -> Array:
+    """The numbers of the training rows without a share `drop_suspects` of the human labels, the most suspect; writes them.
 
-    All of them, and nothing is written, where the settings ask for no suspects.
+    All rows, and nothing is written, where the settings ask for no suspects. Raises `ContractError` where there are fewer
+    human labels than folds.
     """
     if setup.config.suspects == "off":
-        return training
+        return np.arange(len(training))
     at = np.flatnonzero(training.grade >= 0)
+    if len(at) < FOLDS:
+        raise ContractError(
+            f"student.suspects = '{setup.config.suspects}' judges human labels by each other, and there are {len(at)}: it "
+            f"needs {FOLDS} at least; set it to 'off', or label more pairs"
+        )
     human = training.take(at).gold_only()
     where = pads.field("pair_id").isin(pa.array(human.pair_ids, pa.string())) & (pads.field("split") == "pool")
     pool = read_table(pairs / "pairs", PAIRS, columns=["pair_id"], where=where)["pair_id"].to_pylist()
@@ -161,4 +170,4 @@ def without_suspects(
     scorer = student if setup.config.suspects == "student" else feature_scorer(setup, human)
     suspects = find(setup, frozenset(pool), human, annotations, scorer, out)
     dropped = at[suspects[: round(setup.config.drop_suspects * len(human))]]
-    return training.take(np.delete(np.arange(len(training)), dropped))
+    return np.delete(np.arange(len(training)), dropped)

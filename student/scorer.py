@@ -40,11 +40,12 @@ def query_text(query: str) -> str:
 def ad_text(title: str, text: str | None = None, attributes: Mapping[str, str] | Sequence[Any] | None = None) -> str:
     """The second segment: title, attributes, then the text, so that what is cut for length is the end of the text.
 
-    Parameters: `attributes` is a mapping or, as Arrow gives maps, a list of (name, value).
+    Parameters: `attributes` is a mapping or, as Arrow gives maps, a list of (name, value). A value that is no text counts as
+    its JSON, which is how the data stage stores it.
     """
     parts = [title]
     pairs = attributes.items() if isinstance(attributes, Mapping) else (attributes or ())
-    parts += [f"{name}: {value}" for name, value in sorted(pairs) if value]
+    parts += [f"{name}: {shown}" for name, value in sorted(pairs) if (shown := _as_text(value))]
     if text:
         parts.append(text)
     return _clean(" | ".join(parts))
@@ -276,6 +277,12 @@ def refuse_bf16() -> None:
         raise ValueError("this CPU has no units for bfloat16 (AMX or AVX512-BF16); take precision fp32 or int8")
 
 
+def _as_text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _clean(text: str) -> str:
     # A lone surrogate (from a broken escape in JSON) cannot be encoded and would stop the tokenizer.
     return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
@@ -327,6 +334,8 @@ def parse_pair(line: bytes) -> dict[str, Any]:
     """One JSON line as a row of the `pairs` table; raises ValueError, which goes on where "line 3" left off."""
     try:
         row = json.loads(line)
+        if isinstance(row, dict) and isinstance(attributes := row.get("attributes"), dict):
+            row["attributes"] = {name: _as_text(value) for name, value in attributes.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error})") from None
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("query", "ad_title")):

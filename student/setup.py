@@ -44,7 +44,8 @@ class Setup:
         return Reader(model.to(self.device), self.device)
 
     def for_as_many_steps(self, rows: int, chosen: int) -> Setup:
-        """The setup under which `chosen` rows get as many optimiser steps, and as much patience, as `rows` do here.
+        """The setup under which `chosen` rows get as many optimiser steps, and as much patience, as `rows` do here; in 100
+        passes at most.
 
         A student of few human labels would else be stopped before it has learned them, and lose for that alone.
         """

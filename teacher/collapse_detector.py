@@ -9,6 +9,7 @@ learnt looks healthy, with loss 0: every group's rewards are of one kind (huggin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from teacher.config import CollapseConfig
 
@@ -18,7 +19,8 @@ def collapse(history: Sequence[dict[str, float]], config: CollapseConfig) -> str
 
     Args:
         history: the logged values of every step so far, in order: `entropy` (nats per token), `parse_rate` and `accuracy`
-            are judged, each where it is logged, and `advantage/positive` and `advantage/negative` for idle steps.
+            are judged, each where it is logged, and `advantage/positive` and `advantage/negative` for idle steps. A step
+            that sampled nothing (`generation_batches`) counts with those of the step before, whose completions it shares.
         config: window and limits. The first window is the measure for the later ones.
     """
     window = config.window
@@ -26,10 +28,11 @@ def collapse(history: Sequence[dict[str, float]], config: CollapseConfig) -> str
         return f"in {idle} steps every advantage was 0: all completions of a prompt get the same reward"
     if not window or len(history) < 2 * window:
         return None
+    filled = _filled(history)
 
     def means(name: str) -> list[float]:
         """Of every window so far, the oldest first; empty when a step lacks the value."""
-        values = [step[name] for step in history if name in step]
+        values = [step[name] for step in filled if name in step]
         if len(values) != len(history):
             return []
         return [sum(values[end - window : end]) / window for end in range(window, len(values) + 1)]
@@ -51,7 +54,12 @@ def collapse(history: Sequence[dict[str, float]], config: CollapseConfig) -> str
 def idle_steps(history: Sequence[dict[str, float]]) -> int:
     """How many of the last steps in a row had no advantage other than 0."""
     names = ("advantage/positive", "advantage/negative")
-    idle = 0
-    while idle < len(history) and all(history[-1 - idle].get(name) == 0 for name in names):
+    steps, idle = _filled(history), 0
+    while idle < len(steps) and all(steps[-1 - idle].get(name) == 0 for name in names):
         idle += 1
     return idle
+
+
+def _filled(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Every step with what it did not log as the step before has it."""
+    return list(accumulate(history, lambda before, step: before | step))

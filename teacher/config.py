@@ -12,7 +12,7 @@ from teacher.engines.config import EngineConfig, TransformersConfig
 
 logger = logging.getLogger(__name__)
 
-REASONS_METHOD = 2
+REASONS_METHOD = 3
 """Raised by hand when a model asked in the same way would give other reasons to learn from (`teacher/reasons.py`)."""
 
 

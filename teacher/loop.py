@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from data.contracts import ContractError, MetricsLog, enough_memory, log_progress
 from teacher.config import TeacherConfig
-from teacher.distributed import wait_for_all
+from teacher.distributed import is_main, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,11 @@ def train(trainer: Trainer, log: MetricsLog, phase: str, memory: str) -> None:
     trainer.remove_callback(PrinterCallback)  # our own progress lines say it
     trainer.add_callback(FiniteGradients(phase))
     out = trainer.args.output_dir
+    if is_main():
+        for folder in Path(out).glob("checkpoint-*"):
+            if not (folder / "trainer_state.json").exists():  # written last: a kill has left half of a checkpoint
+                shutil.rmtree(folder)
+    wait_for_all()
     checkpoint = get_last_checkpoint(out) if Path(out).exists() else None
     begin = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     log.rewind(phase, begin)

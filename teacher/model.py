@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from data.contracts import ContractError, digest_files
+from data.contracts import ContractError, digest_files, write_json
 from teacher.chat_template import plain_chat_template
 from teacher.config import TeacherConfig
 from teacher.distributed import is_main, local_rank
@@ -124,10 +124,13 @@ def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         model.unmerge_adapter()
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None, note: dict[str, Any] | None = None
+) -> None:
     """Write a model folder under a temporary name, then rename: its existence means that it is whole.
 
-    With `dtype` the model is converted to it first, in place. In a training of several processes only the main one writes.
+    With `dtype` the model is converted to it first, in place. `note` holds further JSON files, by name. In a training of
+    several processes only the main one writes.
     """
     if not is_main():
         return
@@ -138,6 +141,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | No
     temporary.mkdir(parents=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    for name, content in (note or {}).items():
+        write_json(temporary / name, content)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -6,9 +6,7 @@ short and true.
 
 from __future__ import annotations
 
-import re
-
-_WORD = re.compile(r"\w+", re.UNICODE)
+from data.contracts import words
 
 
 def lexical_rationale(query: str, ad: str) -> str:
@@ -23,9 +21,8 @@ def lexical_rationale(query: str, ad: str) -> str:
 
 def compare_words(query: str, ad: str) -> tuple[list[str], list[str]]:
     """The words of `query` that `ad` has, and those that it lacks, in the query's order, in lower case, each once."""
-    offered = {_stem(word) for word in _WORD.findall(ad.lower())}
-    words = list(dict.fromkeys(_WORD.findall(query.lower())))
-    return [word for word in words if _stem(word) in offered], [word for word in words if _stem(word) not in offered]
+    offered, asked = set(map(_stem, words(ad))), list(dict.fromkeys(words(query)))
+    return [word for word in asked if _stem(word) in offered], [word for word in asked if _stem(word) not in offered]
 
 
 def _stem(word: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from data.contracts import ALONE
+
 _NAMES_HINT = re.compile(
     r"\bhint\w*|\btold\b|\b(?:right|correct|given|provided|stated|actual) (?:grade|answer|label|rating)\b"
     r"|\b(?:grade|answer|label|rating|score)\b\W*(?:(?:is|was|of|be|ha[sd] (?:not )?been)\W+)?(?:given|provided|stated)",
@@ -24,7 +26,8 @@ _LOOSE_END = re.compile(r"[\s,;:(]*(?:\b(?:so|therefore|thus|hence|and)\b)?[\s,;
 _CLAUSE = re.compile(r".*(?:[.,;:!?]\s|\()", re.DOTALL)
 # A full stop behind a word of two letters is rather that of "in." or "ft.".
 _SENTENCES = re.compile(r".*(?:\w{3}[\"')\]]*[.!?](?=\s|\Z)|[。！？])", re.DOTALL)
-_STEM = re.compile(r"\b\w{4}")  # what begins a word of some length, whatever its ending
+# What begins a word of some length, whatever its ending; of scripts without spaces, every two characters in a row.
+_STEM = re.compile(rf"\b[^\W{ALONE}]{{4}}|(?=([{ALONE}]{{2}}))")
 
 
 def reason_in(text: str, own: str, *, cut_off: bool) -> str | None:
@@ -50,8 +53,12 @@ def reason_in(text: str, own: str, *, cut_off: bool) -> str | None:
 
 def says_nothing(reason: str, own: str, guideline: str) -> bool:
     """Whether a reason would do for any pair: no word of the pair is in it, but for those that the guideline has too."""
-    stems = set(_STEM.findall(own.lower())) - set(_STEM.findall(guideline.lower()))
+    stems = _stems(own) - _stems(guideline)
     return bool(stems) and not any(stem in reason.lower() for stem in stems)
+
+
+def _stems(text: str) -> set[str]:
+    return {found.group(1) or found.group() for found in _STEM.finditer(text.lower())}
 
 
 def names_the_given(reason: str, own: str, name: str) -> bool:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from data.contracts import (
     ContractError,
     digest,
     digest_files,
+    first_line,
     log_progress,
     read_json,
     read_table,
@@ -62,6 +63,7 @@ _EMPTY, _NOTHING, _NO_RULE, _TOO_LONG, _NAMES, _ELSEWHERE = (
     "no reason", "says nothing of the pair", "names no rule", "longer than max_completion_tokens",
     "names the grade that was given", "the reason alone leads elsewhere",
 )  # fmt: skip
+_UNANSWERED = "the engine could not complete its prompt"  # then why; no answer, so it is asked again
 _FAULTS = (_EMPTY, _NOTHING, _NO_RULE, _TOO_LONG, _NAMES, _ELSEWHERE)
 
 Row = dict[str, Any]
@@ -104,7 +106,7 @@ def collect_reasons(config: TeacherConfig, model: Path, base: Path, pairs: Path,
                 for start in range(0, len(missing), size):
                     chunk = missing[start : start + size]
                     answers = asker.ask(chunk)
-                    _write(folder / f"{digest([row['pair_id'] for row in chunk])}.parquet", answers)
+                    _write(folder / f"{digest([row['pair_id'] for row in chunk])}.parquet", filter(_answered, answers))
                     asked |= _by_pair(answers)
                     done, counts = start + len(chunk), Counter(row["outcome"] for row in asked.values())
                     shown = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
@@ -113,6 +115,10 @@ def collect_reasons(config: TeacherConfig, model: Path, base: Path, pairs: Path,
                 opened.close()
     chosen = [asked[row["pair_id"], row["grade"]] for row in rows]
     write_json(out / FUNNEL_FILE, _funnel(chosen, rows))
+    if not any(map(_answered, chosen)):
+        raise ContractError(
+            f"none of {len(chosen)} pairs got a reason ({_most(chosen)}): see to teacher.warm_start.reason_engine"
+        )
     if all(row["outcome"] == "dropped" for row in chosen):
         raise ContractError(
             f"none of {len(chosen)} pairs got a reason ({_most(chosen)}): take a stronger model for the reasons "
@@ -164,12 +170,7 @@ class _Asker:
     def ask(self, rows: Sequence[Row]) -> list[Row]:
         """A `REASONS` row for each of some labelled pairs, in their order."""
         by_id = {row["pair_id"]: row for row in rows}
-        dropped = {
-            "outcome": "dropped",
-            "reasoning": None,
-            "dropped": "the engine could not complete its prompt",
-            "n_right": 0,
-        }
+        dropped = {"outcome": "dropped", "reasoning": None, "dropped": _UNANSWERED, "n_right": 0}
         answers = {pair_id: {"pair_id": pair_id, "grade": row["grade"], **dropped} for pair_id, row in by_id.items()}
         prompts: dict[str, list[int]] = {}
         for pair_id, ids in zip(by_id, self._writer(rows), strict=True):
@@ -190,8 +191,8 @@ class _Asker:
                 if sound:  # the likeliest, the first among equals
                     best = max(sound, key=lambda candidate: candidate.probability)
                     answers[pair_id] |= {"outcome": outcome, "reasoning": best.reason, "dropped": ""}
-                else:
-                    answers[pair_id]["dropped"] = max((each.fault for each in candidates), key=_FAULTS.index)
+                elif not hinted or _answered(answers[pair_id]):
+                    answers[pair_id]["dropped"] = max((each.fault for each in candidates), key=_place)
         return list(answers.values())
 
     def _candidates(
@@ -201,7 +202,9 @@ class _Asker:
         opening = self._tokenizer(_OPENING, add_special_tokens=False)["input_ids"]
         completions = self._completed({pair_id: ids + opening for pair_id, ids in asked.items()}, self._sampling)
         sampled = {
-            pair_id: [self._candidate(completion, by_id[pair_id], hinted) for completion in group]
+            pair_id: [_Candidate("", group)]
+            if isinstance(group, str)
+            else [self._candidate(completion, by_id[pair_id], hinted) for completion in group]
             for pair_id, group in completions.items()
         }
         begun = {
@@ -212,28 +215,33 @@ class _Asker:
             if not each.fault
         }
         led = {
-            (pair_id, reason): self._led(completion, reason, by_id[pair_id]["grade"])
-            for (pair_id, reason), (completion,) in self._completed(begun, self._verification).items()
+            (pair_id, reason): self._led(answer, reason, by_id[pair_id]["grade"])
+            for (pair_id, reason), answer in self._completed(begun, self._verification).items()
         }
         return {
-            pair_id: [led.get((pair_id, each.reason), replace(each, fault=each.fault or _ELSEWHERE)) for each in group]
-            for pair_id, group in sampled.items()
+            pair_id: [led.get((pair_id, each.reason), each) for each in group] for pair_id, group in sampled.items()
         }
 
-    def _led(self, completion: Completion, reason: str, grade: int) -> _Candidate:
-        """A reason after which the model answers with `completion`; `grade` is the human one."""
-        sample = self._reader.read_opened(completion)
+    def _led(self, answer: list[Completion] | str, reason: str, grade: int) -> _Candidate:
+        """A reason that the model continues with `answer`; `grade` is the human one."""
+        if isinstance(answer, str):
+            return _Candidate(reason, answer)
+        sample = self._reader.read_opened(answer[0])
         probability = sample.probs[grade] if sample.probs else 0.0
         return _Candidate(reason, "" if sample.grade == grade else _ELSEWHERE, probability)
 
-    def _completed(self, prompts: Mapping[Any, list[int]], sampling: Sampling) -> dict[Any, list[Completion]]:
-        """The completions of those prompts that the engine can complete."""
-        results: dict[Any, list[Completion]] = {}
+    def _completed(self, prompts: Mapping[Any, list[int]], sampling: Sampling) -> dict[Any, list[Completion] | str]:
+        """The completions of each prompt, or why the engine has none."""
+        results: dict[Any, list[Completion] | str] = {}
+        most = self._engine.max_model_len
         for tag, ids in prompts.items():
-            if len(ids) + sampling.max_tokens <= self._engine.max_model_len:
+            if len(ids) + sampling.max_tokens <= most:
                 self._engine.submit(tag, ids, sampling)
+            else:
+                results[tag] = f"{_UNANSWERED}: longer than its max_model_len, {most}"
         while done := self._engine.finished():
-            results |= {tag: result for tag, result in done if not isinstance(result, Exception)}
+            for tag, result in done:
+                results[tag] = f"{_UNANSWERED}: {first_line(result)}" if isinstance(result, Exception) else result
         return results
 
     def _candidate(self, completion: Completion, row: Row, hinted: bool) -> _Candidate:
@@ -274,15 +282,26 @@ class _Asker:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def _answered(row: Row) -> bool:
+    """Whether the engine answered: a failure of its own is asked again."""
+    return not row["dropped"].startswith(_UNANSWERED)
+
+
+def _place(fault: str) -> int:
+    """How far a reason with this fault came; what the engine did not answer may still come anywhere."""
+    return _FAULTS.index(fault) if fault in _FAULTS else len(_FAULTS)
+
+
 def _rows_of(folder: Path) -> list[Row]:
-    return [row for file in sorted(folder.glob("*.parquet")) for row in read_table(file, REASONS).to_pylist()]
+    rows = (row for file in sorted(folder.glob("*.parquet")) for row in read_table(file, REASONS).to_pylist())
+    return [row for row in rows if _answered(row)]
 
 
 def _by_pair(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
     return {(row["pair_id"], row["grade"]): row for row in rows}
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def _write(path: Path, rows: Iterable[Row]) -> None:
     with whole_file(path) as temporary:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=REASONS), temporary)
 

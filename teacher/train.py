@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from teacher.distributed import is_main, launch, wait_for_all, world_size
 from teacher.engines.base import Engine, position_limit
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.evaluate import evaluate
-from teacher.examples import Example, drop_too_long, evenly, load_examples, load_texts, with_reasons
+from teacher.examples import Example, drop_too_long, evenly, labelled_rows, load_examples, load_texts, with_reasons
 from teacher.model import (
     add_adapters,
     load_model,
@@ -40,6 +41,7 @@ from teacher.warm_start import warm_start
 logger = logging.getLogger(__name__)
 
 _CHECKED = 100  # examples whose targets the tokenizer must be able to write
+_RESULT = "agpo.json"  # what `train_policy` returned, beside the weights
 _LOW_PARSE_RATE = 0.5  # below it AGPO hardly starts
 
 
@@ -61,10 +63,11 @@ def train_teacher(
     `warm_start/…`, `agpo/…`, `test/…`), its fingerprint is that of the weights.
 
     Raises:
-        ContractError: the split `train` or `valid` has no labelled pair, `base` is no causal language model, or this machine
-            cannot sample rollouts as the config asks.
+        ContractError: the split `train` or `valid` has no labelled pair, nor `test` where it is evaluated, `base` is no
+            causal language model, or this machine cannot sample rollouts as the config asks.
     """
     require_rollouts(config.agpo)
+    _require_labels(config, pairs)
     config = config.model_copy(update={"dtype": number_format(config.dtype, base)})
     if config.warm_start.asks_a_model and not (out / REASONS_FILE).exists():
         # By one process, before there are several, and before a model that is trained takes the memory.
@@ -89,6 +92,17 @@ def train_teacher(
     return StageOutput(fingerprint=fingerprint, figures=metrics | ({"stopped": stopped} if stopped else {}))
 
 
+def _require_labels(config: TeacherConfig, pairs: Path) -> None:
+    """Raise `ContractError` where a split has no labelled pair that the training needs, be it at its very end."""
+    for split in ("train", "valid"):
+        labelled_rows(pairs, split, 1, config.seed)
+    if config.evaluation.test:
+        try:
+            labelled_rows(pairs, "test", 1, config.seed)
+        except ContractError as error:
+            raise ContractError(f"{error}, or set teacher.evaluation.test = false") from None
+
+
 class _Training:
     """The state of one call: the model as trained so far, its examples, and the evaluation of every phase."""
 
@@ -97,14 +111,16 @@ class _Training:
         self.prompt = Prompt.of(config, pairs)
         self.scale = self.prompt.scale
         self.log = MetricsLog(out / "metrics.jsonl")
-        self.warm = out / "checkpoints" / "warm_start_done"
-        self.model, self.tokenizer = load_model(self.warm if self.warm.exists() else base, config)
+        self.warm, self.done = (out / "checkpoints" / f"{phase}_done" for phase in ("warm_start", "agpo"))
+        start = next((folder for folder in (self.done, self.warm) if folder.exists()), base)
+        self.model, self.tokenizer = load_model(start, config)
         self.train = self._examples("train", 10**9)
         self.valid = self._examples("valid", config.evaluation.examples)
+        self.test = self._examples("test", config.evaluation.examples) if config.evaluation.test else []
         # Examples longer than the model's positions are left out by now; the longest completion must still have its place.
         check_decoder(self.model, self.tokenizer, longest=1 + config.max_completion_tokens)
         check_tokenizer(self.tokenizer, [example.target for example in self.train[:_CHECKED]])
-        self.engine = open_rollout_engine(config, self.warm if self.warm.exists() else base)
+        self.engine = open_rollout_engine(config, start)
         self.evaluations = out / "evaluation.json"
         self.by_phase: dict[str, dict[str, float]] = read_json(self.evaluations) if self.evaluations.exists() else {}
 
@@ -143,23 +159,41 @@ class _Training:
             )
         result = PolicyResult(0, None)
         if settings.steps:
-            self.model = add_adapters(self.model, self.config)
-            result = train_policy(
-                self.config,
-                self.model,
-                self.tokenizer,
-                evenly(self.train) if settings.even_grades else self.train,
-                grade_judge(self.scale.size),
-                self.out / "checkpoints" / "agpo",
-                self.log,
-                lambda live, step: self._validate(live, "agpo", step).get(settings.metric, 0.0),
-                warm.get(settings.metric, 0.0),
-                self.engine,
-            )
-            self.model = merge_adapters(self.model)
+            result = PolicyResult(**read_json(self.done / _RESULT)) if self.done.exists() else self._policy()
         if is_main():
             self._record("agpo", self._metrics_at(result.step) | {"step": result.step})
         return result.stopped
+
+    def _policy(self) -> PolicyResult:
+        """Train the policy, and keep it: a kill after its end must not train on."""
+        settings = self.config.agpo
+        if settings.kl and not self.config.lora_rank:
+            wait_for_all()  # until it is written
+            self.model.config._name_or_path = str(self.warm)  # where TRL takes the reference model from
+        self.model = add_adapters(self.model, self.config)
+        result = train_policy(
+            self.config,
+            self.model,
+            self.tokenizer,
+            self._problems(),
+            grade_judge(self.scale.size),
+            self.out / "checkpoints" / "agpo",
+            self.log,
+            lambda live, step: self._validate(live, "agpo", step).get(settings.metric, -math.inf),
+            self.by_phase.get("warm_start", {}).get(settings.metric, -math.inf),
+            self.engine,
+        )
+        self.model = merge_adapters(self.model)
+        save_model(self.model, self.tokenizer, self.done, note={_RESULT: result._asdict()})
+        return result
+
+    def _problems(self) -> list[Example]:
+        """What AGPO draws its prompts from; an anchor (`sft_weight`) learns the reasons that the warm start taught."""
+        examples = self.train
+        if self.config.warm_start.asks_a_model:
+            taught = {example.pair_id: example for example in with_reasons(examples, read_reasons(self.out))}
+            examples = [taught.get(example.pair_id, example) for example in examples]
+        return evenly(examples) if self.config.agpo.even_grades else examples
 
     def _metrics_at(self, step: int) -> dict[str, float]:
         """On split valid, of the weights that AGPO had at a step and the model has now."""
@@ -187,7 +221,7 @@ class _Training:
         write_json(folder / "metrics.json", self.by_phase)
         write_card(folder, config, self.prompt, self.by_phase, fingerprint, data)
         if config.evaluation.test and "test" not in self.by_phase:
-            self._record("test", self._measure(self.model, self._examples("test", config.evaluation.examples)))
+            self._record("test", self._measure(self.model, self.test))
         return fingerprint
 
     def metrics(self) -> dict[str, Any]:

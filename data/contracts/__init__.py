@@ -27,3 +27,4 @@ from data.contracts.tables import (
     check_schema,
     read_table,
 )
+from data.contracts.words import ALONE, words

@@ -10,7 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, mode
 
 logger = logging.getLogger(__name__)
 
-UserPath = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"the home in {path} is not known; write the whole path") from None
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 """A path in which `~` is the user's home."""
 _WARNED: set[tuple[str, str]] = set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.contracts import ContractError, GradeScale, digest_files
 from data.sources import synthetic
 from data.sources.labels import Source
-from data.sources.paths import list_files, open_bytes
+from data.sources.paths import list_files, open_bytes, settings_of
 from data.sources.public import public_files, public_set, read_public
 from data.sources.table import check_columns, read_log, read_table, table_source
 
@@ -69,14 +69,17 @@ def source_label(config: DataConfig) -> str:
 def read_texts(config: DataConfig) -> Iterator[dict[str, str]]:
     """The rows of `TEXTS`: the configured file's lines, without blank ones, or the made-up shop's catalogue.
 
-    Raises `ContractError` when the file is not there or is not UTF-8.
+    Raises `ContractError` when the file is not there, is not UTF-8 or has no text.
     """
     if config.texts is None:
         yield from synthetic.catalogue(config.seed) if config.source_name == "synthetic" else ()
         return
     try:
         with open_bytes(config.texts) as file:
-            yield from ({"text": text} for line in io.TextIOWrapper(file, "utf-8-sig") if (text := line.strip()))
+            lines = ({"text": text} for line in io.TextIOWrapper(file, "utf-8-sig") if (text := line.strip()))
+            if (first := next(lines, None)) is None:
+                raise ContractError(f"`data.texts`: {config.texts} has no text; leave the setting out")
+            yield from chain([first], lines)
     except (OSError, UnicodeDecodeError) as error:
         raise ContractError(f"`data.texts`: {config.texts} cannot be read as UTF-8 text ({error})") from None
 
@@ -92,7 +95,10 @@ def input_files(config: DataConfig) -> list[Path]:
         if not config.texts.is_file():
             raise ContractError(f"there is no file {config.texts}; check `data.texts`")
         files.append(config.texts)
-    return files + ([] if config.log is None else list_files(config.log.path, config.log.format))
+    if config.log is not None:
+        with settings_of("data.log"):
+            files += list_files(config.log.path, config.log.format)
+    return files
 
 
 def input_fingerprint(config: DataConfig) -> str:

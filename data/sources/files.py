@@ -16,7 +16,7 @@ from data.contracts import ContractError
 from data.sources.delimited import USUAL, DelimitedFile, Dialect, open_delimited
 from data.sources.json_records import JsonFile, json_names
 from data.sources.parquet import BATCH_ROWS, ParquetRowGroup, open_parquet
-from data.sources.paths import Row, file_format, list_files, readable, require_columns
+from data.sources.paths import Row, file_format, list_files, readable, require_columns, settings_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -32,20 +32,24 @@ def read_columns(
     columns: Mapping[Any, str],
     dialect: Dialect = USUAL,
     encoding: str = "utf-8",
+    section: str = "data",
 ) -> DataFrame:
     """Read a file or a folder of alike files; `dialect` is that of CSV and TSV files, `encoding` of all but Parquet.
 
     `columns` maps our names to the file's. The result has our names as strings (nested `attributes` as JSON), plus
     `problem` and `detail`: the reason why a line could not be split into columns (else null), and the line.
-    Raises `ContractError` for a missing, empty or unreadable file and for a column that is not there.
+    Raises `ContractError` for a missing, empty or unreadable file and for a column that is not there; it names the settings
+    of `section`.
     """
-    parts = open_parts(path, format, columns, dialect, encoding)
+    with settings_of(section):
+        parts = open_parts(path, format, columns, dialect, encoding)
     names = [*columns, "problem", "detail"]
 
     def read(numbers: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in numbers:
             for number in batch.column(0).to_pylist():
-                yield from read_part(parts[number], names)
+                with settings_of(section):
+                    yield from read_part(parts[number], names)
 
     count = max(1, len(parts))
     frame = spark.range(0, len(parts), 1, count).mapInArrow(read, ", ".join(f"{name} string" for name in names))

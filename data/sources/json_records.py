@@ -65,7 +65,7 @@ def _records(file: IO[str]) -> Iterator[tuple[Any, str]]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested deeper than Python can follow
         return None
 
 

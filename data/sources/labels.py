@@ -75,9 +75,9 @@ def json_attributes(text: str) -> dict[str, str] | None:
     """The members of a JSON object as text, those that are null left out; None for anything else."""
     try:
         members = json.loads(text)
-    except ValueError:
+        return {k: as_text(v) for k, v in members.items() if v is not None} if isinstance(members, dict) else None
+    except (ValueError, RecursionError):  # nested deeper than Python can follow
         return None
-    return {k: as_text(v) for k, v in members.items() if v is not None} if isinstance(members, dict) else None
 
 
 def named_values(text: str) -> dict[str, str]:

@@ -40,6 +40,7 @@ _REMEDIES = {
         ".sqlite",
     ): "cannot be read: save the table as Parquet or CSV",
 }
+_READING = re.compile(r"`data\.(path|format|delimiter|header|quotes|columns)`")
 _DOCUMENT = re.compile(r"(readme|licen[cs]e|changelog)(\.txt)?|.*\.(md|rst|pdf|html?|docx?|png|jpe?g|sh|py|ipynb|toml)")
 
 
@@ -99,6 +100,15 @@ def open_text(path: Path, encoding: str = "utf-8") -> IO[str]:
     # utf-8-sig: the mark that Excel puts first is no part of a column's name.
     name = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     return io.TextIOWrapper(open_bytes(path), encoding=name, errors="replace", newline="")
+
+
+@contextmanager
+def settings_of(section: str) -> Iterator[None]:
+    """Errors inside name the settings of `section`, such as data.log, where what reads a table says `data`."""
+    try:
+        yield
+    except ContractError as error:
+        raise ContractError(_READING.sub(rf"`{section}.\1`", str(error))) from error
 
 
 @contextmanager

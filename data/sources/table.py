@@ -10,10 +10,12 @@ from data.contracts import GradeScale
 from data.sources.delimited import Dialect
 from data.sources.files import open_parts, read_columns
 from data.sources.labels import Labels, Source, grade_numbers
+from data.sources.paths import settings_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
+_LOG = "data.log"
 _NO_LABEL = ", and for what means that there is no label `data.missing_labels`"
 
 
@@ -27,7 +29,8 @@ def check_columns(config: DataConfig) -> None:
     if config.source_name == "table":
         open_parts(*_table(config))
     if config.log is not None:
-        open_parts(*_log(config.log, config.encoding))
+        with settings_of(_LOG):
+            open_parts(*_log(config.log, config.encoding))
 
 
 def table_source(config: DataConfig) -> Source:
@@ -62,7 +65,7 @@ def read_log(spark: SparkSession, config: LogConfig, encoding: str) -> DataFrame
     """Rows without grades, with `frequency`, how often the pair was seen: text, never null; 1 where no column says it."""
     from pyspark.sql import functions as F
 
-    frame = read_columns(spark, *_log(config, encoding))
+    frame = read_columns(spark, *_log(config, encoding), section=_LOG)
     frequency = F.coalesce("frequency", F.lit("")) if "frequency" in frame.columns else F.lit("1")
     return frame.withColumn("frequency", frequency)
 
@@ -75,4 +78,10 @@ def _table(config: DataConfig) -> tuple[Path, str, dict[Any, str], Dialect, str]
 
 
 def _log(config: LogConfig, encoding: str) -> tuple[Path, str, dict[Any, str], Dialect, str]:
-    return config.path, config.format, {**config.columns}, Dialect(config.delimiter), encoding
+    return (
+        config.path,
+        config.format,
+        {**config.columns},
+        Dialect(config.delimiter, config.header, config.quotes),
+        encoding,
+    )

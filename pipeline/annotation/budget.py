@@ -101,6 +101,8 @@ def _chosen(config: SelectConfig, seed: int, left: pa.Table, count: int, sources
     """`count` rows of `left`, by the strategies' shares."""
     from student import selection
 
+    if not count or not len(left):
+        return selection.Selection(np.zeros(0, np.int64), [])
     rng, parts = np.random.default_rng(seed), {}
     for name in config.shares:
         if name == "random":

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Array = np.ndarray
 _HASHES = 10_000
+_LIMITS = 50  # that are tried: each further one can end the search by luck
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class Limit(BaseModel):
 def choose_limit(
     probability: Array, student_right: Array, teacher_right: Array, max_loss: float, confidence: float
 ) -> Limit:
-    """The lowest limit at which the student in the teacher's stead costs at most `max_loss` of accuracy, with `confidence`.
+    """A limit at which the student in the teacher's stead costs at most `max_loss` of accuracy, with `confidence`.
 
     Parameters: of N labelled pairs the probability (N,) of the student's likeliest grade, and whether student and teacher
-    are right, bool (N,). The cost at a probability is that of the isotonic fit, which falls as the probability rises: as
-    measured, it goes up and down by luck, and the best of many limits would promise too much. `confidence` is that of the
-    normal bound on the mean cost.
+    are right, bool (N,). Limits are tried from the surest pairs on, until the first that fails: the best of many would
+    promise too much (fixed sequence testing: Angelopoulos and others, Learn then Test, arXiv 2110.01052). A limit's cost is
+    the mean of the isotonic fit, which falls as the probability rises, with a normal bound and − ln(1 − confidence) / N, by
+    which the truth may be worse where no loss was seen at all (the rule of three): with fewer pairs than that term and
+    `max_loss` allow, none is spared.
     """
     from scipy.stats import norm
     from sklearn.isotonic import IsotonicRegression
@@ -79,13 +82,17 @@ def choose_limit(
     order = np.argsort(-probability, kind="stable")
     smooth = IsotonicRegression(increasing=False).fit_transform(probability, cost)[order]
     ordered = probability[order]
-    last_of_equals = np.r_[ordered[1:] < ordered[:-1], True]
+    tried = np.flatnonzero(np.r_[ordered[1:] < ordered[:-1], True])  # the last of equals
+    tried = (
+        tried[np.unique(np.linspace(0, len(tried), _LIMITS + 1).astype(int)[1:] - 1)] if len(tried) > _LIMITS else tried
+    )
     mean = np.cumsum(smooth) / n
     error = np.sqrt(np.maximum(np.cumsum(cost[order] ** 2) / n - mean**2, 0) / n)
-    allowed = np.flatnonzero((mean + norm.ppf(confidence) * error <= max_loss + 1e-9) & last_of_equals)
-    if not len(allowed):
+    worst = (mean + norm.ppf(confidence) * error - np.log(1 - confidence) / n)[tried]
+    passed = int(np.argmax(np.r_[worst > max_loss + 1e-9, True]))
+    if not passed:
         return Limit(rows=n)
-    count = int(allowed[-1]) + 1
+    count = int(tried[passed - 1]) + 1
     below = ordered[count] if count < n else 0.0
     loss = float(cost[order][:count].sum() / n)
     return Limit(probability=float(ordered[count - 1] + below) / 2, share=count / n, loss=loss, rows=n)
@@ -109,6 +116,12 @@ def spare(job: Job, chosen: DataFrame, scores: Scores | None, pairs: Path, ids: 
         "annotate: the student grades pairs from probability %.3f on: %.0f %% of valid, for %.4f of accuracy there"
     )
     log.info(message, limit.probability, 100 * limit.share, limit.loss)
+    if limit.rows < config.pairs_needed:
+        log.warning(
+            "annotate: the student grades nothing: for a loss of %g it takes %d labelled pairs of valid, and there are %d; "
+            "raise annotate.cascade.max_loss, or label more",
+            *(config.max_loss, config.pairs_needed, limit.rows),
+        )
     state = {"student": scores.version, "limit": limit.probability, "checked": config.checked}
     note = _note(job)
     if not note.exists() or read_json(note) != state:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -58,9 +59,15 @@ class CascadeConfig(Config):
     """The student grades the pairs that it is surest of, as many as cost at most this share of the annotations' accuracy,
     by the labelled pairs of `valid_pairs`: 0.005 is half a point. 0 leaves every pair to the teacher."""
     confidence: float = Field(default=0.9, ge=0.5, lt=1)
-    """How sure it is that they cost no more: the fewer labelled pairs there are, the fewer pairs the student then grades."""
+    """How sure it is that they cost no more: the fewer labelled pairs there are, the fewer pairs the student then grades,
+    and none with fewer than − ln(1 − confidence) / max_loss of them: 460 for 0.9 and 0.005."""
     checked: float = Field(default=0.05, ge=0, le=1)
     """Share of these pairs that the teacher grades all the same, to show how often it says otherwise."""
+
+    @property
+    def pairs_needed(self) -> int:
+        """With fewer labelled pairs of valid, the student grades none, right as it may be on all of them."""
+        return math.ceil(-math.log(1 - self.confidence) / self.max_loss) if self.max_loss else 0
 
 
 class AnnotateConfig(Config):
@@ -131,6 +138,11 @@ class AnnotateConfig(Config):
             raise ValueError("`select.uncertain` and `cascade` need `student`, the folder of an exported student")
         if self.cascade.max_loss and (self.split in ("valid", "test") or not self.valid_pairs):
             raise ValueError("`cascade` is for splits train and pool, and needs `valid_pairs`, which say what it costs")
+        if (needed := self.cascade.pairs_needed) > self.valid_pairs:
+            raise ValueError(
+                f"by {self.valid_pairs} `valid_pairs`, `cascade` cannot be sure of a loss of {self.cascade.max_loss:g}, and "
+                f"the student would grade nothing: it takes {needed}, or a larger `max_loss`"
+            )
         return self
 
     @property

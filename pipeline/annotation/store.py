@@ -61,10 +61,10 @@ def take_over(out: Path) -> str:
     run = uuid.uuid4().hex
     with disk_errors(out), _locked(out, fcntl.LOCK_EX):
         write_json(out / _OWNER, {"run": run, "pid": os.getpid()})
-    for note in out.glob(f"{_MERGED}*.json"):
-        _finish_merge(note)
-    for leftover in [*out.glob(f"{TEMPORARY}*"), *out.glob(f"{_MERGED}*")]:
-        leftover.unlink(missing_ok=True)
+        for note in out.glob(f"{_MERGED}*.json"):
+            _finish_merge(note)
+        for leftover in [*out.glob(f"{TEMPORARY}*"), *out.glob(f"{_MERGED}*")]:
+            leftover.unlink(missing_ok=True)
     for file in out.glob("[!_]*.parquet"):
         if not _whole(file):
             log.warning("annotate: %s is damaged and set aside; its pairs are annotated again", file)
@@ -99,7 +99,9 @@ def drop(out: Path, key: str, run: str, where: pc.Expression) -> int:
         # Under the old name, by one rename: no row is ever there twice. A new part cannot have this name, as its pairs
         # would be those of the old one, of which some are still here.
         if not remaining.num_rows:
-            file.unlink()
+            with _locked(out, fcntl.LOCK_SH):
+                _check_owner(out, run)
+                file.unlink()
         elif remaining.num_rows < table.num_rows:
             commit(file, remaining, run)
     return dropped
@@ -116,8 +118,10 @@ def compact(out: Path, key: str, run: str, rows: int) -> int:
     def merge(sources: Sequence[Path]) -> int:
         _check_owner(out, run)
         with disk_errors(out):
-            note = _note_merge(out, key, sources)
-        _finish_merge(note)
+            merged = _write_merged(out, sources)
+            with _locked(out, fcntl.LOCK_SH):
+                _check_owner(out, run)  # else the new owner has cleared the merged file away, and needs the sources
+                _finish_merge(_note_merge(merged, key, sources))
         return len(sources) - 1
 
     with ThreadPoolExecutor(min(_MERGE_THREADS, len(os.sched_getaffinity(0)))) as pool:
@@ -156,14 +160,21 @@ def _small_files(out: Path, key: str, rows: int) -> Iterator[list[Path]]:
         yield group
 
 
-def _note_merge(out: Path, key: str, sources: Sequence[Path]) -> Path:
-    """Write the merged file and, last, the note that makes it count."""
+def _write_merged(out: Path, sources: Sequence[Path]) -> Path:
+    """The rows of `sources` in one file, under a hidden name."""
     name = digest([file.name for file in sources])
     # Threads of Arrow's own would read no faster and have their allocator keep 40 MiB more.
     readers = (pq.ParquetFile(file).iter_batches(_ROW_GROUP, use_threads=False) for file in sources)
-    _write(out / f"{_MERGED}{name}.parquet", (_complete(batch) for batches in readers for batch in batches))
-    note = out / f"{_MERGED}{name}.json"
-    write_json(note, {"target": f"{key}-{name}.parquet", "sources": [file.name for file in sources]})
+    merged = out / f"{_MERGED}{name}.parquet"
+    _write(merged, (_complete(batch) for batches in readers for batch in batches))
+    return merged
+
+
+def _note_merge(merged: Path, key: str, sources: Sequence[Path]) -> Path:
+    """Write the note that makes a merged file count."""
+    target = f"{key}-{merged.stem.removeprefix(_MERGED)}.parquet"
+    note = merged.with_suffix(".json")
+    write_json(note, {"target": target, "sources": [file.name for file in sources]})
     return note
 
 

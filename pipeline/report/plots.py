@@ -90,7 +90,8 @@ def line_chart(
         some = [int((place % len(MARKERS) / len(MARKERS) + i) * len(line) / _MARKED) for i in range(_MARKED)]
         look = {"color": colour, "marker": marker, "markerfacecolor": _STAND_IN["bg"], "clip_on": False}
         dash, every = DASHES[place % len(DASHES)], None if marks or sizes or len(line) <= _MARKED else some
-        axes.plot(line, dash, linewidth=1.9, markevery=every, label=str(name), **look)
+        # A zero-width space before the name: a legend leaves out what begins with "_".
+        axes.plot(line, dash, linewidth=1.9, markevery=every, label=re.sub("^_", "\u200b_", str(name)), **look)
     if not drawn:
         return Markup("")
     if diagonal:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from data.config import DataConfig, data_of_preset
 from data.contracts import ContractError
-from data.sources import input_fingerprint, source_label
+from data.sources import input_fingerprint, read_texts, source_label
 
 GRADES = [{"name": "no", "definition": "It is not."}, {"name": "yes", "definition": "It is."}]
 TABLE = {"path": "a.csv", "columns": {"query": "q", "ad_title": "t", "grade": "g"}, "grades": GRADES}
@@ -89,6 +89,46 @@ def test_a_column_is_missed_before_any_work(tmp_path: Path) -> None:
     log = LOG | {"path": tmp_path / "a.csv", "columns": {"query": "q", "ad_title": "t", "frequency": "n"}}
     with pytest.raises(ContractError, match=r"has no column 'n' for our 'frequency'"):
         input_fingerprint(DataConfig.model_validate({"log": log}))
+
+
+@pytest.mark.parametrize(
+    ("content", "log", "fault"),
+    [
+        ("q;t\n", {}, r"set `data\.log\.delimiter` to 'semicolon'"),
+        ("red shoes,a shoe\n", {}, r"none of the columns of `data\.log\.columns`.* in `data\.log\.header` if not"),
+        ("q,t\n", {"columns": {"query": "q", "ad_title": "x"}}, r"check `data\.log\.columns`"),
+        (None, {}, r"check `data\.log\.path`"),
+        ("[1", {"format": "parquet"}, r"check the file or `data\.log\.format`"),
+        ("q,t\n\x00\xff", {"format": "json"}, r"holds no JSON object"),
+    ],
+)
+def test_a_fault_in_the_log_names_the_settings_of_the_log(
+    tmp_path: Path, content: str | None, log: dict[str, Any], fault: str
+) -> None:
+    if content is not None:
+        (tmp_path / "log.csv").write_text(content)
+    given = LOG | {"path": tmp_path / "log.csv", "columns": {"query": "q", "ad_title": "t"}} | log
+    with pytest.raises(ContractError, match=fault):
+        input_fingerprint(DataConfig.model_validate({"log": given}))
+
+
+def test_a_log_without_a_header_names_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text('red shoes;"a shoe\n')
+    columns = {"query": "q", "ad_title": "t"}
+    log = {"path": tmp_path / "log.csv", "columns": columns, "header": ["q", "t"], "delimiter": ";", "quotes": False}
+    assert input_fingerprint(DataConfig.model_validate({"log": log}))
+
+
+@pytest.mark.parametrize("name", ["path", "texts"])
+def test_the_home_of_somebody_unknown_is_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(ValidationError, match="write the whole path"):
+        DataConfig.model_validate(TABLE | {name: "~nobody-of-that-name/a.csv"})
+
+
+def test_a_file_without_a_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n  \n")
+    with pytest.raises(ContractError, match="has no text; leave the setting out"):
+        list(read_texts(DataConfig(texts=tmp_path / "texts.txt")))
 
 
 def test_a_file_of_texts_is_missed_before_any_work(tmp_path: Path) -> None:

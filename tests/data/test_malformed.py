@@ -69,6 +69,19 @@ def test_a_file_without_a_sound_row_is_all_rejects(spark: Any, tmp_path: Path) -
     assert {'2,"query,title,1', "3,query,title,0"} <= lines
 
 
+@pytest.mark.parametrize("depth", [500, 5_000, 19_000])
+def test_a_cell_nested_deeper_than_python_follows_is_a_rejected_row(spark: Any, tmp_path: Path, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    (tmp_path / "a.csv").write_text(f"q,t,g,a\nred,title,1,{{}}\nblue,title,1,{deep}\n")
+    (tmp_path / "b.jsonl").write_text(
+        '{"q": "red", "t": "title", "g": 1, "a": {}}\n' + f'{{"q": "blue", "t": "title", "g": 1, "a": {deep}}}\n'
+    )
+    columns = {"query": "q", "ad_title": "t", "grade": "g", "attributes": "a"}
+    for name in ("a.csv", "b.jsonl"):
+        figures = prepare(config(tmp_path / name, columns=columns), tmp_path / name[0], spark).figures
+        assert (figures["rows_in"], figures["rejected"], figures["rows"]) == (2, 1, 1)
+
+
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz"])
 def test_what_only_the_workers_find_is_one_sentence(spark: Any, tmp_path: Path, name: str) -> None:
     records = [{"q": f"query {i}", "t": f"title {hash(str(i))}", "g": i % 2} for i in range(30_000)]

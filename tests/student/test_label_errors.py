@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from data.contracts import GradeScale
+from data.contracts import HUMAN_LABELS, ContractError, GradeScale
 from student.config import StudentConfig
 from student.dataset import Annotated, read_examples
 from student.distill import distill
+from student.fit import fit
 from student.label_errors import cross_fitted, find, ranked
 from student.model import save_tokenizer
 from student.setup import Setup
 
-from .conftest import make_rows, write_pairs
+from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 
 
 def noisy(count: int, seed: int = 0):
@@ -96,3 +99,69 @@ def test_leaving_suspects_out_is_compared(tiny, quick, tmp_path, how):
 def test_dropping_needs_suspects():
     with pytest.raises(ValidationError, match="drop_suspects"):
         StudentConfig(drop_suspects=0.1)
+
+
+LABELS = [row for row in make_rows() if row["split"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "fault"),
+    [
+        ([], "there are 0: it needs 5 at least; set it to 'off'"),
+        (LABELS[:4], "there are 4: it needs 5 at least"),
+        ([row | {"grade": 1} for row in LABELS], None),
+        (
+            [row | {"grade": int(i == 0)} for i, row in enumerate(LABELS)],
+            None,
+        ),  # in one fold all others are of one grade
+    ],
+)
+def test_few_or_one_sided_labels_are_judged_or_refused_in_a_sentence(tiny, quick, tmp_path, labels, fault):
+    others = [row for row in make_rows() if row["split"] != "train"]
+    pairs = write_pairs(tmp_path / "pairs", others + labels)
+    config = quick(suspects="features", epochs=1)
+    if fault is None:
+        distill(config, tiny["base"], pairs, None, tmp_path / "out")
+        assert len(pq.read_table(tmp_path / "out" / "suspects.parquet")) <= 1
+        return
+    with pytest.raises(ContractError, match=fault):
+        distill(config, tiny["base"], pairs, tiny["annotations"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("soft_labels", ["teacher", "ensemble"])
+def test_with_and_without_suspects_learn_the_same_of_what_both_have(tiny, quick, tmp_path, monkeypatch, soft_labels):
+    learned = {}
+
+    def spy(setup, rows, valid, *, phase, **more):
+        learned[phase] = rows
+        return fit(setup, rows, valid, phase=phase, **more)
+
+    monkeypatch.setattr("student.distill.fit", spy)
+    labels = [row | {"grade": 2 - row["grade"]} if i % 4 == 0 else row for i, row in enumerate(LABELS)]
+    others = [row for row in make_rows() if row["split"] != "train"]
+    pairs = write_pairs(tmp_path / "pairs", others + labels)
+    # Valid is annotated as well, by which the ensemble is weighted.
+    rows = [row | {"split": "pool"} for row in others if row["split"] in ("pool", "valid")]
+    annotations = write_annotations(tmp_path / "annotations", annotate_pool(rows))
+    config = quick(suspects="features", drop_suspects=0.2, soft_labels=soft_labels)
+    distill(config, tiny["base"], pairs, annotations, tmp_path / "out")
+    without, whole = learned["student"], learned["with_suspects"]
+    assert len(without) < len(whole)
+    same = whole.take(np.flatnonzero(np.isin(whole.pair_ids.astype(str), without.pair_ids.astype(str))))
+    assert (same.pair_ids == without.pair_ids).all()
+    np.testing.assert_array_equal(same.soft, without.soft)
+
+
+def test_a_suspect_has_the_reason_of_the_teacher(tiny, quick, tmp_path):
+    now = datetime.now(UTC)
+    about = {"rater": "anna", "draw": "", "note": "", "labelled_at": now, "imported_at": now}
+    pool = [row for row in make_rows() if row["split"] == "pool"]
+    labels = [
+        about | {"pair_id": row["pair_id"], "grade": (row["grade"] + (i % 4 == 0)) % 3} for i, row in enumerate(pool)
+    ]
+    pq.write_table(pa.Table.from_pylist(labels, schema=HUMAN_LABELS), file := tmp_path / "labels.parquet")
+    config = quick(suspects="features", epochs=1)
+    distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path / "out", human_labels=file)
+    suspects = pq.read_table(tmp_path / "out" / "suspects.parquet").to_pylist()
+    heard = [row["reasoning"] for row in suspects if row["teacher_grade"] is not None]
+    assert set(heard) == {"because"}

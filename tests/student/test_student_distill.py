@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from data.contracts import ContractError, GradeScale, metric_lines
+from data.contracts import ContractError, GradeScale, metric_lines, words
 from student import checkpoint, peers
 from student import fit as fit_module
 from student.baselines import Bm25
@@ -23,7 +24,6 @@ from student.model import load_classifier
 from student.reader import Reader, predict_logits
 from student.scorer import load_tokenizer, softmax
 from student.scratch import make_encoder, on_other_side
-from student.words import words
 
 from .conftest import annotate_pool, make_rows, write_annotations, write_pairs
 
@@ -141,6 +141,32 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(tiny, quick, tmp_path, m
     killed_after(0)
     distill(quick(epochs=3, seed=1), *arguments[1:], tmp_path / "other")
     assert epochs == [1, 2, 3]
+
+
+def test_a_kill_before_the_model_has_its_place_trains_nothing_again(tiny, quick, tmp_path, monkeypatch):
+    arguments = (quick(epochs=2), tiny["base"], tiny["pairs"], tiny["annotations"], tmp_path)
+    real = Path.rename
+
+    def killed(self, target):
+        if self.name == ".model":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments)
+    monkeypatch.undo()
+    epochs, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *state: epochs.append(save(*state)))
+    distill(*arguments)
+    assert not epochs
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_every_epoch_logs_its_loss_however_short_it_is(tiny, quick, tmp_path):
+    distill(quick(batch_size=48, epochs=2), tiny["base"], tiny["pairs"], None, tmp_path)
+    lines = [line for line in metric_lines(tmp_path / "metrics.jsonl") if line["phase"] == "student"]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
 
 
 def test_early_stopping_keeps_the_best_epoch(tiny, quick, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import ContractError, read_table
+from data.sources.labels import json_attributes
 from student import export as export_module
 from student import scorer
 from student.config import ExportConfig, ScoreConfig
@@ -86,6 +87,10 @@ def test_the_folder_scores_without_the_product(exported, tmp_path):
         (b'{"query": "red kettle"}', "line 2 is no pair: it needs the texts"),
         (b'{"query": "red kettle", "ad_title": 3}', "line 2 is no pair: it needs the texts"),
         (b'{"query": "a", "ad_title": "b", "attributes": "c"}', "line 2 is no pair: `ad_text` must be a text"),
+        (
+            b'{"query": "a", "ad_title": "b", "attributes": {"c": ' + b"[" * 5000 + b"]" * 5000 + b"}}",
+            "line 2 is not JSON",
+        ),
     ],
 )
 def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(
@@ -99,6 +104,28 @@ def test_the_command_names_a_line_that_is_no_pair_and_keeps_what_came_before(
         scorer.main()
     assert "\n" not in str(stopped.value)
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        (0, "0"),
+        (True, "true"),
+        (False, "false"),
+        (1.5, "1.5"),
+        (["rot", "grün"], '["rot", "grün"]'),
+        ({"w": 3}, '{"w": 3}'),
+        ("as it is", "as it is"),
+        ("", ""),
+        (None, None),
+    ],
+)
+def test_attributes_count_as_the_data_stage_stores_them(value, stored):
+    kept = json_attributes(json.dumps({"a": value, "b": "c"}))
+    assert kept == ({} if stored is None else {"a": stored}) | {"b": "c"}
+    row = scorer.parse_pair(json.dumps({"query": "q", "ad_title": "t", "attributes": {"a": value, "b": "c"}}).encode())
+    read = [scorer.ad_text("t", None, attributes) for attributes in (kept, row["attributes"], {"a": value, "b": "c"})]
+    assert len(set(read)) == 1
 
 
 @pytest.mark.parametrize(

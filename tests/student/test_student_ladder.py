@@ -65,6 +65,9 @@ def test_the_larger_student_teaches_beside_people_and_teacher(tiny):
 
 def test_every_size_is_trained_calibrated_measured_and_exported(tiny, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(distill_module, "isotonic_losses", lambda *given, **named: (1.0, 0.9))
+    # The student is above its floor, and the smaller one is not.
+    floor_of, above = distill_module.floor, iter([True, False])
+    monkeypatch.setattr(distill_module, "floor", lambda systems: floor_of(systems) | {"above": next(above)})
     trained, out = tmp_path / "student", tmp_path / "export"
     config = quick(epochs=1, layers=(1, 2), warm_up={"pairs": 60}, calibration="best")
     distill(config, tiny["base"], tiny["pairs"], tiny["annotations"], trained)
@@ -84,6 +87,8 @@ def test_every_size_is_trained_calibrated_measured_and_exported(tiny, quick, tmp
     predictions = [pq.read_table(folder / PREDICTIONS) for folder in (trained, trained / "layers-1")]
     assert predictions[0].schema == predictions[1].schema
     assert predictions[0] != predictions[1]
+    cards = [(folder / "model_card.md").read_text() for folder in (trained / "model", trained / "layers-1")]
+    assert ["Do not deploy" in card for card in cards] == [False, True]
     floor = json.loads((trained / "layers-1" / "evaluation.json").read_text())["floor"]
     assert floor["student"] > 0
     assert set(floor["systems"]) == {"untrained_cosine", "warm_up"}

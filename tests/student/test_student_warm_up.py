@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.dataset as pads
 import pytest
+from pydantic import ValidationError
 
 from data.contracts import ContractError, GradeScale, MetricsLog
 from student.config import StudentConfig
@@ -92,6 +93,11 @@ def test_a_target_is_what_raters_would_say(tiny):
     taught = with_targets(rows, np.array([0.0, 0.5, 1.0]), 3)
     assert taught.soft == pytest.approx(np.array([[1, 0, 0], [0.25, 0.5, 0.25], [0, 0, 1]]))
     assert (taught.n_gold, taught.n_annotated) == (0, 3)
+
+
+def test_an_encoder_beside_bm25_is_refused(quick):
+    with pytest.raises(ValidationError, match="`encoder` has no effect with source = 'bm25'"):
+        quick(warm_up={"pairs": 10, "source": "bm25", "encoder": "hf:a/b"})
 
 
 def test_a_student_below_what_costs_no_label_is_named():

@@ -57,3 +57,20 @@ def test_it_is_silent_without_enough_steps_values_or_when_off():
     assert collapse([], LIMITS) is None
     assert collapse(history((10, {}), (5, {"accuracy": 0.0})), CollapseConfig(window=0)) is None
     assert collapse([{"loss": 1.0}] * 30, LIMITS) is None
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_steps_that_share_completions_are_judged_by_them(every):
+    """With `generation_batches` above 1, only the steps that sample log what is known of the completions."""
+
+    def logged(steps):
+        return [step if i % every == 0 else {"entropy": step["entropy"]} for i, step in enumerate(steps)]
+
+    idle = {"advantage/positive": 0.0, "advantage/negative": 0.0}
+    limits = CollapseConfig(window=5, max_idle_steps=20)
+    assert "in 20 steps every advantage" in collapse(
+        logged(history((10, {"advantage/negative": -1.0}), (20, idle))), limits
+    )
+    assert "accuracy fell" in collapse(logged(history((10, {}), (15, {"accuracy": 0.1}))), LIMITS)
+    assert "no completion had an answer" in collapse(logged(history((20, {"parse_rate": 0.0}))), LIMITS)
+    assert collapse(logged(history((40, {}))), LIMITS) is None

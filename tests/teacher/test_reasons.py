@@ -22,6 +22,8 @@ from teacher.engines.base import Completion, Engine
 from teacher.engines.config import ServerConfig, TransformersConfig
 from teacher.examples import labelled_rows
 from teacher.model import load_tokenizer
+from teacher.rationale import compare_words, lexical_rationale
+from teacher.reason_text import says_nothing
 from teacher.train import train_teacher
 from tests.teacher.conftest import write_pairs
 from tests.teacher.test_trainer import TINY
@@ -191,6 +193,41 @@ def test_nothing_is_asked_twice(scripted, decoder, pairs, tmp_path):
     assert before < len(scripted.asked)
 
 
+@pytest.mark.parametrize("fault", ["short", "broken", "broken while it verifies"])
+def test_what_the_engine_did_not_answer_is_asked_again(scripted, decoder, pairs, tmp_path, monkeypatch, fault):
+    undisturbed = collect(decoder, pairs, tmp_path / "cold" / "out", FEW)
+    with monkeypatch.context() as patched:
+        if fault == "short":
+            patched.setattr(ScriptedEngine, "max_model_len", 48)
+        else:
+            complete = ScriptedEngine._complete
+
+            def broken(self, prompt, sampling):
+                answer = complete(self, prompt, sampling)
+                return RuntimeError("no connection") if fault == "broken" or sampling.max_tokens == 1 else answer
+
+            patched.setattr(ScriptedEngine, "_complete", broken)
+        why = "longer than its max_model_len, 48" if fault == "short" else "no connection"
+        with pytest.raises(ContractError, match=rf"12 × the engine could not .*{why}.*reason_engine"):
+            collect(decoder, pairs, tmp_path / "out", FEW)
+    assert collect(decoder, pairs, tmp_path / "out", FEW) == undisturbed
+
+
+def test_an_anchor_learns_the_reasons_of_the_warm_start(scripted, decoder, pairs, tmp_path, monkeypatch):
+    given = []
+
+    def spy(config, model, tokenizer, problems, *more):
+        given.extend(problems)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teacher.train.train_policy", spy)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(CONFIG, decoder, pairs, tmp_path, cache=tmp_path / "cache")
+    taught = reasons.read_reasons(tmp_path)
+    assert len(given) > len(taught) > 0
+    assert all(each.target.startswith(taught.get(each.pair_id, "")) for each in given)
+
+
 def test_a_reason_that_must_name_a_rule_and_does_not_is_dropped(scripted, decoder, pairs, tmp_path):
     prompt = PromptConfig(guideline="Grade.", rules=tuple("abcdefghi"), name_rule=True, definitions=False)
     rows, _ = collect(decoder, pairs, tmp_path / "out", CONFIG.model_copy(update={"prompt": prompt}))
@@ -198,6 +235,26 @@ def test_a_reason_that_must_name_a_rule_and_does_not_is_dropped(scripted, decode
     assert (2, "hinted", "") in outcomes
     assert {outcome for grade, outcome, _ in outcomes if grade != 2} == {"dropped"}
     assert "names no rule" in {dropped for _, _, dropped in outcomes}
+
+
+@pytest.mark.parametrize(
+    ("query", "title", "sound", "empty"),
+    [
+        ("红色跑鞋", "耐克女子红色跑鞋 轻便", "用户要红色的跑鞋,广告正是", "广告与查询相符"),
+        ("赤い靴", "ランニングシューズ 赤", "赤いシューズなので近い", "関係があります"),
+        ("빨간 운동화", "나이키 운동화 빨강", "운동화는 맞지만 색이 다르다", "서로 관련이 있다"),
+        ("red shoes", "crimson trainers", "trainers are shoes", "it fits well"),
+    ],
+)
+def test_words_are_found_in_scripts_without_spaces(query, title, sound, empty):
+    own = f"{query} {title}"
+    assert not says_nothing(sound, own, "You grade ads.")
+    assert says_nothing(empty, own, "You grade ads.")
+
+
+def test_what_is_shared_in_a_script_without_spaces_is_seen():
+    assert lexical_rationale("红色跑鞋", "耐克女子红色跑鞋 轻便") == "The ad covers 红, 色, 跑, 鞋; it lacks nothing."
+    assert compare_words("红鞋 x", "蓝鞋") == (["鞋"], ["红", "x"])
 
 
 def test_without_any_reason_it_says_what_to_do(scripted, decoder, pairs, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ import sys
 import textwrap
 from typing import get_args
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -25,6 +27,8 @@ from teacher.policy import estimator
 from teacher.train import train_teacher
 from teacher.trainer import AGPOTrainer
 from teacher.trl_parts import GRPOConfig, GRPOTrainer
+
+from .conftest import write_pairs
 
 TINY = TeacherConfig(
     model="scratch:tiny",
@@ -117,6 +121,11 @@ def steps_of(out):
     return MetricsLog(out / "metrics.jsonl").read("agpo")
 
 
+def assert_same_weights(one, other):
+    expected, found = (load_file(out / "model" / "model.safetensors") for out in (one, other))
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) <= 1e-6
+
+
 def test_train_teacher_leaves_a_complete_folder(undisturbed):
     out, result = undisturbed
     names = ("model.safetensors", "tokenizer.json", "scale.json", "teacher.json", "model_card.md", "metrics.json")
@@ -177,10 +186,93 @@ def test_killed_and_resumed_gives_the_weights_of_an_undisturbed_training(undistu
     killed = subprocess.run([sys.executable, "-c", script], check=False, env=dict(os.environ), capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     train_teacher(TINY, decoder, pairs, broken)
-    expected = load_file(straight / "model" / "model.safetensors")
-    found = load_file(broken / "model" / "model.safetensors")
-    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) <= 1e-6
+    assert_same_weights(straight, broken)
     assert [line["step"] for line in steps_of(broken)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("phase", "step"), [("warm_start", 20), ("agpo", 4)])
+def test_a_kill_inside_a_checkpoint_goes_on_from_the_whole_one(undisturbed, decoder, pairs, tmp_path, phase, step):
+    straight, broken = undisturbed[0], tmp_path
+    longer = TINY.warm_start.model_copy(update={"min_steps": 24})  # a checkpoint every ten steps
+    config = TINY if phase == "agpo" else TINY.model_copy(update={"warm_start": longer})
+    script = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        import transformers
+        from teacher.config import TeacherConfig
+        from teacher.train import train_teacher
+
+        written = transformers.Trainer._save_optimizer_and_scheduler
+
+        def die(self, folder):  # the checkpoint has its weights, and nothing else yet
+            if folder.endswith("{phase}/checkpoint-{step}"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written(self, folder)
+
+        transformers.Trainer._save_optimizer_and_scheduler = die
+        config = TeacherConfig.model_validate_json({config.model_dump_json()!r})
+        train_teacher(config, Path({str(decoder)!r}), Path({str(pairs)!r}), Path({str(broken)!r}))
+    """)
+    killed = subprocess.run([sys.executable, "-c", script], check=False, env=dict(os.environ), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    half = broken / "checkpoints" / phase / f"checkpoint-{step}"
+    assert half.exists()
+    assert not (half / "trainer_state.json").exists()
+    train_teacher(config, decoder, pairs, broken)
+    steps = [line["step"] for line in MetricsLog(broken / "metrics.jsonl").read(phase)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] >= step
+    if phase == "agpo":
+        assert_same_weights(straight, broken)
+
+
+@pytest.mark.parametrize("agpo", [{}, {"max_sampled_tokens": 150}, {"patience": 1, "keep": "last"}])
+def test_a_kill_after_the_last_step_trains_no_further(decoder, pairs, tmp_path, monkeypatch, agpo):
+    evaluation = TINY.evaluation.model_copy(update={"every": 1})
+    config = TINY.model_copy(update={"agpo": TINY.agpo.model_copy(update=agpo), "evaluation": evaluation})
+    for name in ("straight", "broken"):
+        (tmp_path / name).mkdir()
+    straight = train_teacher(config, decoder, pairs, tmp_path / "straight")
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("teacher.train._Training.save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(config, decoder, pairs, tmp_path / "broken")
+    resumed = train_teacher(config, decoder, pairs, tmp_path / "broken")
+    assert resumed.figures == straight.figures
+    assert_same_weights(tmp_path / "straight", tmp_path / "broken")
+    assert len(steps_of(tmp_path / "broken")) == len(steps_of(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_kl_is_against_the_warm_start(decoder, pairs, tmp_path, monkeypatch, killed):
+    agpo = TINY.agpo.model_copy(update={"kl": 0.1, "steps": 2, "learning_rate": 1e-9})
+    config = TINY.model_copy(update={"agpo": agpo})
+    if killed:
+
+        def die(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("teacher.train.train_policy", die)
+            with pytest.raises(KeyboardInterrupt):
+                train_teacher(config, decoder, pairs, tmp_path)
+    train_teacher(config, decoder, pairs, tmp_path)
+    assert [step["kl"] for step in steps_of(tmp_path)] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_split_that_is_missed_at_the_end_is_missed_at_the_beginning(decoder, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    folder = write_pairs(tmp_path / "pairs")
+    table = pq.read_table(file := folder / "pairs" / "part.parquet")
+    pq.write_table(table.filter(pc.not_equal(table["split"], "test")), file)
+    tested = TINY.evaluation.model_copy(update={"test": True})
+    with pytest.raises(ContractError, match=r"'test' has no labelled pair; .*or set teacher\.evaluation\.test = false"):
+        train_teacher(TINY.model_copy(update={"evaluation": tested}), decoder, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_estimator_of_the_config_exists_and_gets_the_rewards_it_takes():

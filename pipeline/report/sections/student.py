@@ -43,7 +43,11 @@ def student_section(folder: Path, record: StageRecord) -> dict[str, Any]:
     evaluation, lines = read_json(folder / "evaluation.json"), training_lines(folder)
     systems, slices, comparisons = evaluation["systems"], evaluation["slices"], evaluation["comparisons"]
     whole, scale = systems[0]["metrics"], GradeScale.load(folder / "model")
-    losses = [(_name(phase), curves(lines, [phase], ["loss"]).squeeze("columns")) for phase in ("student", "gold_only")]
+    losses = [
+        (_name(phase), line)
+        for phase in ("student", "gold_only")
+        for _, line in curves(lines, [phase], ["loss"]).items()
+    ]
     suspects = pq.read_table(folder / "suspects.parquet").to_pylist() if (folder / "suspects.parquet").exists() else []
     return evaluation | {
         "n_suspects": len(suspects),

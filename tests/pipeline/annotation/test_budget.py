@@ -63,6 +63,15 @@ def test_what_is_annotated_counts_and_a_choice_is_made_once(tmp_path: Path, sour
     read_table(next(out.glob("_selection-*.parquet")), SELECTION)
 
 
+@pytest.mark.parametrize("strategy", ["random", "uncertain", "by_stratum"])
+def test_nothing_is_left_to_choose(tmp_path: Path, sources: Sources, strategy: str) -> None:
+    config, out = SelectConfig.model_validate({"pairs": 200, "random": 0.0, strategy: 1.0}), tmp_path / "out"
+    annotate(out, IDS)
+    assert set(chosen(config, out, sources).values()) == {BEFORE}
+    none = CANDIDATES.slice(0, 0)
+    assert not len(select(config, 0, none, out, KEY, [], sources))
+
+
 def test_a_budget_in_tokens_goes_by_what_measured_pairs_took(tmp_path: Path, sources: Sources) -> None:
     config, out = SelectConfig(tokens=18 * 25 + 3), tmp_path / "out"
     annotate(out, IDS[:3])
@@ -83,6 +92,10 @@ def test_a_budget_in_tokens_goes_by_what_measured_pairs_took(tmp_path: Path, sou
         ({"select": {"uncertain": 1, "pairs": 10}}, "need `student`"),
         ({"cascade": {"max_loss": 0.01}}, "need `student`"),
         ({"cascade": {"max_loss": 0.01}, "student": "export", "valid_pairs": 0}, "needs `valid_pairs`"),
+        (
+            {"cascade": {"max_loss": 0.01}, "student": "export", "valid_pairs": 230},
+            "it takes 231, or a larger `max_loss`",
+        ),
     ],
 )
 def test_settings_that_cannot_choose_are_refused(settings: dict, reason: str) -> None:

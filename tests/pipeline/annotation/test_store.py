@@ -2,15 +2,17 @@
 
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import ANNOTATIONS, ContractError, read_table
 from pipeline.annotation import store
-from pipeline.annotation.store import DAMAGED, TEMPORARY, commit, compact, files_of, part_path, take_over
+from pipeline.annotation.store import DAMAGED, TEMPORARY, commit, compact, drop, files_of, part_path, take_over
 from pipeline.annotation.worker import Answer, table_of
 
 KEY = "0123456789abcdef"
@@ -114,7 +116,7 @@ def test_small_files_are_merged_and_large_ones_stay(tmp_path: Path):
     assert not list(tmp_path.glob("_merged-*"))
 
 
-@pytest.mark.parametrize("steps", range(14))
+@pytest.mark.parametrize("steps", range(15))
 def test_a_merge_that_is_killed_anywhere_loses_and_doubles_nothing(tmp_path: Path, steps: int, monkeypatch):
     """Every change of the folder counts as a step; the process dies before step number `steps`."""
     run = filled(tmp_path, 4)
@@ -139,11 +141,45 @@ def test_a_merge_that_is_killed_anywhere_loses_and_doubles_nothing(tmp_path: Pat
         try:
             compact(tmp_path, KEY, run, 100)
         except KeyboardInterrupt:
-            assert steps < 13
+            assert steps < 14
     take_over(tmp_path)
     assert content(tmp_path) == before
     assert not list(tmp_path.glob("_merged-*"))
     assert len(files_of(tmp_path, KEY)) in (1, 4)
+
+
+@pytest.mark.parametrize("when", ["before the note", "with the note"])
+def test_a_run_that_is_taken_over_while_it_merges_loses_nothing(tmp_path: Path, when: str, monkeypatch):
+    run = filled(tmp_path, 4)
+    before = content(tmp_path)
+    name = "_write_merged" if when == "before the note" else "_check_owner"
+    real, taken = getattr(store, name), []
+
+    def taken_over(*arguments):
+        result = real(*arguments)
+        if not taken and (when == "before the note" or list(tmp_path.glob("_merged-*.parquet"))):
+            taken.append(threading.Thread(target=take_over, args=(tmp_path,)))
+            taken[0].start()
+            taken[0].join(0.0 if when == "with the note" else None)  # who holds the lock goes on first
+        return result
+
+    monkeypatch.setattr(store, name, taken_over)
+    if when == "before the note":
+        with pytest.raises(ContractError, match="another run"):
+            compact(tmp_path, KEY, run, 100)
+    else:
+        compact(tmp_path, KEY, run, 100)
+    taken[0].join()
+    assert content(tmp_path) == before
+
+
+def test_a_run_that_was_taken_over_drops_nothing(tmp_path: Path):
+    run = filled(tmp_path, 2)
+    before = content(tmp_path)
+    take_over(tmp_path)
+    with pytest.raises(ContractError, match="another run"):
+        drop(tmp_path, KEY, run, pc.is_valid(pc.field("pair_id")))
+    assert content(tmp_path) == before
 
 
 def test_only_the_owner_merges(tmp_path: Path):

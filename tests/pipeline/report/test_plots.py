@@ -23,6 +23,12 @@ def test_what_is_no_number_is_left_out_and_text_stays_text() -> None:
     assert line_chart([], "x", "y", diagonal="chance") == ""
 
 
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend() -> None:
+    svg = line_chart([series([0.5, 0.7], "_bad"), series([0.5, 0.7], "_")], "x", "y")
+    assert ">\u200b_bad<" in svg
+    assert ">\u200b_<" in svg
+
+
 def test_colours_are_the_style_sheets() -> None:
     svg = line_chart([series([0, 1])], "x", "y")
     assert not re.search(r"#[0-9a-f]{6}\b(?!\")", re.sub(r'href="#\w+"|url\(#\w+\)', "", svg))

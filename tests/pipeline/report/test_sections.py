@@ -1,13 +1,16 @@
 """What the sections work out, checked against values worked out by hand."""
 
+import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from pipeline.report.sections.annotation import agreement, cost, examples, failures
-from pipeline.report.sections.student import evaluation_table, forest
+from pipeline.report.sections.student import evaluation_table, forest, student_section
 from pipeline.report.sections.teacher import teacher_section
 from pipeline.report.text import interval
 from pipeline.settings import PipelineConfig
@@ -80,3 +83,19 @@ def test_the_sections_of_a_real_run(run: PipelineConfig) -> None:
     assert student["system"] == "student"
     assert {"human labels alone", "BM25"} <= {other["system"] for other in others}
     assert student["ROC-AUC"].startswith(f"{finished_stages(run.folder)['student'].figures['test_roc_auc']:.3f} (")
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("kept", [["student"], []])
+def test_a_training_without_a_logged_loss_has_no_curve_of_it(
+    run: PipelineConfig, tmp_path: Path, kept: list[str]
+) -> None:
+    record = finished_stages(run.folder)["student"]
+    for name in ("student", "pairs"):
+        shutil.copytree(run.folder / name, tmp_path / name)
+    log = tmp_path / "student" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if "loss" not in line or line["phase"] in kept]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = student_section(tmp_path / "student", record)["training"]
+    assert ("student" in drawn, "human labels alone" in drawn) == (bool(kept), False)
