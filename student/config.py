@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from data.contracts import Config
 
@@ -30,8 +30,8 @@ class WarmUpConfig(Config):
     """Peak learning rate of AdamW."""
 
     @model_validator(mode="after")
-    def _encoder_has_an_effect(self) -> Self:
-        if self.encoder and self.source == "bm25":
+    def _encoder_has_an_effect(self, info: ValidationInfo) -> Self:
+        if self.encoder and self.source == "bm25" and info.context != "recorded":
             raise ValueError("`encoder` has no effect with source = 'bm25'; leave one of the two out")
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from data.contracts import Config, UserPath
 from teacher.engines.config import EngineConfig, VLLMConfig
@@ -133,12 +133,12 @@ class AnnotateConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _has_its_student(self) -> AnnotateConfig:
+    def _has_its_student(self, info: ValidationInfo) -> AnnotateConfig:
         if self.uses_student and self.student is None:
             raise ValueError("`select.uncertain` and `cascade` need `student`, the folder of an exported student")
         if self.cascade.max_loss and (self.split in ("valid", "test") or not self.valid_pairs):
             raise ValueError("`cascade` is for splits train and pool, and needs `valid_pairs`, which say what it costs")
-        if (needed := self.cascade.pairs_needed) > self.valid_pairs:
+        if (needed := self.cascade.pairs_needed) > self.valid_pairs and info.context != "recorded":
             raise ValueError(
                 f"by {self.valid_pairs} `valid_pairs`, `cascade` cannot be sure of a loss of {self.cascade.max_loss:g}, and "
                 f"the student would grade nothing: it takes {needed}, or a larger `max_loss`"
