@@ -27,4 +27,4 @@ from data.contracts.tables import (
     check_schema,
     read_table,
 )
-from data.contracts.words import ALONE, words
+from data.contracts.terms import ALONE, words
