@@ -54,7 +54,9 @@ def main() -> None:
     shutil.rmtree(options.out, ignore_errors=True)
     (options.out / "pairs").mkdir(parents=True)
     rows = [*few, *(row for key, row in added.items() if key not in known)]
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), options.out / "pairs" / "part-0.parquet", compression="zstd")
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=PAIRS), options.out / "pairs" / "part-0.parquet", compression="zstd"
+    )
     shutil.copyfile(options.pairs / "scale.json", options.out / "scale.json")
     counts = {"rows": len(rows), "rest": len(rest), "mined": len(rows) - len(few) - len(rest), "queries": len(queries)}
     print(json.dumps({"benchmark": "more_pairs", **counts}))
