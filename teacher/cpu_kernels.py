@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
+
+from teacher import grouped_attention
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -75,10 +77,10 @@ def _attention(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own sdpa attention, but for a mask with a layout."""
+    """As without this module, but for a mask with a layout."""
     layout = getattr(attention_mask, "shared_prefix", None)
     if layout is None or not layout.places.numel() or dropout or more.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+        return grouped_attention.attention(module, query, key, value, attention_mask, dropout, scaling, **more)
     # With autocast positions are put into query and key in float32, and values come as they were multiplied.
     query, key = query.to(value.dtype), key.to(value.dtype)
     groups = getattr(module, "num_key_value_groups", 1)

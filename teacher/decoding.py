@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from data.contracts import ContractError
+from teacher import grouped_attention
 from teacher.shared_prefix import causal_lm, common_prefix
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """From logits (rows, vocabulary), and which completion each row is, to the next tokens (rows,)."""
 
 _ROOM = 32  # tokens by which the cache grows at a time
+_BLOCK = 512  # outcomes, about the root of a vocabulary
 
 
 @torch.no_grad()
@@ -41,6 +43,7 @@ def decode(
     Raises:
         ContractError: `model` keeps its state in another way than in a `Cache`.
     """
+    grouped_attention.install()
     unique = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: i for i, prompt in enumerate(unique)}
     group = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
@@ -79,15 +82,39 @@ def sample_completions(
 ) -> list[list[int]]:
     """One completion for each of `prompts`, sampled from torch's random state.
 
-    They are those of `generate` for the same state, as noise is drawn for all completions at every step.
+    A number is drawn for all completions at every step, so that those that have ended do not change the others.
     """
 
     def choose(logits: Tensor, rows: Tensor) -> Tensor:
-        noise = torch.empty(len(prompts), logits.size(-1), device=logits.device).exponential_()
-        # An exact draw: the exponential form of the Gumbel-max trick.
-        return (torch.softmax(logits.float() / temperature, dim=-1) / noise[rows]).argmax(dim=-1)
+        numbers = torch.rand(len(prompts), dtype=torch.float64, device=logits.device)
+        return draw(torch.softmax(logits.float() / temperature, dim=-1), numbers[rows])
 
     return decode(model, prompts, [max_tokens] * len(prompts), ends=ends, pad=pad, choose=choose)
+
+
+def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """By inversion the outcomes (rows,) of distributions (rows, outcomes), not all 0, for `numbers` (rows,) in [0, 1).
+
+    One number for a row, where noise for every outcome would be most of a large batch's time; and first a block of outcomes,
+    then one of them, as the running sum over a whole vocabulary would be half of what is left.
+    """
+    outcomes = probabilities.size(-1)
+    even = outcomes - outcomes % _BLOCK
+    sums = [probabilities[:, :even].unflatten(-1, (-1, _BLOCK)).sum(-1), probabilities[:, even:].sum(-1, keepdim=True)]
+    block, rest = _inverted(torch.cat(sums, dim=-1).double(), numbers)
+    places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = probabilities.gather(-1, places.clamp(max=outcomes - 1)).double() * (places < outcomes)
+    return block * _BLOCK + _inverted(inside, rest)[0]
+
+
+def _inverted(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of `weights` (rows, n) each number falls on, and where on it, in [0, 1]; never one of weight 0."""
+    cumulative = weights.cumsum(-1)
+    drawn = numbers[:, None] * cumulative[:, -1:]
+    last = weights.size(-1) - 1 - (weights > 0).flip(-1).int().argmax(-1, keepdim=True)  # if rounding leads behind it
+    place = torch.searchsorted(cumulative, drawn, right=True).minimum(last)
+    weight = weights.gather(-1, place)
+    return place[:, 0], ((drawn - cumulative.gather(-1, place)) / weight + 1)[:, 0].clamp(0, 1)
 
 
 class _Reader:

@@ -193,7 +193,7 @@ class AGPOTrainer(GRPOTrainer):
         *more: Any,
         **others: Any,
     ) -> tuple[list[list[int]], Any]:
-        if self.use_vllm or not self.shared_prefix:
+        if self.use_vllm:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *more, **others
             )

@@ -35,6 +35,7 @@ from filelock import FileLock
 from benchmarks.trainer_overhead import measure
 from data.contracts import ANNOTATIONS, PAIRS, MetricsLog, read_json, read_table, whole_file, write_json
 from pipeline.annotation.calibration import calibration_of, recalibrate
+from pipeline.annotation.config import AnnotateConfig
 from pipeline.annotation.job import annotation_key, sampling_of
 from pipeline.annotation.store import files_of, take_over
 from pipeline.annotation.worker import Job, annotate_partition
@@ -299,7 +300,8 @@ def annotate_pool(work: Work) -> dict[str, Any]:
 
 def _annotate(work: Work, teacher: str, split: str, limit: int) -> dict[str, Any]:
     """Annotate the first `limit` pairs of a split, in the order of their ids, as a worker of the annotation job does."""
-    config, folder, out = work.settings.annotate, work.state / teacher / "model", work.state / "annotations" / teacher
+    config = _filling(work.settings.annotate)
+    folder, out = work.state / teacher / "model", work.state / "annotations" / teacher
     sampling = sampling_of(config, load_prompt(folder), load_tokenizer(folder))
     key, run = annotation_key(folder, config), take_over(out)
     rows = (
@@ -327,6 +329,13 @@ def _annotate(work: Work, teacher: str, split: str, limit: int) -> dict[str, Any
         "pairs_per_s": round(new / seconds, 2),
         "tokens_per_s": round(pc.mean(table["completion_tokens"]).as_py() * new / seconds, 1) if new else 0.0,
     }
+
+
+def _filling(config: AnnotateConfig) -> AnnotateConfig:
+    """No more pairs at a time than fill the engine: what was started must still be answered when time is up."""
+    batch = getattr(config.engine, "batch_size", 0)  # an engine without one keeps a queue of its own
+    most = min(config.max_in_flight, -(-batch // config.n)) if batch else config.max_in_flight
+    return config.model_copy(update={"max_in_flight": most})
 
 
 def _open(job: Job) -> Annotator:

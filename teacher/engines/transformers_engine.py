@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.contracts import out_of_memory
-from teacher.decoding import decode
+from teacher.decoding import decode, draw
 from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
 from teacher.engines.config import TransformersConfig
 from teacher.model import load_causal_lm, number_format
@@ -147,27 +147,28 @@ class _Sampler:
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
         """The next tokens (len(rows),) from `logits` (len(rows), vocabulary)."""
         logits = logits.float()
-        chosen = logits.argmax(-1) if self._sampling.temperature == 0 else self._sample(logits, rows)
-        if self._sampling.logprobs:
-            logprobs = torch.log_softmax(logits, -1)
-            top = logprobs.topk(min(self._sampling.logprobs, MAX_LOGPROBS, logits.size(-1)), -1)
-            picked = logprobs.gather(-1, chosen[:, None])[:, 0]
-            steps = zip(*(values.tolist() for values in (rows, chosen, picked, top.indices, top.values)), strict=True)
-            for row, token, logprob, tokens, values in steps:
-                self.top_logprobs[row].append({token: logprob} | dict(zip(tokens, values, strict=True)))
+        asked, temperature = self._sampling, self._sampling.temperature
+        probabilities = torch.softmax(logits / temperature if temperature != 1 else logits, -1) if temperature else None
+        chosen = logits.argmax(-1) if probabilities is None else self._sample(probabilities, rows)
+        if asked.logprobs:
+            top = logits.topk(min(asked.logprobs, MAX_LOGPROBS, logits.size(-1)), -1)
+            if probabilities is not None and temperature == 1:  # the likeliest token's is at hand, and never small
+                total = top.values[:, :1] - probabilities.gather(-1, top.indices[:, :1]).log()
+            else:
+                total = logits.logsumexp(-1, keepdim=True)
+            picked = (logits.gather(-1, chosen[:, None]) - total)[:, 0]
+            values = (rows, chosen, picked, top.indices, top.values - total)
+            for row, token, logprob, tokens, logprobs in zip(*(each.tolist() for each in values), strict=True):
+                self.top_logprobs[row].append({token: logprob} | dict(zip(tokens, logprobs, strict=True)))
         return chosen
 
-    def _sample(self, logits: Tensor, rows: Tensor) -> Tensor:
-        probabilities = torch.softmax(logits / self._sampling.temperature, -1)
+    def _sample(self, probabilities: Tensor, rows: Tensor) -> Tensor:
         if self._sampling.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
             # A token stays while those before it have not reached top_p.
             ordered[ordered.cumsum(-1) - ordered >= self._sampling.top_p] = 0.0
             probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-        # By inversion: one number for a row and step, where noise for every token would be most of a large batch's time.
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-        drawn = next(self._steps)[rows, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+        return draw(probabilities, next(self._steps)[rows])
 
 
 def load_transformers(config: TransformersConfig, folder: Path) -> TransformersEngine:

@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import ContractError, MetricsLog
 from teacher.config import WarmStartConfig
-from teacher.decoding import sample_completions
+from teacher.decoding import decode, sample_completions
 from teacher.examples import Example
 from teacher.model import load_model
 from teacher.shared_prefix import (
@@ -273,8 +273,13 @@ def test_completions_are_those_of_generate(family, changed):
     for row in rows.tolist():
         end = next((t for t, token in enumerate(row) if token in ends), len(row) - 1)
         expected.append(row[: end + 1])
+
+    def choose(logits, rows):  # as `generate` draws: an outcome's probability over exponential noise (Gumbel-max)
+        noise = torch.empty(len(prompts), logits.size(-1)).exponential_()
+        return (torch.softmax(logits.float() / 0.7, dim=-1) / noise[rows]).argmax(dim=-1)
+
     torch.manual_seed(0)
-    assert sample_completions(model, prompts, max_tokens=16, ends=ends, temperature=0.7, pad=0) == expected
+    assert decode(model, prompts, [16] * len(prompts), ends=ends, pad=0, choose=choose) == expected
     assert len({len(completion) for completion in expected}) > 3
 
 
