@@ -60,13 +60,13 @@ def report(folder: Path, pairs: Path) -> None:
 
 
 def _teachers(folder: Path) -> list[str]:
-    names = {found[1] for file in folder.glob("*.parquet") if (found := re.fullmatch(r"[^-]+-(.+)-\d+", file.stem))}
+    names = {found[1] for file in folder.rglob("*.parquet") if (found := re.fullmatch(r"[^-]+-(.+)-\d+", file.stem))}
     return sorted(names)
 
 
 def _answers(folder: Path, teacher: str, pair_ids: list[str]) -> dict[str, dict[str, Any]]:
     """The rows of these pairs that a teacher annotated, by pair."""
-    files = [str(file) for file in folder.glob(f"*-{teacher}-*.parquet")]
+    files = [str(file) for file in folder.rglob(f"*-{teacher}-*.parquet")]
     table = pads.dataset(files, schema=ANNOTATIONS).to_table(filter=pads.field("pair_id").isin(pa.array(pair_ids)))
     return {row["pair_id"]: row for row in table.to_pylist()}
 

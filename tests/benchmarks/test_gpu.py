@@ -3,14 +3,21 @@
 import json
 import subprocess
 import sys
+import tarfile
 import time
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from benchmarks.gpu.merge import main as merge
 from benchmarks.gpu.pack import pack
+from benchmarks.gpu.policies import train
 from benchmarks.gpu.report import report
 from data.contracts import ANNOTATIONS, PAIRS, ContractError, read_json
+from pipeline.settings import choose
+from teacher.model import add_adapters, load_causal_lm, weights_fingerprint
+from teacher.prompt import load_prompt
 from teacher.scratch import make_decoder
 from tests.teacher.conftest import write_pairs
 
@@ -107,6 +114,45 @@ def test_packed_trained_annotated_and_measured(place, capsys):
     assert set(measured["teachers"]) == {"warm_start", "agpo", "grpo"}
     assert 0 <= measured["teachers"]["agpo"]["pass@1"] <= 1
     assert "agpo - grpo" in measured["roc_auc"]
+
+
+@pytest.mark.e2e
+def test_both_policies_are_trained_side_by_side_and_measured(place, monkeypatch, capsys):
+    there, out = place / "both", place / "both-out"
+    pack(there, place / "pairs", str(place / "model"), 10**8, wheels=False)
+    capsys.readouterr()
+    arguments = ["--config", str(place / "recipe.toml"), "--test-pairs", "12"]
+    assert not train(there, out, time.time() + 500, arguments, shards=2, steps=2, evaluation=100)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == {"measured": ["warm_start", "agpo", "grpo"], "stopped": [], "checkpoint": 0}
+    with tarfile.open(out / "all.tgz") as archive:
+        archive.extractall(place / "home", filter="data")
+    report(place / "home", place / "pairs")
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(measured["teachers"]) == {"warm_start", "agpo", "grpo"}
+    assert measured["test_pairs"] == 12
+    for name in ("agpo", "grpo"):
+        lines = [json.loads(line) for line in (place / "home" / name / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if line["phase"] == "agpo"] == [1, 2]
+
+    # A policy that was stopped: its last checkpoint becomes a teacher.
+    warm, training = there / "warm" / "warm_start" / "model", place / "stopped"
+    config = choose("single-gpu", place / "recipe.toml").teacher
+    adapted = add_adapters(load_causal_lm(warm, "float32")[0], config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(training / "checkpoints" / "agpo" / "checkpoint-3")
+    monkeypatch.setattr(sys, "argv", ["merge", str(warm), str(training), "3"])
+    merge()
+    assert load_prompt(training / "model").version == load_prompt(warm).version
+    fingerprints = [read_json(folder / "teacher.json")["fingerprint"] for folder in (warm, training / "model")]
+    assert fingerprints == [weights_fingerprint(folder) for folder in (warm, training / "model")]
+    assert fingerprints[0] != fingerprints[1]
+    tokens = torch.tensor([[5, 6, 7]])
+    expected = adapted.eval()(tokens).logits
+    merged = load_causal_lm(training / "model", "float32")[0].eval()
+    torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_parcel_that_was_not_sent_is_named(tmp_path):
