@@ -100,11 +100,15 @@ def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """
     outcomes = probabilities.size(-1)
     even = outcomes - outcomes % _BLOCK
-    sums = [probabilities[:, :even].unflatten(-1, (-1, _BLOCK)).sum(-1), probabilities[:, even:].sum(-1, keepdim=True)]
+    sums = [
+        probabilities[:, :even].unflatten(-1, (even // _BLOCK, _BLOCK)).sum(-1),
+        probabilities[:, even:].sum(-1, keepdim=True),
+    ]
     block, rest = _inverted(torch.cat(sums, dim=-1).double(), numbers)
     places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
     inside = probabilities.gather(-1, places.clamp(max=outcomes - 1)).double() * (places < outcomes)
-    return block * _BLOCK + _inverted(inside, rest)[0]
+    # Where a model gives NaN there is nothing to draw, and the place must still be one of its vocabulary.
+    return (block * _BLOCK + _inverted(inside, rest)[0]).clamp(max=outcomes - 1)
 
 
 def _inverted(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
