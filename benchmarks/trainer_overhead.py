@@ -4,7 +4,8 @@
     python -m benchmarks.trainer_overhead --model FOLDER --full-length    # a real model, the default guideline
 
 Identical: model, prompts, order, seed, rewards, settings; the learning rate is 0, so that both sample the same
-completions in every step although their advantages differ. Each side runs in a process of its own, alternating, so that
+completions in every step although their advantages differ. For that TRL's side takes our way to draw a token, which is
+faster than its own (`benchmarks.decoding` compares them). Each side runs in a process of its own, alternating, so that
 peak memory is its own and slow minutes of the machine meet both. Prints one JSON line: medians of seconds per step, of its
 training part (loss, gradient, update; the rest is sampling and rewards), and peak memory. On a CPU the seconds are those of
 the processor, so that other work on the machine does not count.
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +73,12 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
     from teacher.advantages import agpo
     from teacher.config import TeacherConfig
+    from teacher.decoding import draw
     from teacher.model import add_adapters, load_model
     from teacher.trainer import AGPOTrainer
     from teacher.trl_parts import GRPOConfig, GRPOTrainer  # without vLLM on either side
 
-    cuda = torch.cuda.is_available()
+    cuda, multinomial = torch.cuda.is_available(), torch.multinomial
     clock = time.perf_counter if cuda else time.process_time
     ended: list[float] = []
     sampling: list[float] = [0.0]
@@ -134,11 +137,16 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             callbacks=[Clock()],
             **own,
         )
+        if side == "stock":
+            torch.multinomial = _drawing(draw)  # what `generate` calls
         if options.full_length:  # ours samples until one of the trainer's end tokens, TRL by the generation settings
             no_token = model.config.vocab_size
             trainer.eos_token_ids = [no_token]
             trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = no_token
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            torch.multinomial = multinomial
     steps = [after - before for before, after in itertools.pairwise(ended)]
     training = [whole - sampled for whole, sampled in zip(steps, sampling[1:], strict=False)]
     # ru_maxrss is in KiB on Linux
@@ -153,6 +161,17 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
         "completion_tokens": statistics.mean(lengths),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+
+
+def _drawing(draw: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """`torch.multinomial` for one outcome of each distribution (rows, outcomes), by `teacher.decoding.draw`."""
+    import torch
+
+    def multinomial(probabilities: Any, num_samples: int) -> Any:
+        numbers = torch.rand(len(probabilities), dtype=torch.float64, device=probabilities.device)
+        return draw(probabilities, numbers)[:, None]
+
+    return multinomial
 
 
 def _work(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
