@@ -36,7 +36,7 @@ def test_a_draw_is_that_of_the_running_sum(outcomes, numbers, seed, zeros):
 @pytest.mark.parametrize("outcomes", [5, 512, 600])
 def test_where_nothing_can_be_drawn_the_place_is_still_an_outcome(outcomes):
     drawn = draw(torch.full((2, outcomes), torch.nan), torch.tensor([0.0, 0.9], dtype=torch.float64))
-    assert ((0 <= drawn) & (drawn < outcomes)).all()
+    assert ((drawn >= 0) & (drawn < outcomes)).all()
 
 
 def test_draws_have_the_frequencies_of_the_distribution():
