@@ -10,19 +10,16 @@ This process uses Python's own library alone, but for what it starts.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu.run import _REPOSITORY, _environment, _site, _unpacked
+from benchmarks.gpu.run import kill, prepared, start
 
 ESTIMATORS = ("agpo", "grpo")
-_PHASES = (
+PHASES = (  # those of `work`, which needs more than Python's own library
     "model", "base", "warm_start", "step_ours", "step_stock", "plan", "agpo", "grpo", "annotate_test", "annotate_pool",
 )  # fmt: skip
 _MARGIN = 10.0  # seconds before the deadline at which all is stopped
@@ -34,27 +31,23 @@ class Policies:
     def __init__(self, place: Path, out: Path, deadline: float, arguments: list[str]) -> None:
         self.place, self.out, self.arguments = place, out, arguments
         self.deadline = deadline - _MARGIN
-        self.payload = _unpacked(place)
-        self.environment = os.environ | _environment(_site(place, self.payload))
+        self.payload, self.environment = prepared(place)
         self.running: list[subprocess.Popen[bytes]] = []
+        self._packed = 0.0  # when, in seconds since 1970
         out.mkdir(parents=True, exist_ok=True)
 
     def start(self, module: str, log: str, *words: str) -> subprocess.Popen[bytes]:
         """A process of this package, whose output goes into the file `log` of `place`."""
-        with (self.place / log).open("ab") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"benchmarks.gpu.{module}", *words],
-                cwd=_REPOSITORY, env=self.environment, stdout=file, stderr=file, start_new_session=True,
-            )  # fmt: skip
+        process = start(module, list(words), self.place / log, self.environment)
         self.running.append(process)
         return process
 
     def work(self, name: str, phases: tuple[str, ...], plan: dict[str, int] | None = None) -> subprocess.Popen[bytes]:
-        """`benchmarks.gpu.work` on state `name`, of whose phases only `phases` are done."""
+        """`benchmarks.gpu.work` on state `name`, which does `phases` alone."""
         state = self.place / name
         state.mkdir(exist_ok=True)
         if not (state / "phases.json").exists():
-            done = {phase: (plan or {}) if phase == "plan" else {} for phase in _PHASES if phase not in phases}
+            done = {phase: (plan or {}) if phase == "plan" else {} for phase in PHASES if phase not in phases}
             (state / "phases.json").write_text(json.dumps(done), encoding="utf-8")
         paths = ["--payload", str(self.payload), "--state", str(state), "--deadline", str(self.deadline)]
         return self.start("work", f"{name}.log", *paths, *self.arguments)
@@ -63,7 +56,7 @@ class Policies:
         """Until they have ended or `until`, in seconds since 1970; brings home what there is every 15 seconds."""
         while any(process.poll() is None for process in processes) and time.time() < until:
             time.sleep(min(1.0, max(0.0, until - time.time())))
-            if time.time() - getattr(self, "_packed", 0.0) > 15:
+            if time.time() - self._packed > 15:
                 self.pack()
 
     def pack(self) -> None:
@@ -78,8 +71,7 @@ class Policies:
     def stop(self, processes: list[subprocess.Popen[bytes]]) -> None:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process)
 
 
 def train(
@@ -90,8 +82,7 @@ def train(
     `evaluation` is how many seconds before it the policies are stopped. Returns the exit code.
     """
     here = Policies(place, out, deadline, arguments)
-    here.wait([here.work("warm", ("model",))], here.deadline)
-    (place / "warm" / "phases.json").unlink()
+    here.wait([here.work("unpacked", ("model",))], here.deadline)
     asked = [
         here.start("shard", "shards.log", str(here.payload), str(place), str(i), str(shards), *arguments)
         for i in range(shards)

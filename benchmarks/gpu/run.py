@@ -30,14 +30,9 @@ def run(place: Path, out: Path, deadline: float, every: float, name: str, argume
     out.mkdir(parents=True, exist_ok=True)
     state = place / name
     state.mkdir(parents=True, exist_ok=True)
-    payload = _unpacked(place)
-    environment = os.environ | _environment(_site(place, payload))
+    payload, environment = prepared(place)
     task = ["--payload", str(payload), "--state", str(state), "--deadline", str(deadline - _MARGIN), *arguments]
-    with (state / "work.log").open("ab") as log:
-        work = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.work", *task],
-            cwd=_REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+    work = start("work", task, state / "work.log", environment)
     ended = False
     while not ended and (left := deadline - _MARGIN - time.time()) > 0:
         try:
@@ -47,12 +42,32 @@ def run(place: Path, out: Path, deadline: float, every: float, name: str, argume
             pass  # a minute has passed
         _write_results(state, out)
     if not ended:
-        os.killpg(work.pid, signal.SIGKILL)
-        work.wait()
+        kill(work)
         _write_results(state, out)
     print((state / "work.log").read_text("utf-8", "replace")[-6000:])
     print("all phases are done" if ended and not work.returncode else "not finished: run it again and it goes on")
     return work.returncode if ended else 0
+
+
+def prepared(place: Path) -> tuple[Path, dict[str, str]]:
+    """What the parcels in `place` hold, unpacked, and the environment of processes that use it."""
+    payload = _unpacked(place)
+    return payload, os.environ | _environment(_site(place, payload))
+
+
+def start(module: str, words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A process of this package with a session of its own, whose output is added to `log`."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"benchmarks.gpu.{module}", *words],
+            cwd=_REPOSITORY, env=environment, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process of `start`, with all that it has started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _unpacked(place: Path) -> Path:

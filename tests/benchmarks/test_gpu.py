@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.gpu.merge import main as merge
 from benchmarks.gpu.pack import pack
-from benchmarks.gpu.policies import train
+from benchmarks.gpu.policies import PHASES, train
 from benchmarks.gpu.report import report
+from benchmarks.gpu.work import PHASES as ALL_PHASES
 from data.contracts import ANNOTATIONS, PAIRS, ContractError, read_json
 from pipeline.settings import choose
 from teacher.model import add_adapters, load_causal_lm, weights_fingerprint
@@ -153,6 +154,10 @@ def test_both_policies_are_trained_side_by_side_and_measured(place, monkeypatch,
     expected = adapted.eval()(tokens).logits
     merged = load_causal_lm(training / "model", "float32")[0].eval()
     torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_work_of_one_phase_leaves_out_all_others():
+    assert tuple(ALL_PHASES) == PHASES
 
 
 def test_a_parcel_that_was_not_sent_is_named(tmp_path):
