@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--dropout", action="store_true", help="on our side too; the peer has the encoder's own by default"
     )
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="on our side")
     parser.add_argument("--peer-bf16", action="store_true", help="the peer in bfloat16, which is not its default")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
@@ -79,6 +80,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         max_length=options.max_length,
         learning_rate=LEARNING_RATE,
         dropout=options.dropout,
+        precision=options.precision,
         device="cpu",
     )
     with tempfile.TemporaryDirectory() as folder:

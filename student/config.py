@@ -131,8 +131,8 @@ class StudentConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the gradients in training; auto takes bf16 on GPUs that have it and on CPUs with AMX, for encoders at
-    least 256 wide, and fp32 elsewhere, where it is faster. Weights and optimiser are always fp32."""
+    """Arithmetic of the gradients in training; auto takes bf16 on GPUs that have it and on CPUs with AMX or AVX512-BF16,
+    for encoders at least 256 wide, and fp32 elsewhere, where it is faster. Weights and optimiser are always fp32."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of the head's weights, the data order, dropout and the bootstrap."""
 

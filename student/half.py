@@ -48,6 +48,7 @@ class HalfReader:
 
 
 def gains(reader: Reader) -> bool:
-    """Whether training in bfloat16 is faster on this CPU: it needs AMX, and matrices of some size."""
+    """Whether training in bfloat16 is faster on this CPU: it needs AMX or AVX512-BF16, and matrices of some size."""
+    units = torch.cpu.get_capabilities()
     wide = getattr(reader.model.config, "hidden_size", 0) >= _HIDDEN
-    return wide and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return wide and any(units.get(name) for name in ("amx_bf16", "avx512_bf16"))

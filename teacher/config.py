@@ -243,9 +243,9 @@ class TeacherConfig(Config):
     """Rank of LoRA adapters on all linear layers, merged at the end; 0 trains all weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Number format of the computation in training; auto takes bfloat16 for a base that is stored in 16 bits, on GPUs and on
-    CPUs that multiply it fast (AMX), and float32 otherwise. Weights that are trained stay in float32 and take 16 bytes
-    each, with gradient and Adam's moments (1.5B weights: 25 GB). With LoRA those are the adapters only; the base below them
-    is held in this format, in bfloat16 2 bytes a weight (7B: 15 GB). The teacher is saved as its base was."""
+    CPUs that multiply it fast (AMX, AVX512-BF16), and float32 otherwise. Weights that are trained stay in float32 and take
+    16 bytes each, with gradient and Adam's moments (1.5B weights: 25 GB). With LoRA those are the adapters only; the base
+    below them is held in this format, in bfloat16 2 bytes a weight (7B: 15 GB). The teacher is saved as its base was."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     processes: int = Field(default=1, ge=1, le=64)

@@ -89,8 +89,9 @@ def number_format(asked: str, folder: Path) -> str:
         return asked
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported()
-    else:  # without AMX the CPU's kernels for bfloat16 are slower than those for float32
-        fast = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    else:  # without such units the CPU's kernels for bfloat16 are slower than those for float32
+        units = torch.cpu.get_capabilities()
+        fast = any(units.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return "bfloat16" if fast and stored_dtype(folder).itemsize == 2 else "float32"
 
 

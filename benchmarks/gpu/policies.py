@@ -19,9 +19,6 @@ from pathlib import Path
 from benchmarks.gpu.run import kill, prepared, start
 
 ESTIMATORS = ("agpo", "grpo")
-PHASES = (  # those of `work`, which needs more than Python's own library
-    "model", "base", "warm_start", "step_ours", "step_stock", "plan", "agpo", "grpo", "annotate_test", "annotate_pool",
-)  # fmt: skip
 _MARGIN = 10.0  # seconds before the deadline at which all is stopped
 
 
@@ -42,15 +39,11 @@ class Policies:
         self.running.append(process)
         return process
 
-    def work(self, name: str, phases: tuple[str, ...], plan: dict[str, int] | None = None) -> subprocess.Popen[bytes]:
-        """`benchmarks.gpu.work` on state `name`, which does `phases` alone."""
-        state = self.place / name
-        state.mkdir(exist_ok=True)
-        if not (state / "phases.json").exists():
-            done = {phase: (plan or {}) if phase == "plan" else {} for phase in PHASES if phase not in phases}
-            (state / "phases.json").write_text(json.dumps(done), encoding="utf-8")
-        paths = ["--payload", str(self.payload), "--state", str(state), "--deadline", str(self.deadline)]
-        return self.start("work", f"{name}.log", *paths, *self.arguments)
+    def work(self, name: str, phase: str) -> subprocess.Popen[bytes]:
+        """`benchmarks.gpu.work` on state `name`, which does `phase` alone."""
+        (self.place / name).mkdir(exist_ok=True)
+        paths = ["--payload", str(self.payload), "--state", str(self.place / name), "--deadline", str(self.deadline)]
+        return self.start("work", f"{name}.log", *paths, "--only", phase, *self.arguments)
 
     def wait(self, processes: list[subprocess.Popen[bytes]], until: float) -> None:
         """Until they have ended or `until`, in seconds since 1970; brings home what there is every 15 seconds."""
@@ -81,8 +74,8 @@ def train(
 
     `evaluation` is how many seconds before it the policies are stopped. Returns the exit code.
     """
-    here = Policies(place, out, deadline, arguments)
-    here.wait([here.work("unpacked", ("model",))], here.deadline)
+    here = Policies(place, out, deadline, [*arguments, "--set", f"teacher.agpo.steps={steps}"])
+    here.wait([here.work("unpacked", "model")], here.deadline)
     asked = [
         here.start("shard", "shards.log", str(here.payload), str(place), str(i), str(shards), *arguments)
         for i in range(shards)
@@ -92,7 +85,7 @@ def train(
         kept = place / "warm" / "warm_start" / "reasons" / path.parent.name
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, kept / path.name)
-    here.wait([here.work("warm", ("warm_start",))], here.deadline)
+    here.wait([here.work("warm", "warm_start")], here.deadline)
     warm = place / "warm" / "warm_start"
     if not (warm / "model").exists():
         here.stop(here.running)
@@ -102,9 +95,9 @@ def train(
     policies = {}
     for name in ESTIMATORS:
         _fork(warm, place / name / "warm_start")
-        policies[name] = here.work(name, (name,), {"steps": steps, "max_sampled_tokens": 10**12})
+        policies[name] = here.work(name, name)
     _fork(warm, place / "measured-warm_start" / "warm_start")
-    measuring = [here.work("measured-warm_start", ("annotate_test",))]
+    measuring = [here.work("measured-warm_start", "annotate_test")]
     stop = here.deadline - evaluation
     here.wait(list(policies.values()), stop)
     late = [name for name in ESTIMATORS if not (place / name / name / "model").exists()]
@@ -117,7 +110,7 @@ def train(
     for name in ESTIMATORS:
         if (place / name / name / "model").exists():
             _fork(place / name / name, place / f"measured-{name}" / name)
-            measuring.append(here.work(f"measured-{name}", ("annotate_test",)))
+            measuring.append(here.work(f"measured-{name}", "annotate_test"))
     here.wait(measuring, here.deadline)
     here.stop(here.running)
     here.pack()

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-from sklearn.metrics import cohen_kappa_score
 
 from data.contracts import ANNOTATIONS, PAIRS, ContractError, GradeScale, read_json, read_table
-from student.metrics import Labels, compare, evaluate
+from student.metrics import Labels, evaluate, grade_measures, score_measures
+from student.resampling import Measures, bootstrap, limits, summed, sums_by_query
 from teacher.passk import pass_at_k
 
 _DIFFERENCES = (("warm_start", "base"), ("agpo", "warm_start"), ("grpo", "warm_start"), ("agpo", "grpo"))
-_METRICS = ("roc_auc", "pr_auc", "macro_f1", "accuracy", "ece")
+_METRICS = ("roc_auc", "pr_auc", "macro_f1", "quadratic_kappa", "accuracy", "ece")
+_COMPARED = ("roc_auc", "macro_f1", "quadratic_kappa", "accuracy", "pass@1", "pass@4", "pass@16")
+_PASS = (1, 4, 16)  # k of pass@k
 
 
 def report(folder: Path, pairs: Path) -> None:
@@ -37,24 +39,28 @@ def report(folder: Path, pairs: Path) -> None:
     place = {pair_id: i for i, pair_id in enumerate(test["pair_id"].to_pylist())}
     test = test.take([place[pair_id] for pair_id in common])
     labels = Labels(test["grade"].to_numpy(), test["query_id"].to_numpy(zero_copy_only=False), scale.relevant_from)
-    probs: dict[str, np.ndarray] = {}
+    measures: dict[str, list[Measures]] = {}
     result: dict[str, dict[str, Any]] = {}
     for name, rows in answers.items():
         raw = [rows[pair_id]["grade_probs_raw"] or rows[pair_id]["grade_probs"] for pair_id in common]
-        probs[name] = np.array([given or [1 / scale.size] * scale.size for given in raw])
-        measured = evaluate(labels, probs[name]).metrics
+        probs = np.array([given or [1 / scale.size] * scale.size for given in raw])
+        measured = evaluate(labels, probs).metrics
         result[name] = {metric: _rounded(measured[metric].model_dump()) for metric in _METRICS}
-        result[name] |= _from_votes(labels.grade, [rows[pair_id] for pair_id in common])
-    differences = {}
-    for a, b in _DIFFERENCES:
-        if a in probs and b in probs:
-            found = compare(labels, *(probs[name][:, scale.relevant_from :].sum(axis=1) for name in (a, b)))
-            differences[f"{a} - {b}"] = _rounded(found.model_dump(include={"difference", "low", "high"}))
+        annotated = [rows[pair_id] for pair_id in common]
+        passed, score = _pass_measures(labels, annotated), probs[:, scale.relevant_from :].sum(axis=1)
+        unparsed = sum(row["n_unparsed"] for row in annotated) / sum(row["n_samples"] for row in annotated)
+        result[name] |= _rounded(passed.values | {"parse_rate": 1 - unparsed})
+        measures[name] = [*score_measures(labels, score), grade_measures(labels, probs, score), passed]
+    differences = {
+        f"{a} - {b}": _difference(labels, measures[a], measures[b])
+        for a, b in _DIFFERENCES
+        if a in measures and b in measures
+    }
     summary = folder / "summary.json"
     machine = read_json(summary)["machine"] if summary.exists() else {}
     print(
         json.dumps(
-            {"benchmark": "gpu", "test_pairs": len(common), "teachers": result, "roc_auc": differences} | machine
+            {"benchmark": "gpu", "test_pairs": len(common), "teachers": result, "differences": differences} | machine
         )
     )
 
@@ -71,16 +77,31 @@ def _answers(folder: Path, teacher: str, pair_ids: list[str]) -> dict[str, dict[
     return {row["pair_id"]: row for row in table.to_pylist()}
 
 
-def _from_votes(grade: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """pass@1 … pass@n, the share of completions with a grade, and the quadratic kappa of the pairs that have one."""
+def _pass_measures(labels: Labels, rows: list[dict[str, Any]]) -> Measures:
+    """pass@k of the completions of each pair, as a mean over pairs; every row of a teacher has equally many."""
     samples = max(row["n_samples"] for row in rows)
-    right = np.array([row["votes"].count(int(g)) for row, g in zip(rows, grade, strict=True)])
-    metrics = {f"pass@{k}": pass_at_k(samples, right, k).mean() for k in (1, 4, 16) if k <= samples}
-    metrics["parse_rate"] = 1 - sum(row["n_unparsed"] for row in rows) / sum(row["n_samples"] for row in rows)
-    graded = [(int(g), row["grade"]) for g, row in zip(grade, rows, strict=True) if row["grade"] is not None]
-    if len(set(graded)) > 1:
-        metrics["kappa"] = cohen_kappa_score(*zip(*graded, strict=True), weights="quadratic")
-    return _rounded(metrics)
+    right = np.array([row["votes"].count(int(grade)) for row, grade in zip(rows, labels.grade, strict=True)])
+    counted = [k for k in _PASS if k <= samples]
+    columns = [pass_at_k(samples, right, k) for k in counted]
+    by_query = sums_by_query([*columns, np.ones(len(rows))], labels.query)
+    return summed(by_query, lambda sums: {f"pass@{k}": sums[:, i] / sums[:, -1] for i, k in enumerate(counted)})
+
+
+def _difference(labels: Labels, a: list[Measures], b: list[Measures]) -> dict[str, dict[str, Any]]:
+    """For each measure that both have, a − b with its 95 % interval from the same resamples of queries."""
+    draws = bootstrap([*a, *b], labels.n_queries, labels.n_boot, labels.seed)
+
+    def by_name(measures: list[Measures], drawn: list[dict[str, np.ndarray]]) -> dict[str, tuple[float, np.ndarray]]:
+        pairs = zip(measures, drawn, strict=True)
+        return {name: (measure.values[name], values[name]) for measure, values in pairs for name in measure.values}
+
+    of_a, of_b = by_name(a, draws[: len(a)]), by_name(b, draws[len(a) :])
+    found = {}
+    for name in _COMPARED:
+        if name in of_a and name in of_b:
+            low, high = limits(of_a[name][1] - of_b[name][1], labels.n_queries)
+            found[name] = _rounded({"difference": of_a[name][0] - of_b[name][0], "low": low, "high": high})
+    return found
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

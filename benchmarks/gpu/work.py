@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--labels", type=int, default=0)
     parser.add_argument("--test-pairs", type=int, default=1000)
+    parser.add_argument("--only", action="append", choices=tuple(PHASES), help="a phase; all of them if left out")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     settings = choose("single-gpu", options.config, overrides=options.set)
@@ -116,6 +117,8 @@ def main() -> None:
         work.phases = read_json(record)
     failed = []
     for name, phase in PHASES.items():
+        if options.only and name not in options.only:
+            continue
         if name in POLICY_PHASES and not settings.teacher.agpo.steps:
             continue
         if name in work.phases and not work.phases[name].keys() & {"error", "unfinished"}:
@@ -249,7 +252,7 @@ def plan(work: Work) -> dict[str, Any]:
 
 
 def agpo(work: Work) -> dict[str, Any]:
-    """AGPO from the warm start, as the settings have it."""
+    """AGPO from the warm start, as the settings have it, but for the limits of `plan` where that was asked for."""
     return _policy(work, "agpo", {})
 
 
@@ -259,8 +262,8 @@ def grpo(work: Work) -> dict[str, Any]:
 
 
 def _policy(work: Work, name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    out, planned = work.state / name, work.phases["plan"]
-    limits = {"steps": planned["steps"], "max_sampled_tokens": planned["max_sampled_tokens"]}
+    out, planned = work.state / name, work.phases.get("plan", {})
+    limits = {limit: planned[limit] for limit in ("steps", "max_sampled_tokens") if limit in planned}
     settings = AGPOConfig.model_validate(work.teacher.agpo.model_dump() | limits | changes)
     skip = work.teacher.warm_start.model_copy(update={"examples": 0})
     evaluation = work.teacher.evaluation.model_copy(update={"base": False})

@@ -19,7 +19,7 @@ class LocalEngine(_AnyEngine):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; `auto` is the model's own on a GPU. On a CPU it is bfloat16 for a model that is stored in 16 bits
-    where the CPU multiplies it fast (AMX), and float32 otherwise."""
+    where the CPU multiplies it fast (AMX, AVX512-BF16), and float32 otherwise."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of the engine; 0 takes all cores (the annotation job divides them among its engines)."""
 

@@ -75,9 +75,12 @@ def test_a_killed_training_in_bfloat16_ends_as_an_uninterrupted_one(tiny, quick,
     assert torch.equal(training(quick, tiny, tmp_path, "cut", precision="bf16"), whole)
 
 
-@pytest.mark.parametrize(("width", "amx", "expected"), [(384, True, True), (384, False, False), (32, True, False)])
-def test_auto_takes_it_where_it_is_faster(width, amx, expected, tiny, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+@pytest.mark.parametrize(
+    ("width", "units", "expected"),
+    [(384, "amx_bf16", True), (384, "avx512_bf16", True), (384, "avx512_f", False), (32, "amx_bf16", False)],
+)
+def test_auto_takes_it_where_it_is_faster(width, units, expected, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, units: True})
     model = load_classifier(tiny["base"], GradeScale.load(tiny["pairs"]), max_length=32, seed=0)
     model.config.hidden_size = width
     assert gains(Reader(model, "cpu")) == expected

@@ -49,23 +49,26 @@ def test_in_bfloat16_small_updates_reach_nearly_all_weights(decoder, pairs, tmp_
 
 
 @pytest.mark.parametrize(
-    ("asked", "stored", "amx", "expected"),
+    ("asked", "stored", "units", "expected"),
     [
-        ("auto", "bfloat16", True, "bfloat16"),
-        ("auto", "float16", True, "bfloat16"),
-        ("auto", "bfloat16", False, "float32"),  # a CPU without the units is slower at it
-        ("auto", "float32", True, "float32"),  # nothing is lost unasked
-        ("auto", "float64", True, "float32"),
-        ("float32", "bfloat16", True, "float32"),
-        ("bfloat16", "float32", False, "bfloat16"),
+        ("auto", "bfloat16", "amx_bf16", "bfloat16"),
+        ("auto", "bfloat16", "avx512_bf16", "bfloat16"),
+        ("auto", "float16", "amx_bf16", "bfloat16"),
+        ("auto", "bfloat16", "avx512_f", "float32"),  # a CPU without the units is slower at it
+        ("auto", "float32", "amx_bf16", "float32"),  # nothing is lost unasked
+        ("auto", "float64", "avx512_bf16", "float32"),
+        ("float32", "bfloat16", "amx_bf16", "float32"),
+        ("bfloat16", "float32", "avx512_f", "bfloat16"),
     ],
 )
-def test_auto_takes_the_number_format_that_costs_nothing(asked, stored, amx, expected, decoder, tmp_path, monkeypatch):
+def test_auto_takes_the_number_format_that_costs_nothing(
+    asked, stored, units, expected, decoder, tmp_path, monkeypatch
+):
     base = changed(decoder, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"dtype": stored}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, units: True})
     assert number_format(asked, base) == expected
 
 
