@@ -58,7 +58,7 @@ def _setting_keys(context: object) -> list[str]:
     from pipeline.keys import fields
     from pipeline.settings import PipelineConfig
 
-    return [f"{key}=" for key in fields(PipelineConfig)]
+    return [f"{key}=" for key in fields(PipelineConfig) if key != "preset"]
 
 
 def _started_runs(context: object) -> list[str]:
@@ -192,8 +192,9 @@ def _show_plan(flow: str, settings: PipelineConfig) -> None:
     from pipeline.stages import with_upstream
 
     print(f"{flow}, run '{settings.run}' in {settings.folder}:")
-    settings = FLOWS[flow].own(settings)
-    for row in plan(settings, with_upstream(FLOWS[flow].stages, settings)):
+    entry = FLOWS[flow]
+    settings = entry.own(settings)
+    for row in plan(settings, with_upstream(entry.stages, settings), student_first=entry.in_rounds):
         print(f"  {row.action:<6} {row.stage:<9} {row.reason}")
 
 

@@ -18,12 +18,15 @@ class Planned(BaseModel):
     reason: str
 
 
-def plan(settings: PipelineConfig, names: tuple[str, ...]) -> list[Planned]:
-    """The fate of every stage in `names` (in running order). Reads manifests only, starts nothing."""
+def plan(settings: PipelineConfig, names: tuple[str, ...], *, student_first: bool = False) -> list[Planned]:
+    """The fate of every stage in `names` (in running order). Reads manifests only, starts nothing.
+
+    With `student_first` the exported student of `annotate.student` need not be there: it would be made before them.
+    """
     from data.sources import source_label
 
     done: dict[str, StageRecord] = {}  # stages that have an output, here or in another run, and so a fingerprint
-    rows = [_planned(settings, name, done) for name in names]
+    rows = [_planned(settings, name, done, student_first) for name in names]
     for row in rows:
         if row.stage == "data":
             row.reason += f"; source: {source_label(settings.data)}"
@@ -44,7 +47,7 @@ def refuse_impossible(settings: PipelineConfig, names: tuple[str, ...]) -> None:
             raise ContractError(str(error)) from None
 
 
-def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord]) -> Planned:
+def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord], student_first: bool) -> Planned:
     """The fate of one stage; where it would be reused, its record goes into `done`."""
     stage = STAGES[name]
     if (held := stage.held(settings)) is not None:
@@ -52,6 +55,9 @@ def _planned(settings: PipelineConfig, name: str, done: dict[str, StageRecord]) 
         return Planned(stage=name, action="reuse", reason=f"held as it is since {held.finished_at:%F %T} UTC")
     if waiting := [needed.name for needed in stage.needed(settings) if needed.name not in done]:
         return Planned(stage=name, action="run", reason=f"{' and '.join(waiting)} would run before it")
+    student = settings.annotate.student
+    if name == "annotate" and student_first and student and not (student / "student.json").exists():
+        return Planned(stage=name, action="run", reason="its student is made before it")
     folder, recipe = stage.path(settings), stage.recipe(settings, stage.inputs(settings, done))
     record = reusable(folder, recipe, incremental=stage.incremental, share=settings.share)
     if record is None:

@@ -66,7 +66,7 @@ def gains_stopped(points: list[dict[str, Any]], min_gain: float) -> bool:
 
 
 def write_curve(folder: Path, run: str, points: list[dict[str, Any]]) -> Path:
-    """Write `loop.json` and the curve of quality over cost, `report.html`, into the loop's folder; the latter's path."""
+    """Write `loop.json` and the curve of quality over cost, `loop.html`, into the loop's folder; the latter's path."""
     import pandas as pd
 
     from pipeline.report.page import page_environment
@@ -81,5 +81,5 @@ def write_curve(folder: Path, run: str, points: list[dict[str, Any]]) -> Path:
             lines.append((title, rounds.set_index("pairs")["valid_roc_auc"]))
     chart = line_chart(lines, "pairs annotated", "ROC-AUC on valid", marks=True)
     page = page_environment().get_template("loop.html").render(run=run, points=points, chart=chart)
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    write_text(folder / "loop.html", page)  # a run of this name may have a report of its own
+    return folder / "loop.html"

@@ -95,9 +95,8 @@ class PipelineConfig(Config):
         values = {key: value.model_dump() if isinstance(value, BaseModel) else value for key, value in given.items()}
         preset = values.get("preset", DEFAULT_PRESET)
         if isinstance(preset, str) and preset:
-            filled = read_preset(preset)
-            if isinstance(given_data := values.get("data"), dict):
-                filled["data"] = data_of_preset(filled.get("data", {}), given_data)
+            given_data = values.get("data")
+            filled = _filled(preset, given_data if isinstance(given_data, dict) else {})
             values = merge(filled, values) | {"preset": preset}
             values.setdefault("run", preset)
         return values
@@ -123,6 +122,12 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ContractError(f"no preset '{name}'{nearest(name, preset_names())}")
     return read_toml(PRESETS / f"{name}.toml")
+
+
+def _filled(preset: str, data: dict[str, Any]) -> dict[str, Any]:
+    """The values of a preset file, of its data settings those that hold beside the `data` given."""
+    values = read_preset(preset)
+    return values | {"data": data_of_preset(values.get("data", {}), data)}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -172,7 +177,10 @@ def choose(
     """
     values = base.model_dump() if base is not None else {}
     if base is not None and preset:
-        values = merge(values, read_preset(preset))
+        filled = _filled(preset, base.data.model_dump(exclude_defaults=True))
+        if base.data.source_name != "synthetic":  # whose data it is stays
+            filled["data"].pop("source", None)
+        values = merge(values, filled)
     if config is not None:
         config = config.expanduser()
         given = _beside(config, read_toml(config))
@@ -190,7 +198,10 @@ def apply_overrides(config: PipelineConfig, overrides: Iterable[str]) -> Pipelin
 
     Raises `ContractError` naming the nearest keys for an unknown key, and the reason for a value that is refused.
     """
-    return build_settings(merge(config.model_dump(), parse_overrides(PipelineConfig, overrides)))
+    values = parse_overrides(PipelineConfig, overrides)
+    if "preset" in values:  # its values lie below those of `config`, and would come too late
+        raise ContractError(f"a preset is named with --preset: --preset {values['preset']} instead of --set preset=…")
+    return build_settings(merge(config.model_dump(), values))
 
 
 def _beside(file: Path, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from data.contracts import (
     SELECTION,
     ContractError,
     digest,
+    digest_files,
     read_annotations,
     read_table,
     whole_file,
@@ -66,6 +67,10 @@ def select(
     count = min(len(ids), *_budgets(config, out, key, measured))
     version = sources.scores.version if sources.scores and "uncertain" in config.shares else ""
     made_of = [config.model_dump(mode="json"), seed, key, count, version, digest(ids.to_pylist())]
+    if "by_stratum" in config.shares:
+        made_of.append(digest(_strata(candidates, sources.pairs).tolist()))
+    if "diverse" in config.shares and sources.encoder:
+        made_of.append(digest_files(sorted(path for path in sources.encoder.iterdir() if path.is_file())))
     path = out / f"_selection-{digest(made_of)}.parquet"
     if path.exists():
         return read_table(path, SELECTION)

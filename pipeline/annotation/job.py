@@ -175,6 +175,8 @@ def annotation_key(teacher: Path, config: AnnotateConfig) -> str:
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     version, sampling = prompt.rendered_version(tokenizer), dict(vars(sampling_of(config, prompt, tokenizer)))
     del sampling["first"]  # every pair begins with 0
+    if not config.temperature:  # the likeliest token, whatever these are
+        sampling |= {"seed": 0, "top_p": 1.0}
     if config.adaptive:
         sampling |= {"n_max": config.n_max, "confidence": config.confidence}
     content = {"teacher": str(fingerprint), "prompt": version, "sampling": sampling, "reading": _READING}

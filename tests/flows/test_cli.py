@@ -114,6 +114,22 @@ def test_a_dry_run_says_what_would_run_and_why(tmp_path: Path, run: Run) -> None
     assert not (tmp_path / "sample" / "annotations").exists()
 
 
+def test_a_dry_run_of_the_loop_needs_no_student_that_its_first_round_will_make(tmp_path: Path, run: Run) -> None:
+    settings = load_preset("sample", [f"runs={tmp_path}", "run=sample-round-1"])
+    for name in ("data", "teacher"):
+        recipe = STAGES[name].recipe(settings, STAGES[name].inputs(settings))
+        run_stage(STAGES[name].path(settings), recipe, lambda out: StageOutput(fingerprint="f", figures={}))
+    chosen = ("--set", "loop.select.pairs=40", "--set", "loop.select.uncertain=1")
+    code, out, error = run("relevance-loop", "--runs", str(tmp_path), "--dry-run", *chosen)
+    assert (code, error) == (0, "")
+    assert "annotate  its student is made before it" in out
+    # One that nobody would make is still missed.
+    student = ("--set", f"annotate.student={tmp_path}/none", "--set", "annotate.cascade.max_loss=0.01")
+    code, _, error = run("annotate", "--runs", str(tmp_path), "--name", "sample-round-1", "--dry-run", *student)
+    assert code
+    assert "holds no exported student" in error
+
+
 def test_every_flow_brings_the_stages_it_needs() -> None:
     wanted = {
         "data-prepare": ("data",),

@@ -26,7 +26,7 @@ from pipeline.artifacts import StageOutput, read_record
 from pipeline.locks import exclusive, own_gpus, visible_gpus
 from pipeline.plan import plan
 from pipeline.resume import remember
-from pipeline.settings import PipelineConfig, apply_overrides, load_preset
+from pipeline.settings import PipelineConfig, apply_overrides, choose, load_preset
 from pipeline.stages import STAGES, with_upstream
 
 pytestmark = pytest.mark.usefixtures("server")
@@ -184,7 +184,7 @@ def test_the_loop_runs_rounds_until_the_budget_is_spent_or_gains_stop_and_resume
         ("round", 0, 0.6),
         *((kind, pairs, aucs[pairs]) for kind in ("round", "random") for pairs in (30, 60, 90)),
     ]
-    page = (settings.folder / "report.html").read_text()
+    page = (settings.folder / "loop.html").read_text()
     assert "by chance" in page
     assert "sample-random-3/report.html" in page
 
@@ -259,11 +259,24 @@ def test_a_run_goes_on_by_its_name_with_what_is_given_over_its_own_settings(
     assert resumed(config=file, set_=("teacher.seed=6",))[1] == apply_overrides(begun, ["teacher.seed=6"])
     changed = resumed(preset="cpu-real", config=file)[1]
     assert (changed.run, changed.preset, changed.teacher.seed, changed.student.seed) == ("trial", "cpu-real", 5, 4)
-    assert changed.data.source == "home_depot"
+    assert changed.data.source == "home_depot"  # in the place of the made-up shop
     with pytest.raises(ContractError, match=r"no run 'trail' in .*: did you mean trial"):
         resumed(resume="trail")
     with pytest.raises(ContractError, match="leave --name out"):
         resumed(name="other")
+
+
+@pytest.mark.parametrize("preset", ["own-data", "cpu-real", "single-gpu", "cluster", "sample"])
+@pytest.mark.parametrize("source", ['source = "table"\n', "", 'source = "qadsm"\n'])
+def test_a_run_on_data_of_ones_own_stays_on_it_with_another_preset(source: str, preset: str, tmp_path: Path) -> None:
+    table = "" if "qadsm" in source else "columns = { query = 'q', ad_title = 't', grade = 'g' }\n"
+    grades = "grades = [{ name = 'no', definition = 'No.' }, { name = 'yes', definition = 'Yes.' }]\n" if table else ""
+    (tmp_path / "shop.toml").write_text(f"[data]\n{source}path = 'shop.csv'\n{table}{grades}")
+    started = {name: choose(name, tmp_path / "shop.toml", "shop", tmp_path) for name in ("sample", preset)}
+    remember(started["sample"], "relevance-pipeline")
+    resumed = cli.chosen("", cli.Options(resume="shop", preset=preset, runs=tmp_path))[1]
+    assert resumed.data.source_name == started[preset].data.source_name
+    assert resumed.data == started[preset].data
 
 
 def test_a_secret_is_not_kept_with_a_run_and_is_asked_for(tmp_path: Path) -> None:

@@ -63,6 +63,37 @@ def test_what_is_annotated_counts_and_a_choice_is_made_once(tmp_path: Path, sour
     read_table(next(out.glob("_selection-*.parquet")), SELECTION)
 
 
+def test_a_choice_is_made_anew_when_what_it_goes_by_has_changed(
+    tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, encoder = tmp_path / "out", tmp_path / "encoder"
+    out.mkdir()
+    by_stratum = SelectConfig(pairs=20, random=0.0, by_stratum=1.0)
+    first = chosen(by_stratum, out, sources)
+    strata = ["tail" if i % 20 == 7 else "head" for i in range(200)]  # other queries are rare now
+    log = pa.table({"pair_id": IDS, "frequency": np.ones(200), "stratum": strata}, schema=FREQUENCIES)
+    pq.write_table(log, tmp_path / "pairs" / "frequencies" / "part.parquet")
+    second = chosen(by_stratum, out, sources)
+    tail = {IDS[i] for i in range(7, 200, 20)}
+    assert tail <= set(second)
+    assert not tail <= set(first)
+    assert chosen(by_stratum, out, sources) == second
+
+    asked: list[int] = []
+
+    def vectors(left: pa.Table, sources: Sources) -> np.ndarray:
+        asked.append(len(left))
+        return np.random.default_rng(len(asked)).random((len(left), 4))
+
+    monkeypatch.setattr("pipeline.annotation.budget._vectors", vectors)
+    encoder.mkdir()
+    diverse = SelectConfig(pairs=20, random=0.0, diverse=1.0, encoder=f"path:{encoder}")
+    for content, times in (("one", 1), ("one", 1), ("two", 2)):
+        (encoder / "model.safetensors").write_text(content)
+        chosen(diverse, out, Sources(sources.pairs, encoder=encoder))
+        assert len(asked) == times
+
+
 @pytest.mark.parametrize("strategy", ["random", "uncertain", "by_stratum"])
 def test_nothing_is_left_to_choose(tmp_path: Path, sources: Sources, strategy: str) -> None:
     config, out = SelectConfig.model_validate({"pairs": 200, "random": 0.0, strategy: 1.0}), tmp_path / "out"

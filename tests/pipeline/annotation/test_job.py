@@ -316,6 +316,9 @@ def test_the_key_follows_teacher_prompt_sampling_and_scale(tmp_path):
     teacher = tiny_teacher(pairs, tmp_path / "teacher")
     keys = {annotation_key(teacher, AnnotateConfig(n=n, seed=seed)) for n in (1, 2) for seed in (0, 1)}
     one = AnnotateConfig(n=1)
+    # Greedily, neither the seed nor the other settings of sampling change a token.
+    greedy = [{}, {"seed": 1}, {"top_p": 0.5}, {"n": 3}]
+    assert len({annotation_key(teacher, AnnotateConfig(temperature=0.0, **each)) for each in greedy}) == 1
     # Adaptive samples change the key; what has no effect without them does not.
     keys |= {annotation_key(teacher, AnnotateConfig(n=1, confidence=0.9, n_max=n_max)) for n_max in (1, 4, 8)}
     keys.add(annotation_key(teacher, AnnotateConfig(n=1, n_max=4)))
