@@ -41,9 +41,13 @@ def decode(
     ended, until they are so many that removing them from the cache is worth its copy.
 
     Raises:
-        ContractError: `model` keeps its state in another way than in a `Cache`.
+        ContractError: `model` keeps its state in another way than in a `Cache`, or a completion may become longer than
+            `cache_limit`.
     """
     grouped_attention.install()
+    most, longest = cache_limit(causal_lm(model).config), max(map(sum, zip(map(len, prompts), limits, strict=True)))
+    if longest > most:
+        raise ContractError(f"{longest} tokens, and beyond {most} this model's keys rotate otherwise; sample with vLLM")
     unique = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: i for i, prompt in enumerate(unique)}
     group = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
@@ -69,6 +73,18 @@ def decode(
             rows, tokens = rows[keep], tokens[keep]
         logits = reader.step(tokens)
     return completions
+
+
+def cache_limit(config: Any) -> int:
+    """How many tokens of a sequence a cache can hold that began with fewer; a million where nothing limits it.
+
+    Beyond their original limit models with longrope (Phi-3, arXiv 2402.13753) rotate all keys otherwise, those too that
+    were read before.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    own = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    return int(own) if own and rope.get("rope_type") == "longrope" else 1_000_000
 
 
 def sample_completions(

@@ -37,7 +37,15 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
     """
     tokenizer = load_tokenizer(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text, options = settings.get_text_config(), {}
+        if getattr(text, "attn_logit_softcapping", None):  # Gemma 2's, which transformers' sdpa attention leaves out
+            options["attn_implementation"] = "eager"
+        if getattr(text, "output_router_logits", False):  # a loss over the whole mask, which breaks while decoding
+            text.output_router_logits = False
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=settings, trust_remote_code=False, use_safetensors=True, dtype=dtype, **options
+        )
         if torch.cuda.is_available():
             model = model.to(f"cuda:{local_rank()}")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -49,6 +57,16 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
         bos_token_id=tokenizer.bos_token_id,
     )
     return model, tokenizer
+
+
+def without_dropout(model: Any) -> None:
+    """Turn off, in place, the dropout that modules keep as a number; `torch.nn.Dropout` keeps it in `p`."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _unloadable(folder: Path, error: Exception) -> ContractError:

@@ -24,6 +24,7 @@ from teacher.distributed import from_main, is_main, wait_for_all, world_size
 from teacher.engines.config import VLLMConfig
 from teacher.examples import Problem
 from teacher.loop import StepLog, shared_arguments, train
+from teacher.model import without_dropout
 from teacher.trainer import Advantages, AGPOTrainer
 from teacher.trl_parts import GRPOConfig, load_vllm, vllm_generation
 from teacher.verifier import Judge, reward
@@ -101,6 +102,7 @@ def train_policy(
     compared = settings.keep == "best" or settings.patience > 0 or settings.collapse.window > 0
     best = BestWeights(out / "best.safetensors", keep=compared)
     watch = _Watch(config, log, evaluate, best, initial_metric)
+    without_dropout(model)  # more than TRL's own, and before rollouts are sampled
     trainer = AGPOTrainer(
         model=model,
         args=_arguments(config, out, engine),
@@ -146,6 +148,7 @@ def _arguments(config: TeacherConfig, out: Path, engine: VLLMEngine | None) -> G
         save_steps=settings.checkpoint_every,
         ddp_timeout=7200,  # the others wait while the main process evaluates
         disable_dropout=True,
+        router_aux_loss_coef=0.0,  # it takes every prompt's repeated form, and some mixtures of experts break TRL's count
     )
 
 

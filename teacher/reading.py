@@ -90,8 +90,9 @@ class AnswerReader:
 
     def read_opened(self, completion: Completion) -> Sample:
         """A completion that goes on behind an opened answer tag: its first token is the grade, or it has none."""
-        digit = completion.text.strip()[:1]
-        if digit not in map(str, range(self.num_grades)):
+        text = completion.text.strip()
+        digit = text[:1]
+        if digit not in map(str, range(self.num_grades)) or text[1:2].isdigit():  # 30 is not grade 3
             return Sample(None, None, "")
         return Sample(int(digit), self._distribution_at(0, completion, int(digit)), "")
 

@@ -5,7 +5,8 @@ The methods that begin with an underscore are private in TRL, so TRL is pinned a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from teacher.decoding import sample_completions
 from teacher.shared_prefix import (
     Group,
     can_share,
+    causal_lm,
     common_prefix,
     group_by_prefix,
     masked_hidden_size,
@@ -24,7 +26,7 @@ from teacher.shared_prefix import (
     token_log_probs,
     unpadded,
 )
-from teacher.trl_parts import GRPOTrainer, unwrap_model_for_generation
+from teacher.trl_parts import GRPOTrainer, add_fused_lm_head, unwrap_model_for_generation
 
 Advantages = Callable[[Tensor], Tensor]
 
@@ -46,6 +48,8 @@ class AGPOTrainer(GRPOTrainer):
         **options: everything else is GRPOTrainer's. Exactly one reward function is expected.
     """
 
+    entropy_coef: float  # TRL's
+
     def __init__(
         self,
         *arguments: Any,
@@ -66,6 +70,7 @@ class AGPOTrainer(GRPOTrainer):
         self.sft_weight = sft_weight
         self._gathered_rewards: Tensor | None = None
         self._sampled_tokens = 0.0
+        self._untempered = _untempered_head(self.model) if sft_weight and self.temperature != 1 else None
         if self.use_vllm and self.vllm_mode == "colocate":
             self.vllm_generation.llm.generate = self._with_hit_rate(self.vllm_generation.llm.generate)
 
@@ -89,16 +94,25 @@ class AGPOTrainer(GRPOTrainer):
             return super().compute_loss(model, inputs, return_outputs)
         total = self._anchor_loss(model, inputs) if self.sft_weight else 0.0
         *others, last = self._micro_batches(inputs)
-        for part, weight in others:
+        for part in others:
             with self.accelerator.no_sync(model):
-                loss = weight * super().compute_loss(model, part, return_outputs)
+                loss = self._weighted_loss(model, *part)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        part, weight = last
-        return weight * super().compute_loss(model, part, return_outputs) + total
+        return self._weighted_loss(model, *last) + total
 
-    def _micro_batches(self, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
-        """Rows of `inputs` for one forward and backward pass each, and their weights; as many on every process."""
+    def _weighted_loss(self, model: Any, part: dict[str, Any], weight: float, tokens: float) -> Tensor:
+        """The part of the batch's loss that a micro-batch has; of the entropy bonus, a mean over tokens, it has `tokens`."""
+        coefficient = self.entropy_coef
+        self.entropy_coef = coefficient * tokens / weight if weight else 0.0
+        try:
+            return weight * super().compute_loss(model, part)
+        finally:
+            self.entropy_coef = coefficient
+
+    def _micro_batches(self, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], float, float]]:
+        """Rows of `inputs` for one forward and backward pass each, their weights, and their shares of the tokens; as many
+        on every process."""
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         sequences, starts = _sequences(input_ids, mask, inputs["completion_ids"].size(1))
@@ -110,15 +124,15 @@ class AGPOTrainer(GRPOTrainer):
         parts = []
         for groups in plan:
             rows = torch.tensor([row for group in groups for row in group.rows], device=input_ids.device)
-            weight = len(rows) / len(sequences)
-            if self.loss_type in ("dapo", "cispo"):  # means over tokens; the other losses are means over completions
-                weight = (tokens[rows].sum() / tokens.sum().clamp(min=1)).item()
+            share = (tokens[rows].sum() / tokens.sum().clamp(min=1)).item()
+            # Means over tokens; the other losses are means over completions.
+            weight = share if self.loss_type in ("dapo", "cispo") else len(rows) / len(sequences)
             part = {
                 name: value[rows] if isinstance(value, Tensor) and value.dim() else value
                 for name, value in inputs.items()
             }
             part["num_items_in_batch"] = inputs["num_items_in_batch"] * weight
-            parts.append((part, weight))
+            parts.append((part, weight, share))
         return parts
 
     def _anchor_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -130,7 +144,8 @@ class AGPOTrainer(GRPOTrainer):
         group = Group(tuple(range(len(sequences))), common_prefix(sequences) if self.shared_prefix else 0)
         total = inputs["prompt_ids"].new_zeros((), dtype=torch.float32)
         for groups in micro_batches([group], lengths, self.micro_batch_tokens, masked_hidden_size(self.model)):
-            with self.accelerator.no_sync(model), self.accelerator.autocast():
+            head = _with_forward(model, self._untempered)
+            with head, self.accelerator.no_sync(model), self.accelerator.autocast():
                 log_probs, _ = token_log_probs(model, sequences, starts, groups, self._tokenizer.pad_token_id)
                 loss = -self.sft_weight * log_probs.sum() / (sum(lengths) - sum(starts))
                 self.accelerator.backward(loss)
@@ -323,6 +338,27 @@ class AGPOTrainer(GRPOTrainer):
             values[list(rows)] = replacement[list(rows.values())]
             result[name] = values
         return result
+
+
+def _untempered_head(model: Any) -> Callable[..., Any]:
+    """The forward of a model whose fused head divides by no temperature, as that of supervised fine-tuning does."""
+    language_model = causal_lm(model)
+    tempered = language_model.forward
+    add_fused_lm_head(language_model)
+    untempered, language_model.forward = language_model.forward, tempered
+    return untempered  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _with_forward(model: Any, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Inside, the language model of `model` has this forward, if there is one."""
+    language_model = causal_lm(model)
+    kept = language_model.forward
+    language_model.forward = forward or kept
+    try:
+        yield
+    finally:
+        language_model.forward = kept
 
 
 def _sequences(input_ids: Tensor, mask: Tensor, completion_length: int) -> tuple[list[list[int]], list[int]]:

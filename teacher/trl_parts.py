@@ -16,10 +16,18 @@ try:
     from trl.generation import vllm_client, vllm_generation
     from trl.models import unwrap_model_for_generation
     from trl.trainer import grpo_trainer
+    from trl.trainer.utils import add_fused_lm_head
 finally:
     import_utils.is_vllm_available = _is_vllm_available
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "load_vllm", "unwrap_model_for_generation", "vllm_generation"]
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "add_fused_lm_head",
+    "load_vllm",
+    "unwrap_model_for_generation",
+    "vllm_generation",
+]
 
 
 def load_vllm() -> None:

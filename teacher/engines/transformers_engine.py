@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.contracts import out_of_memory
-from teacher.decoding import decode, draw
+from data.contracts import ContractError, out_of_memory
+from teacher.decoding import cache_limit, decode, draw
 from teacher.engines.base import Completion, Engine, Result, Sampling, check_lengths, position_limit, prompt_seed
 from teacher.engines.config import TransformersConfig
 from teacher.model import load_causal_lm, number_format
@@ -36,7 +36,7 @@ class TransformersEngine(Engine):
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        own = position_limit(model.config)
+        own = min(position_limit(model.config), cache_limit(model.config))
         self.max_model_len = min(max_model_len or own, own)
         self._ends = frozenset(model.generation_config.eos_token_id)
         self._queue: list[tuple[Any, list[int], Sampling]] = []
@@ -86,6 +86,8 @@ class TransformersEngine(Engine):
         """A batch; when it fails each of its prompts alone, so that only the culprit is lost."""
         try:
             results = self._generate([(prompt, sampling) for _, prompt, sampling in batch])
+        except ContractError:  # no prompt's fault
+            raise
         except Exception as error:
             if len(batch) == 1:
                 return [(batch[0][0], error)]
@@ -145,11 +147,14 @@ class _Sampler:
         self.top_logprobs: list[list[dict[int, float]]] = [[] for _ in seeds]
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """The next tokens (len(rows),) from `logits` (len(rows), vocabulary)."""
-        logits = logits.float()
+        """The next tokens (len(rows),) from `logits` (len(rows), vocabulary); raises `RuntimeError` where they are NaN."""
+        dtype, logits = logits.dtype, logits.float()
         asked, temperature = self._sampling, self._sampling.temperature
         probabilities = torch.softmax(logits / temperature if temperature != 1 else logits, -1) if temperature else None
         chosen = logits.argmax(-1) if probabilities is None else self._sample(probabilities, rows)
+        leading = logits.gather(-1, chosen[:, None])[:, 0] if probabilities is None else probabilities[:, 0]
+        if leading.isnan().any():  # one NaN makes the whole row's probabilities NaN, and is its argmax
+            raise RuntimeError(f"the model computes NaN in {dtype}: take another dtype, or see to its weights")
         if asked.logprobs:
             top = logits.topk(min(asked.logprobs, MAX_LOGPROBS, logits.size(-1)), -1)
             if probabilities is not None and temperature == 1:  # the likeliest token's is at hand, and never small

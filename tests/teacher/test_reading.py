@@ -160,3 +160,11 @@ def test_label_metrics_by_hand():
     silent = np.array([0, -1, 3, 0])  # of what cannot be read nobody knows how far it is off
     assert label_metrics(gold, silent, relevant, 2)["kappa"] == pytest.approx(1 - 1 / 11)
     assert label_metrics(gold, grades, relevant, 2, np.full(4, 10)) == pytest.approx(metrics)
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"), [("3", 3), (" 3", 3), ("3.", 3), ("30", None), ("31", None), ("4", None), ("", None)]
+)
+def test_an_opened_answer_is_one_digit(text, grade):
+    answer = Completion(text=text, token_ids=[1], finish_reason="length", top_logprobs=None)
+    assert AnswerReader(WordTokenizer(), 4).read_opened(answer).grade == grade

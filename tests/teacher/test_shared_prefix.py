@@ -200,9 +200,19 @@ def trained(decoder, out, steps=20, **options):
         {"loss_type": "dr_grpo", "beta": 0.1, "steps_per_generation": 2},
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "mask_truncated_completions": True},
         {"loss_type": "cispo", "epsilon_high": 1.3, "entropy_coef": 0.01},
+        {"loss_type": "dr_grpo", "entropy_coef": 0.3},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "entropy_coef": 0.3},
         {"sft_weight": 0.5, "logging_steps": 1},
     ],
-    ids=["dapo", "dr_grpo with kl", "gspo without truncated", "cispo with entropy", "with an anchor"],
+    ids=[
+        "dapo",
+        "dr_grpo with kl",
+        "gspo without truncated",
+        "cispo with entropy",
+        "dr_grpo with entropy",
+        "gspo with entropy",
+        "with an anchor",
+    ],
 )
 def test_a_training_is_the_same_shared_or_repeated_in_one_pass_or_many(decoder, tmp_path, options):
     steps = 4 if options else 20
@@ -217,6 +227,15 @@ def test_a_training_is_the_same_shared_or_repeated_in_one_pass_or_many(decoder, 
     if "sft_weight" in options:
         first, *_, last = [line["sft_loss"] for line in trainer.state.log_history if "sft_loss" in line]
         assert last < first
+
+
+def test_an_anchor_is_the_loss_of_supervised_learning_at_any_temperature(decoder, tmp_path):
+    losses = {}
+    for temperature in (1.0, 2.0):
+        options = {"sft_weight": 0.5, "logging_steps": 1, "temperature": temperature}
+        _, trainer = trained(decoder, tmp_path, 1, **options)
+        losses[temperature] = next(line["sft_loss"] for line in trainer.state.log_history if "sft_loss" in line)
+    assert losses[2.0] == pytest.approx(losses[1.0], abs=1e-5)
 
 
 def test_training_falls_back_to_the_repeated_form_and_says_why(decoder, tmp_path, caplog):
