@@ -15,6 +15,9 @@ from pipeline.settings import PipelineConfig
 from pipeline.stages import with_upstream
 
 
+_OPTIONS = ("preset", "run", "runs")  # --preset, --name and --runs
+
+
 def show_settings(flow: str, settings: PipelineConfig) -> None:
     """Print the settings of the flow's own stages; those of the stages it needs are named by the flow that shows them."""
     from rich.console import Console
@@ -33,6 +36,9 @@ def show_settings(flow: str, settings: PipelineConfig) -> None:
         for key, value, told in described(getattr(settings, part), f"{part}."):
             table.add_row(key, Text(value), Text(told))
         table.add_section()
+    for key, value, told in described(settings, ""):
+        if "." not in key and key not in _OPTIONS:
+            table.add_row(key, Text(value), Text(told))
     console.print(table)
     needed = [stage for stage in with_upstream(own, FLOWS[flow].own(settings)) if stage not in own]
     if needed:

@@ -101,7 +101,8 @@ def unpack_model(archive: Path, out: Path) -> None:
         members = {PurePosixPath(info.filename): info for info in bundle.infolist() if not info.is_dir()}
         for path, info in members.items():
             link = (info.external_attr >> 16) & 0o170000 == 0o120000
-            if path.is_absolute() or ".." in path.parts or "\\" in info.filename or ":" in path.parts[0] or link:
+            outside = not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
+            if outside or "\\" in info.filename or link:
                 raise ContractError(f"{archive.name} holds '{info.filename}', which leads out of it: refused")
         weights = {path.parent for path in members if path.suffix == ".safetensors"}
         folders = [folder for folder in weights if folder / "config.json" in members]

@@ -10,7 +10,7 @@ import pytest
 from flows.catalog import FLOWS
 from flows.cli import run_app
 from pipeline.artifacts import StageOutput, run_stage
-from pipeline.settings import load_preset
+from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import STAGES, with_upstream
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,8 @@ def test_help_names_every_option_and_the_flows_settings(run: Run) -> None:
     assert code == 0
     for option in ("--preset", "--set", "--config", "--name", "--runs", "--dry-run", "teacher.agpo.steps", "data.*"):
         assert option in out
+    for key in PipelineConfig.model_fields.keys() - {"preset", "run", "runs"} - {"teacher", "loop", *STAGES}:
+        assert f"\n{key}" in out
 
 
 @pytest.mark.parametrize(

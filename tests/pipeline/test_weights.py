@@ -138,7 +138,7 @@ def test_a_wheel_is_checked_before_it_is_unpacked_and_made_once(tmp_path, index)
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.json", "/etc/evil.json", "pkg/../../evil.json", "c:/evil.json", "pkg\\..\\evil", "link"]
+    "name", ["../evil.json", "/etc/evil.json", "pkg/../../evil.json", "c:/evil.json", "pkg\\..\\evil", "link", "."]
 )
 def test_members_that_lead_out_are_refused(name, tmp_path):
     wheel = write_wheel(tmp_path / "w.whl", model_members() | {name: b"/etc/passwd"})
