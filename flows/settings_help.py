@@ -14,7 +14,6 @@ from flows.catalog import FLOWS
 from pipeline.settings import PipelineConfig
 from pipeline.stages import with_upstream
 
-
 _OPTIONS = ("preset", "run", "runs")  # --preset, --name and --runs
 
 
