@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from data.contracts import ContractError
-from pipeline.redact import flatten, is_secret
+from pipeline.redact import flatten, is_secret, redact
 from teacher.engines.config import with_kind
 
 # What pydantic finds wrong, in the words of people who write settings.
@@ -147,7 +147,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         text = f"unknown key '{key}.{next(iter(given))}': '{key}' is a single value"
     else:
         text = f"{key or 'settings'}: {words.format(**faults[0].get('ctx', {}))}"
-        text += "" if isinstance(given, dict) or is_secret(key) else f" (given: {given!r:.100})"
+        text += "" if isinstance(given, dict) or is_secret(key) else f" (given: {redact(given)!r:.100})"
         if kind.startswith("string_") and key in known and known[key].description:
             text += f". Help: {' '.join(str(known[key].description).split())}"
     return text if len(faults) == 1 else f"{text}; and {len(faults) - 1} more like it"

@@ -10,13 +10,16 @@ HIDDEN = "***"
 
 # `token` counts at the end of a name only: `hf_token` is a secret, `max_completion_tokens` and `token_budget` are not.
 _SECRET_WORDS = {
-    "apikey", "authorization", "credential", "credentials", "passwd", "password", "pwd", "secret", "secrets", "sas",
+    "authorization", "credential", "credentials", "pass", "pat", "pwd", "secrets", "sas",
 }  # fmt: skip
+_SECRET_ENDINGS = ("apikey", "passphrase", "passwd", "password", "secret")  # of a word: PGPASSWORD
 _SECRET_KEYS = {"access", "account", "api", "encryption", "private", "secret", "shared"}
 _URL_LOGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s]+@")
 _URL_PARAMETER = re.compile(
     r"(?P<name>[?&;][^=&;\s]*(?:token|password|secret|signature|sig|key)=)[^&;\s]+", re.IGNORECASE
 )
+
+_JAVA_OPTION = re.compile(r"(?P<name>-D\S*(?:password|passphrase|secret|token)\S*=)\S+", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
@@ -28,11 +31,14 @@ def is_secret(name: str) -> bool:
     if words[-1] == "env":  # the name of an environment variable, not its value
         return False
     named_key = any(first in _SECRET_KEYS and second == "key" for first, second in pairwise(words))
+    if any(word.endswith(_SECRET_ENDINGS) for word in words):
+        return True
     return bool(_SECRET_WORDS & set(words)) or words[-1] in {"token", "bearer"} or named_key
 
 
 def redact_text(text: str) -> str:
-    """`text` without the logins and signed parameters of the URLs in it."""
+    """`text` without the logins and signed parameters of the URLs in it, nor the secrets among Java's options."""
+    text = _JAVA_OPTION.sub(rf"\g<name>{HIDDEN}", text)
     text = _URL_LOGIN.sub(rf"\g<scheme>{HIDDEN}@", text)
     return _URL_PARAMETER.sub(rf"\g<name>{HIDDEN}", text)
 

@@ -83,11 +83,17 @@ class DelimitedFile:
     def _is_several_rows(self, cells: list[str], lines: list[str]) -> bool:
         """Whether a record of several lines is a broken one, or one in which each line has columns enough to be a row.
 
-        A comma before a space is taken for prose, so that a text of several lines seldom looks like rows.
+        A comma before a space is taken for prose, so that a text of several lines seldom looks like rows; but not where
+        the whole file is written so, nor in a line that has exactly as many columns as the file, three or more.
         """
-        separator = re.compile(re.escape(self.reading["delimiter"]) + "(?! )")
-        like_rows = [len(separator.findall(line)) >= self.width - 1 for line in lines if line.strip()]
-        return len(cells) != self.width or (self.width > 1 and all(like_rows))
+        space = "" if self.reading["skipinitialspace"] else "(?! )"
+        separator = re.compile(re.escape(self.reading["delimiter"]) + space)
+
+        def like_a_row(line: str) -> bool:
+            enough = len(separator.findall(line)) >= self.width - 1
+            return enough or (self.width > 2 and len(next(csv.reader([line], **self.reading))) == self.width)
+
+        return len(cells) != self.width or (self.width > 1 and all(like_a_row(line) for line in lines if line.strip()))
 
 
 def open_delimited(

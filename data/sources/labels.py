@@ -75,7 +75,9 @@ def json_attributes(text: str) -> dict[str, str] | None:
     """The members of a JSON object as text, those that are null left out; None for anything else."""
     try:
         members = json.loads(text)
-        return {k: as_text(v) for k, v in members.items() if v is not None} if isinstance(members, dict) else None
+        if not isinstance(members, dict):
+            return None
+        return {encodable(k): encodable(as_text(v)) for k, v in members.items() if v is not None}
     except (ValueError, RecursionError):  # nested deeper than Python can follow
         return None
 
@@ -86,6 +88,11 @@ def named_values(text: str) -> dict[str, str]:
         (part.partition(":")[0].strip(), part.rpartition(":")[2].strip()) for part in text.split("|") if ":" in part
     ]
     return {name: value for name, value in sorted(parts) if name and value}
+
+
+def encodable(text: str) -> str:
+    """`text` with `?` for half a character, as a cut through an emoji leaves it in JSON's spelling."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def as_text(value: Any) -> str:

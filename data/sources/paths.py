@@ -47,14 +47,20 @@ _DOCUMENT = re.compile(r"(readme|licen[cs]e|changelog)(\.txt)?|.*\.(md|rst|pdf|h
 def list_files(path: Path, format: str = "auto") -> list[Path]:
     """The file itself, or the data files of a folder, sorted; never empty.
 
-    Of a folder, hidden files, markers and documents are left out, and what is not of `format` (with `auto`: of any that is
-    known), unless nothing else is there. Raises `ContractError` when there is none, or a spreadsheet is among them.
+    Of a folder, hidden files and folders, markers and documents are left out, and what is not of `format` (with `auto`: of
+    any that is known), unless nothing else is there.
+
+    Raises `ContractError` when there is none, or a spreadsheet is among them.
     """
     if path.is_file():
         return [path]
     if not path.exists():
         raise ContractError(f"there is no file {path}{_nearest_file(path)}; check `data.path`")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
+    files = sorted(
+        p
+        for p in path.rglob("*")
+        if p.is_file() and not any(part.startswith((".", "_")) for part in p.relative_to(path).parts)
+    )
     chosen = [file for file in files if not _DOCUMENT.fullmatch(file.name.lower())]
     formats = _FORMATS.values() if format == "auto" else [format.replace("jsonl", "json")]
     chosen = [file for file in chosen if _format_by_name(file) in formats] or chosen

@@ -20,7 +20,7 @@ from data.contracts import (
     whole_file,
     write_json,
 )
-from pipeline.audit.draw import DRAWN, FOLDER, Draw
+from pipeline.audit.draw import DRAWN, FOLDER, Draw, draws_of
 from pipeline.audit.estimate import Accuracy, Agreement, accuracy, agreements
 from pipeline.audit.sheet import Answer, grade_of, read_answers
 from pipeline.executions import executing
@@ -71,7 +71,7 @@ def import_answers(run: Path, files: Iterable[Path], settings: PipelineConfig, r
     """
     audit, now = run / FOLDER, datetime.now(UTC)
     with exclusive(run):
-        draws = {folder.name: _drawn(folder) for folder in audit.glob("draw-*")}
+        draws = {folder.name: _drawn(folder) for folder in draws_of(audit)}
         if not draws:
             raise ContractError(f"{audit} has no draw; run audit-export first")
         answers = [answer for file in files for answer in read_answers(file, rater)]
@@ -111,8 +111,7 @@ def summarise(run: Path) -> list[DrawSummary]:
     """
     audit, size = run / FOLDER, GradeScale.load(run / DATA.folder).size
     labels = read_labels(audit).sort_by("imported_at").to_pylist()
-    folders = sorted(audit.glob("draw-*"), key=lambda folder: int(folder.name.removeprefix("draw-")))
-    return [_summary(folder, [row for row in labels if row["draw"] == folder.name], size) for folder in folders]
+    return [_summary(folder, [row for row in labels if row["draw"] == folder.name], size) for folder in draws_of(audit)]
 
 
 def _summary(folder: Path, labels: list[Row], size: int) -> DrawSummary:

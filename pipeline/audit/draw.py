@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import heapq
 import math
+import os
+import re
+import shutil
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,11 +82,13 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
         raise ContractError(f"{run} has no pair to draw ({what})")
     audit = run / FOLDER
     audit.mkdir(exist_ok=True)
-    numbers = [int(place.name.removeprefix("draw-")) for place in audit.glob("draw-*")]
-    folder = audit / f"draw-{max(numbers, default=0) + 1}"
+    numbers = [int(place.name.removeprefix("draw-")) for place in draws_of(audit)]
+    place = audit / f"draw-{max(numbers, default=0) + 1}"
+    folder = audit / f".{place.name}.{os.getpid()}"  # one that is killed is no draw
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for row in rows:
-        row["id"] = f"{folder.name}/{row['pair_id']}"
+        row["id"] = f"{place.name}/{row['pair_id']}"
         row["votes"] = " ".join(map(str, row.get("votes") or ()))
     shown = _SHOWN.get(what, _DOUBTFUL)
     pq.write_table(pa.Table.from_pylist(rows, _DRAWN), folder / DRAWN)
@@ -93,11 +98,19 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
     write_label_studio(folder, rows, scale, shown)
     write_text(folder / "guide.txt", _guide(scale))
     draw = Draw(
-        name=folder.name, what=what, annotation_key=key, seed=seed, size=len(rows), created_at=datetime.now(UTC),
+        name=place.name, what=what, annotation_key=key, seed=seed, size=len(rows), created_at=datetime.now(UTC),
         populations=populations,
     )  # fmt: skip
     write_json(folder / "draw.json", draw.model_dump(mode="json"))
-    return folder
+    folder.rename(place)
+    return place
+
+
+def draws_of(audit: Path) -> list[Path]:
+    """The folders of a run's draws, oldest first."""
+    found = (folder for folder in audit.glob("draw-*") if re.fullmatch(r"draw-[0-9]+", folder.name))
+    whole = (folder for folder in found if (folder / "draw.json").exists())
+    return sorted(whole, key=lambda folder: int(folder.name.removeprefix("draw-")))
 
 
 def _rows(run: Path, what: What, size: int, seed: int, key: str) -> tuple[list[Row], dict[str, int]]:

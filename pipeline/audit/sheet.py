@@ -89,14 +89,18 @@ def grade_of(text: str, scale: GradeScale) -> int:
     >>> [grade_of(text, scale) for text in ("1", "1.0", "1,0", " yes ", "0 no")]
     [1, 1, 1, 1, 0]
     """
-    names: dict[str, int] = {}
+    meant: dict[str, set[int]] = {}
     for number, grade in enumerate(scale.grades):
         written = (str(number), f"{number}.0", f"{number},0", grade.name, f"{number} {grade.name}")
-        names |= {name.casefold(): number for name in written}
-    try:
-        return names[" ".join(text.split()).casefold()]
-    except KeyError:
-        raise ValueError(f"the grade {text[:40]!a} is none of 0 … {scale.size - 1}, nor a name of the scale") from None
+        for name in written:
+            meant.setdefault(name.casefold(), set()).add(number)
+    numbers = meant.get(" ".join(text.split()).casefold(), set())
+    if not numbers:
+        raise ValueError(f"the grade {text[:40]!a} is none of 0 … {scale.size - 1}, nor a name of the scale")
+    if len(numbers) > 1:  # names that are numbers
+        either = " or ".join(f"'{number} {scale.grades[number].name}'" for number in sorted(numbers))
+        raise ValueError(f"the grade {text[:40]!a} is the number of one grade and the name of another; write {either}")
+    return numbers.pop()
 
 
 def cell(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from data.contracts import read_json
 from pipeline.artifacts import StageRecord
+from pipeline.keys import parse_value
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
 from pipeline.report.text import number, verdict
 from pipeline.settings import PipelineConfig, build_settings
@@ -82,9 +83,20 @@ def reproduce_command(settings: PipelineConfig, flow: str) -> str:
     for key, value in now.items():
         if key in ("preset", "run", "runs") or before.get(key) == value:
             continue
-        text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = _written(value)
         words += ["--set", f"{key}={HIDDEN if is_secret(key) else redact_text(text)}"]
     return shlex.join(words)
+
+
+def _written(value: Any) -> str:
+    """A setting's value as `--set` takes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        read = parse_value(value.strip())
+        if read == value or isinstance(read, int | float):  # a number is read as text where the setting is one
+            return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def stage_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -62,6 +63,12 @@ class ServerConfig(_AnyEngine):
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"'{url}' is not a URL; it must start with http:// or https://")
+            parts = urlsplit(url)
+            if "@" in parts.netloc or parts.query:  # it is kept with the run
+                raise ValueError(
+                    "a base URL has no login and no `?…`; put the servers' key into the environment variable that "
+                    "`api_key_env` names"
+                )
         return tuple(url.rstrip("/") for url in urls)
 
 

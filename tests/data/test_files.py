@@ -84,6 +84,24 @@ def test_every_csv_row_is_there_or_counted(
 
 
 @pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'q,t,g\nred,"Shoes,1\nblue, Blue shoes,0\ngreen,"Green",1\n', {OPEN_QUOTE: 3}),  # a space in one of the rows
+        (b'q, t, g\nred, "Shoes, 1\nblue, Blue, 0\ngreen, "Green", 1\n', {OPEN_QUOTE: 3}),  # in all of them
+        (b'q,t,g\nred,"Shoes, two, and\nboots, and hats",1\n', {None: 1}),  # prose
+        (b'q, t, g\nred, "Shoes\nand boots", 1\n', {None: 1}),
+        (b'q,t\nred,"Shoes, red\nand boots, blue"\n', {None: 1}),
+    ],
+)
+def test_an_open_quote_is_seen_in_rows_with_spaces(
+    tmp_path: Path, content: bytes, expected: dict[str | None, int]
+) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    columns = {"query": "q", "ad_title": "t"} | ({"grade": "g"} if b"g\n" in content[:10] else {})
+    assert Counter(row[-2] for row in read(tmp_path / "a.csv", columns=columns)) == expected
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("bom.csv", b"\xef\xbb\xbfq,t,g\na,b,1\nc,d,0\n"),
@@ -227,6 +245,14 @@ def test_one_sentence_with_the_remedy(tmp_path: Path, name: str, content: bytes,
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_what_other_programs_hide_in_a_folder_is_no_data(tmp_path: Path) -> None:
+    folder = tmp_path / ".all" / "labels"  # what lies above is the user's
+    for name in ("labels.csv", "more/labels.csv", ".ipynb_checkpoints/labels-checkpoint.csv", "_temporary/0/part.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(CSV)
+    assert list_files(folder) == [folder / "labels.csv", folder / "more" / "labels.csv"]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_faults(cells: dict[str, str | None], reason: str, detail: str | None) -
     assert (row["reason"], row["detail"], row["pair_id"]) == (reason, detail, None)
 
 
+def test_half_a_character_in_attributes_is_a_question_mark() -> None:
+    row = check({"attributes": '{"name": "cut off \\ud83d", "\\udc00": ["\\ud83d"]}'})
+    assert row["reason"] is None
+    assert dict(row["attributes"]) == {"name": "cut off ?", "?": '["?"]'}
+
+
 def test_a_sound_row_has_ids_and_what_it_holds() -> None:
     cells = {
         "query": " Red\x00 SHOES",

@@ -10,7 +10,8 @@ from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
     [
         "token", "hf_token", "apiKey", "api_key", "API-KEY", "password", "db.password", "secret_access_key",
         "spark.hadoop.fs.s3a.secret.key", "spark.hadoop.fs.s3a.access.key", "headers.Authorization", "client_secret",
-        "fs.azure.account.key.store.dfs.core.windows.net", "accessToken",
+        "fs.azure.account.key.store.dfs.core.windows.net", "accessToken", "spark.executorEnv.PGPASSWORD",
+        "spark.executorEnv.DB_PASS", "spark.executorEnv.GITHUB_PAT", "spark.ssl.keyPassphrase",
     ],
 )  # fmt: skip
 def test_names_of_secrets(name: str) -> None:
@@ -18,7 +19,21 @@ def test_names_of_secrets(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["max_completion_tokens", "max_tokens", "api_key_env", "prompt_tokens", "key", "annotation_key", "seed", ""]
+    "name",
+    [
+        "bypass",
+        "pattern",
+        "passes",
+        "path",
+        "max_completion_tokens",
+        "max_tokens",
+        "api_key_env",
+        "prompt_tokens",
+        "key",
+        "annotation_key",
+        "seed",
+        "",
+    ],
 )
 def test_names_that_are_none(name: str) -> None:
     assert not is_secret(name)
@@ -32,8 +47,10 @@ def test_values_are_hidden_at_any_depth() -> None:
             "uri": "postgresql+psycopg://u:hunter2@db/mlflow",
             "max_tokens": 5,
             "token": "",
+            "spark.executor.extraJavaOptions": "-Xmx1g -Dfs.password=hunter2 -Dx=1",
         }
     )
+    assert shown["spark.executor.extraJavaOptions"] == f"-Xmx1g -Dfs.password={HIDDEN} -Dx=1"
     assert "hunter2" not in str(shown)
     assert shown["spark"]["extra"]["spark.hadoop.fs.s3a.secret.key"] == HIDDEN
     assert shown["spark"]["extra"]["spark.ui.port"] == "1"

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from transformers import AutoConfig, AutoTokenizer
 
 from data.contracts import ContractError
+from pipeline.settings import load_preset
 from teacher.engines import open_engine
 from teacher.engines.base import Sampling, prompt_seed
 from teacher.engines.config import EngineConfig, ServerConfig, TransformersConfig, VLLMConfig
@@ -132,6 +133,13 @@ def test_a_setting_without_effect_on_the_kind_is_refused(values, sentence):
         TypeAdapter(EngineConfig).validate_python(values)
     recorded = TypeAdapter(EngineConfig).validate_python(values, context="recorded")  # by a release that had one kind
     assert recorded.kind == values.get("kind", "vllm")
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@a:1/v1", "https://hunter2@a/v1", "http://a/v1?api_key=hunter2"])
+def test_a_key_in_the_url_of_a_server_is_refused_and_not_repeated(url):
+    with pytest.raises(ContractError, match="api_key_env") as refused:
+        load_preset("sample", ["annotate.engine.kind=openai", f'annotate.engine.urls=["{url}"]'])
+    assert "hunter2" not in str(refused.value)
 
 
 # -- families ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pipeline.artifacts import Recipe, StageOutput, run_stage
 from pipeline.audit.answers import import_answers, summarise
 from pipeline.audit.draw import DRAWN, export, stratified
 from pipeline.audit.estimate import accuracy, agreements, allocation
-from pipeline.audit.sheet import cell, read_answers
+from pipeline.audit.sheet import cell, grade_of, read_answers
 from pipeline.report.page import write_report
 from pipeline.settings import PipelineConfig, load_preset
 from pipeline.stages import STUDENT
@@ -82,6 +83,39 @@ def settings(tmp_path: Path) -> PipelineConfig:
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_an_export_that_was_killed_and_a_copy_are_no_draws(
+    settings: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(settings.folder, size=5)
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.audit.draw.write_label_studio", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(settings.folder, size=5)
+    shutil.copytree(folder, folder.with_name("draw-1-anna"))
+    folder.with_name("draw-7").mkdir()  # of an earlier release, killed
+    rows = read(folder / "sheet.csv")
+    with (tmp_path / "back.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"grade": "2"} for row in rows)
+    assert import_answers(settings.folder, [tmp_path / "back.csv"], settings, "ann").new == len(rows)
+    assert [draw.name for draw in summarise(settings.folder)] == ["draw-1"]
+    assert export(settings.folder, size=5).name == "draw-2"
+
+
+def test_a_grade_whose_name_is_another_ones_number_is_asked_for() -> None:
+    scale = GradeScale(grades=[Grade(name=n, definition=n) for n in ("1", "2", "3", "four")], relevant_from=1)
+    assert [grade_of(text, scale) for text in ("0", "3 four", "1 2", "FOUR")] == [0, 3, 1, 3]
+    with pytest.raises(ValueError, match="write '0 1' or '1 2'"):
+        grade_of("1", scale)
+    with pytest.raises(ValueError, match="none of 0 … 3"):
+        grade_of("9", scale)
 
 
 @pytest.mark.parametrize("what", ["sample", "doubtful"])

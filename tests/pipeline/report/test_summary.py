@@ -56,7 +56,9 @@ def test_the_command_makes_the_same_settings() -> None:
     settings = load_preset(
         "cpu-real",
         ["run=mine", "data.max_pool=none", "annotate.engine.kind=openai", 'annotate.engine.urls=["http://a:1/v1"]',
-         "spark.extra.spark.a.b=x y", "teacher.prompt.guideline=It's \"so\"", "tracking.log_weights=true"],
+         "spark.extra.spark.a.b=x y", "teacher.prompt.guideline=It's \"so\"", "tracking.log_weights=true",
+         'annotate.engine.served_model=" none "', 'spark.extra.spark.c=["a"]x', 'spark.extra.spark.d="\\t"',
+         'spark.extra.spark.e="none"', 'spark.extra.spark.f="3"'],
     )  # fmt: skip
     prefect, verb, flow, *words = shlex.split(reproduce_command(settings, "student-export"))
     assert (prefect, verb, flow) == ("prefect", "run", "student-export")
