@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ class Tokens:
     type_ids: list[list[int]]
     pad_id: int
 
-    @property
+    @cached_property
     def lengths(self) -> Array:
         """Tokens of each row, (N,)."""
         return np.array([len(row) for row in self.ids], dtype=np.int64)

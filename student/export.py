@@ -77,17 +77,20 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
         "torch": {"pairs_per_second": torch_speed, "roc_auc": _auc(relevant, trained, scale)},
     }
     scores = {}
-    for precision in precisions:
-        parity[precision], scores[precision] = _measure(out, precision, rows, trained, scale, config)
-        if precision != "fp32":
-            parity |= _losses(rows, precision, scores, card["threshold"], scale)
-    fault = parity_fault(parity, config)
-    parity["passed"] = fault is None
-    write_json(out / "export.json", parity)
-    if fault is not None:
+    try:
+        for precision in precisions:
+            parity[precision], scores[precision] = _measure(out, precision, rows, trained, scale, config)
+            if precision != "fp32":
+                parity |= _losses(rows, precision, scores, card["threshold"], scale)
+        fault = parity_fault(parity, config)
+        parity["passed"] = fault is None
+        write_json(out / "export.json", parity)
+        if fault is not None:
+            raise ContractError(fault)
+    except ContractError:
         for path in files:
             path.unlink(missing_ok=True)
-        raise ContractError(fault)
+        raise
     trained_card = (source / "model_card.md").read_text(encoding="utf-8")
     write_text(out / "model_card.md", export_card(trained_card, parity))
     served = (*sorted(files), *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
@@ -164,6 +167,13 @@ def _measure(
     scorer.logits(texts[:32], config.batch_tokens)  # the first batch pays for memory
     begin = time.monotonic()
     logits = scorer.logits(texts, config.batch_tokens)
+    if not np.isfinite(logits).all():
+        remedy = (
+            f"set export.{precision} = false" if precision in ("fp16", "bf16") else "train it at a lower learning rate"
+        )
+        raise ContractError(
+            f"in {precision} the student gives values that are no numbers (beyond its range?); {remedy}"
+        )
     probs = probabilities(logits, scorer.card["temperature"], scorer.card.get("isotonic"))
     seconds = time.monotonic() - begin
     file = out / MODEL_FILES[precision]

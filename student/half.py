@@ -32,7 +32,7 @@ class HalfReader:
 
     def __call__(self, tokens: Tokens, pairs: Array) -> tuple[Tensor, Tensor]:
         """See `Reader`; with the model's weights as they were at the last `refresh`."""
-        self.copy.packs = self.whole.can_pack(tokens, pairs)
+        self.copy.packs, self.copy.tried = self.whole.can_pack(tokens), self.whole.tried
         return self.copy(tokens, pairs)
 
     def refresh(self) -> None:

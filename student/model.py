@@ -37,14 +37,20 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
             config.num_labels, config.id2label = scale.size, names
             config.label2id = {name: i for i, name in names.items()}
             config.problem_type = "single_label_classification"
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                base,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise ContractError(
                 f"{base} cannot be loaded as an encoder ({first_line(error)}); choose a folder with the config and "
                 "safetensors weights of an encoder that transformers can classify with"
             ) from None
+    _check_weights(model, loaded, base)
     positions = longest_text(model)
     if positions is not None and positions < 1:
         raise ContractError(
@@ -57,6 +63,19 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
         )
     _check_classifies(model.eval(), base)
     return model
+
+
+def _check_weights(model: PreTrainedModel, loaded: dict[str, Any], base: Path) -> None:
+    """Raises `ContractError` when weights of the encoder itself are not in its file, and random ones took their place."""
+    encoder = f"{model.base_model_prefix}."
+    names = [*loaded["missing_keys"], *(mismatched[0] for mismatched in loaded["mismatched_keys"])]
+    absent = sorted(name for name in names if name.startswith(encoder) and ".pooler." not in name)
+    if absent:
+        others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
+        raise ContractError(
+            f"the weights in {base} lack {absent[0]}{others}, or have them in other sizes than its config.json says; save "
+            "the encoder itself with save_pretrained, not a wrapper around it"
+        )
 
 
 def _check_classifies(model: PreTrainedModel, base: Path) -> None:

@@ -26,7 +26,8 @@ _TOLERANCE = 1e-4
 class Reader:
     """A classifier on its device.
 
-    Its first batch decides whether pairs are packed: the logits must be those of padded rows.
+    The longest pairs decide whether pairs are packed: the logits must be those of padded rows. A sliding window, for one,
+    makes a difference only to long ones.
     """
 
     def __init__(self, model: PreTrainedModel, device: str) -> None:
@@ -34,26 +35,30 @@ class Reader:
         self.first_position = first_position(model)
         self.short = model.config.model_type in FAMILIES
         self.packs: bool | None = None
+        self.tried = 0  # tokens of the longest pair that was tried
 
     def __call__(self, tokens: Tokens, pairs: Array, width: int = ROW_TOKENS) -> tuple[Tensor, Tensor]:
         """Logits (B, K) of these pairs, and the last hidden state of each one's first token (B, D)."""
-        return self._packed(tokens, pairs, width) if self.can_pack(tokens, pairs) else self._padded(tokens, pairs)
+        return self._packed(tokens, pairs, width) if self.can_pack(tokens) else self._padded(tokens, pairs)
 
-    def can_pack(self, tokens: Tokens, pairs: Array) -> bool:
-        """Whether pairs are packed; tried with some of these if it is not known yet."""
-        if self.packs is None:
-            self.packs = self._can_pack(tokens, pairs[:8])
+    def can_pack(self, tokens: Tokens) -> bool:
+        """Whether pairs are packed; tried with the longest of `tokens` unless as long ones were before."""
+        longest = int(tokens.lengths.max())
+        if self.packs is None or (self.packs and longest > self.tried):
+            self.tried = longest
+            self.packs = self._can_pack(tokens, np.argsort(-tokens.lengths, kind="stable")[:8])
         return self.packs
 
     def _can_pack(self, tokens: Tokens, pairs: Array) -> bool:
         training, reason = self.model.training, ""
         self.model.eval()
         try:
-            with torch.inference_mode():
+            # Without autocast, whose rounding is larger than the tolerance.
+            with torch.inference_mode(), torch.autocast(self.device, enabled=False):
                 difference = self._packed(tokens, pairs, 1000)[0] - self._padded(tokens, pairs)[0]
             if not float(difference.abs().max()) <= _TOLERANCE:
                 reason = f"its logits move by {float(difference.abs().max()):.1e}"
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
             if out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"

@@ -38,12 +38,12 @@ class _Occurring(nn.Module):
 
 @contextmanager
 def occurring_tokens(model: PreTrainedModel, ids: Array) -> Iterator[None]:
-    """Inside, `model` reads the token ids `ids` (N,) only, and has no other rows in its input embedding.
+    """Inside, `model` reads the token ids `ids` (N,) only, and has no other rows in its input embedding if that is plain.
 
     Afterwards the embedding is whole again, with the trained rows in their places; so it is after an error.
     """
     whole = model.get_input_embeddings()
-    if not isinstance(whole, nn.Embedding):
+    if type(whole) is not nn.Embedding:  # a subclass may do more than look up, as Gemma's, which scales
         yield
         return
     kept = torch.from_numpy(np.unique(ids)).to(whole.weight.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,7 @@ from student.baselines import Bm25
 from student.config import StudentConfig
 from student.dataset import Examples, sample_texts
 from student.fit import fit
-from student.model import quiet_transformers
-from student.scorer import load_tokenizer
+from student.model import quiet_transformers, save_tokenizer
 from student.setup import Setup
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def free_scores(setup: Setup, rows: Examples) -> Array:
         return Bm25(list(rows.ads)).scores(rows.queries, rows.ads, relative=True)
     encoder = setup.encoder()
     if setup.scored_by:
-        tokenizer = load_tokenizer(setup.scored_by / "tokenizer.json", config.max_length)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = save_tokenizer(setup.scored_by, Path(folder), config.max_length)
         encoder = replace(encoder, base=setup.scored_by, tokenizer=tokenizer)
     return encoder.cosine(rows.queries, rows.ads)
 

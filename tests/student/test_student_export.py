@@ -10,13 +10,15 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from data.contracts import ContractError, read_table
+from data.contracts import ContractError, GradeScale, read_json, read_table
 from data.sources.labels import json_attributes
 from student import export as export_module
 from student import scorer
 from student.config import ExportConfig, ScoreConfig
 from student.export import export_student
+from student.model import load_classifier
 from student.scorer import Scorer
 
 from .conftest import make_rows
@@ -157,6 +159,26 @@ def test_the_limits_of_the_export():
     assert "fp16 model decides otherwise than fp32 on 10.0%" in fault(0.0, 0.0, changed=0.06, precision="fp16")
     assert "of grade 'good'" in fault(0.0, 0.0, changed=0.06)
     assert "fp32 model differs" in fault(0.0, 0.0, moved=float("nan"))
+
+
+def test_a_student_beyond_the_range_of_fp16_is_refused_with_what_to_do(distilled, tiny, tmp_path):
+    source = tmp_path / "student"
+    shutil.copytree(distilled / "model", source)
+    scale, card = GradeScale.load(source), read_json(source / "student.json")
+    model = load_classifier(source, scale, max_length=card["max_length"], seed=0)
+    with torch.no_grad():  # one activation of 1e5, which the next layer takes back
+        for layer in model.base_model.encoder.layer:
+            layer.intermediate.dense.bias[0] = 1e5
+            layer.intermediate.dense.weight[0] = 0
+            layer.output.dense.weight[:, 0] *= 1e-4
+            layer.output.dense.bias -= 1e5 * layer.output.dense.weight[:, 0]
+    model.save_pretrained(source)
+    limits = ExportConfig(
+        max_probability_difference=0.1, max_int8_auc_loss=1, max_decisions_changed=1, threads=1, fp16=True
+    )
+    with pytest.raises(ContractError, match=r"in fp16 .* no numbers .*; set export.fp16 = false"):
+        export_student(limits, source, tiny["pairs"], tmp_path / "export")
+    assert not list((tmp_path / "export").glob("*.onnx"))
 
 
 def test_a_folder_that_is_no_student_is_refused(tiny, tmp_path):

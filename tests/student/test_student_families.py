@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from data.contracts import ContractError, GradeScale
@@ -16,6 +19,7 @@ from student.distill import distill
 from student.export import export_student
 from student.model import load_classifier, longest_text
 from student.scorer import Scorer
+from student.vocabulary import occurring_tokens
 
 from .conftest import FAMILIES, PADDED, make_base, make_rows
 
@@ -70,3 +74,34 @@ def test_what_cannot_grade_pairs_is_refused_at_the_start_by_its_name(kind, sizes
     with pytest.raises(ContractError, match=f"is a {kind}, which .*; choose one like BERT") as refused:
         load_classifier(tmp_path, GradeScale.load(tiny["pairs"]), max_length=32, seed=0)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "0.auto_model."])
+@pytest.mark.parametrize("left_out", ["", ".layer.1."])
+def test_weights_that_are_not_the_encoders_are_refused(tiny, tmp_path, prefix, left_out):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny["base"], folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {f"{prefix}{name}": tensor for name, tensor in weights.items() if not left_out or left_out not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    scale = GradeScale.load(tiny["pairs"])
+    if not prefix and not left_out:
+        load_classifier(folder, scale, max_length=32, seed=0)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ContractError, match=r"the weights in .* lack .* save_pretrained"):
+        load_classifier(folder, scale, max_length=32, seed=0)
+
+
+def test_a_scaled_embedding_stays_whole(tiny, tmp_path):
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return 5 * super().forward(ids)
+
+    model = load_classifier(tiny["base"], GradeScale.load(tiny["pairs"]), max_length=32, seed=0)
+    scaled = Scaled(model.config.vocab_size, model.config.hidden_size)
+    model.set_input_embeddings(scaled)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    with occurring_tokens(model, np.array([5, 6, 7])):
+        torch.testing.assert_close(model(ids).logits, expected)

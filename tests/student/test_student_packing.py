@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModel
 
 from data.contracts import GradeScale
 from student.dataset import read_examples, tokenize
@@ -44,6 +45,33 @@ def test_packed_pairs_are_read_as_padded_ones_and_so_are_their_gradients(kind, t
     for a, b in zip(found[2], expected[2], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(predict_logits(packed, tokens, 7), predict_logits(padded, tokens, 48), atol=1e-5)
+
+
+def test_a_sliding_window_is_noticed_though_the_first_pairs_are_short(tiny, tmp_path):
+    encoder = AutoModel.from_config(
+        AutoConfig.for_model(
+            "modernbert", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, local_attention=8, global_attn_every_n_layers=2, max_position_embeddings=128,
+            pad_token_id=0,
+        )
+    )  # fmt: skip
+    for parameter in encoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    encoder.save_pretrained(tmp_path / "base")
+    model = load_classifier(tmp_path / "base", GradeScale.load(tiny["pairs"]), max_length=64, seed=0)
+    tokenizer = load_tokenizer(tiny["base"] / "tokenizer.json", 64)
+    title = read_examples(tiny["pairs"], GradeScale.load(tiny["pairs"]), "test").ads[0]
+    short, mixed = (
+        tokenize(tokenizer, ["red"] * 12, ["a"] * 8 + [long] * 4, 0) for long in ("b", " ".join([title] * 20))
+    )
+    reader, padded = Reader(model, "cpu"), Reader(model, "cpu")
+    padded.packs = False
+    assert reader.can_pack(short)
+    with torch.inference_mode():
+        found = reader(mixed, np.arange(12))[0]
+        torch.testing.assert_close(found, padded(mixed, np.arange(12))[0], atol=1e-5, rtol=0)
+    assert not reader.packs
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -65,9 +66,17 @@ def test_texts_of_valid_and_test_are_not_read(tiny, quick, tmp_path):
         warm_up(setup, held_out, rows, tmp_path / "cache", log)
 
 
-@pytest.mark.parametrize("source", [{}, {"source": "bm25"}, {"encoder": True}])
+@pytest.mark.parametrize("source", [{}, {"source": "bm25"}, {"encoder": True}, {"encoder": "vocab"}])
 def test_the_more_words_a_pair_shares_the_higher_is_its_target(tiny, tmp_path, source):
-    encoder = source.pop("encoder", None) and tiny["base"]
+    source = dict(source)
+    kind = source.pop("encoder", None)
+    encoder = tiny["base"] if kind else None
+    if kind == "vocab":  # as older encoders have their words
+        encoder = tmp_path / "encoder"
+        shutil.copytree(tiny["base"], encoder)
+        words = json.loads((encoder / "tokenizer.json").read_text())["model"]["vocab"]
+        (encoder / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)) + "\n")
+        (encoder / "tokenizer.json").unlink()
     setup = replace(make_setup(tiny, tmp_path, **source), scored_by=encoder)
     rows = read_texts(tiny["pairs"], pads.field("split") == "pool", 3)
     grade = np.array([row["grade"] for row in make_rows() if row["split"] == "pool"])
