@@ -18,8 +18,8 @@ from teacher.passk import pass_at_k
 
 _DIFFERENCES = (("warm_start", "base"), ("agpo", "warm_start"), ("grpo", "warm_start"), ("agpo", "grpo"))
 _METRICS = ("roc_auc", "pr_auc", "macro_f1", "quadratic_kappa", "accuracy", "ece")
-_COMPARED = ("roc_auc", "macro_f1", "quadratic_kappa", "accuracy", "pass@1", "pass@4", "pass@16")
-_PASS = (1, 4, 16)  # k of pass@k
+_COMPARED = ("roc_auc", "macro_f1", "quadratic_kappa", "accuracy", "pass@1", "pass@4", "pass@8", "pass@16")
+_PASS = (1, 4, 8, 16)  # k of pass@k
 
 
 def report(folder: Path, pairs: Path) -> None:
