@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
         "torch": {"pairs_per_second": torch_speed, "roc_auc": _auc(relevant, trained, scale)},
     }
     scores = {}
-    try:
+    with _removed_at_a_fault(files):
         for precision in precisions:
             parity[precision], scores[precision] = _measure(out, precision, rows, trained, scale, config)
             if precision != "fp32":
@@ -87,14 +87,21 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
         write_json(out / "export.json", parity)
         if fault is not None:
             raise ContractError(fault)
-    except ContractError:
-        for path in files:
-            path.unlink(missing_ok=True)
-        raise
     trained_card = (source / "model_card.md").read_text(encoding="utf-8")
     write_text(out / "model_card.md", export_card(trained_card, parity))
     served = (*sorted(files), *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
     return StageOutput(fingerprint=digest_files(served), figures=_key_metrics(parity))
+
+
+@contextmanager
+def _removed_at_a_fault(files: Iterable[Path]) -> Iterator[None]:
+    """Remove the files after a `ContractError`: nobody is to serve them."""
+    try:
+        yield
+    except ContractError:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path: Path) -> None:

@@ -5,8 +5,7 @@ The methods that begin with an underscore are private in TRL, so TRL is pinned a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from teacher.decoding import sample_completions
 from teacher.shared_prefix import (
     Group,
     can_share,
-    causal_lm,
     common_prefix,
     group_by_prefix,
     masked_hidden_size,
@@ -26,7 +24,7 @@ from teacher.shared_prefix import (
     token_log_probs,
     unpadded,
 )
-from teacher.trl_parts import GRPOTrainer, add_fused_lm_head, unwrap_model_for_generation
+from teacher.trl_parts import GRPOTrainer, untempered_head, unwrap_model_for_generation, with_forward
 
 Advantages = Callable[[Tensor], Tensor]
 
@@ -70,7 +68,7 @@ class AGPOTrainer(GRPOTrainer):
         self.sft_weight = sft_weight
         self._gathered_rewards: Tensor | None = None
         self._sampled_tokens = 0.0
-        self._untempered = _untempered_head(self.model) if sft_weight and self.temperature != 1 else None
+        self._untempered = untempered_head(self.model) if sft_weight and self.temperature != 1 else None
         if self.use_vllm and self.vllm_mode == "colocate":
             self.vllm_generation.llm.generate = self._with_hit_rate(self.vllm_generation.llm.generate)
 
@@ -144,7 +142,7 @@ class AGPOTrainer(GRPOTrainer):
         group = Group(tuple(range(len(sequences))), common_prefix(sequences) if self.shared_prefix else 0)
         total = inputs["prompt_ids"].new_zeros((), dtype=torch.float32)
         for groups in micro_batches([group], lengths, self.micro_batch_tokens, masked_hidden_size(self.model)):
-            head = _with_forward(model, self._untempered)
+            head = with_forward(model, self._untempered)
             with head, self.accelerator.no_sync(model), self.accelerator.autocast():
                 log_probs, _ = token_log_probs(model, sequences, starts, groups, self._tokenizer.pad_token_id)
                 loss = -self.sft_weight * log_probs.sum() / (sum(lengths) - sum(starts))
@@ -338,27 +336,6 @@ class AGPOTrainer(GRPOTrainer):
             values[list(rows)] = replacement[list(rows.values())]
             result[name] = values
         return result
-
-
-def _untempered_head(model: Any) -> Callable[..., Any]:
-    """The forward of a model whose fused head divides by no temperature, as that of supervised fine-tuning does."""
-    language_model = causal_lm(model)
-    tempered = language_model.forward
-    add_fused_lm_head(language_model)
-    untempered, language_model.forward = language_model.forward, tempered
-    return untempered  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _with_forward(model: Any, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Inside, the language model of `model` has this forward, if there is one."""
-    language_model = causal_lm(model)
-    kept = language_model.forward
-    language_model.forward = forward or kept
-    try:
-        yield
-    finally:
-        language_model.forward = kept
 
 
 def _sequences(input_ids: Tensor, mask: Tensor, completion_length: int) -> tuple[list[list[int]], list[int]]:
