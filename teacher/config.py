@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from data.contracts import Config
-from teacher.engines.config import EngineConfig, TransformersConfig
+from teacher.engines.config import EngineConfig, TransformersConfig, base_url
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class AGPOConfig(Config):
     rollouts: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     """Who samples completions while training: the trained module itself, vLLM in the same process (which evaluates too), or
     `trl vllm-serve` at `rollout_server` (CUDA on both sides: its weights travel over NCCL)."""
-    rollout_server: str = "http://127.0.0.1:8000"
+    rollout_server: Annotated[str, AfterValidator(base_url)] = "http://127.0.0.1:8000"
     """Where `trl vllm-serve` listens, for rollouts = "vllm-server"."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints, from which an interrupted training resumes."""

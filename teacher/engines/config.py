@@ -10,6 +10,16 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from data.contracts import Config
 
 
+def base_url(url: str, remedy: str = "") -> str:
+    """A server's URL without a last slash; raises `ValueError` where it is none, or has a login: it is kept with the run."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"'{url}' is not a URL; it must start with http:// or https://")
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise ValueError(f"a base URL has no login and no `?…`{remedy}")
+    return url.rstrip("/")
+
+
 class _AnyEngine(Config):
     max_model_len: int = Field(default=0, ge=0, le=10_000_000)
     """Longest prompt plus completion in tokens; 0 takes the model's own limit. A small value saves memory."""
@@ -60,16 +70,10 @@ class ServerConfig(_AnyEngine):
     def _http(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         if not urls:
             raise ValueError("kind 'openai' needs `urls`, at least one server")
-        for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"'{url}' is not a URL; it must start with http:// or https://")
-            parts = urlsplit(url)
-            if "@" in parts.netloc or parts.query:  # it is kept with the run
-                raise ValueError(
-                    "a base URL has no login and no `?…`; put the servers' key into the environment variable that "
-                    "`api_key_env` names"
-                )
-        return tuple(url.rstrip("/") for url in urls)
+        return tuple(
+            base_url(url, "; put the servers' key into the environment variable that `api_key_env` names")
+            for url in urls
+        )
 
 
 class TransformersConfig(LocalEngine):

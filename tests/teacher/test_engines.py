@@ -140,6 +140,9 @@ def test_a_key_in_the_url_of_a_server_is_refused_and_not_repeated(url):
     with pytest.raises(ContractError, match="api_key_env") as refused:
         load_preset("sample", ["annotate.engine.kind=openai", f'annotate.engine.urls=["{url}"]'])
     assert "hunter2" not in str(refused.value)
+    with pytest.raises(ContractError, match=r"no login and no `\?…`") as refused:
+        load_preset("sample", [f"teacher.agpo.rollout_server={url}"])
+    assert "hunter2" not in str(refused.value)
 
 
 # -- families ---------------------------------------------------------------------------------------------------------

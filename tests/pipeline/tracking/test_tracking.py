@@ -298,8 +298,8 @@ def test_secrets_are_in_no_file_and_in_no_log(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2-tracking")
     settings = configure(
         "spark.extra.spark.hadoop.fs.s3a.secret.key=hunter2-spark",
-        'annotate.engine.kind="openai"', 'annotate.engine.urls=["http://me:hunter2-url@host:8000/v1"]',
-        "teacher.agpo.rollout_server=http://me:hunter2-rollout@host", "annotate.engine.served_model=http://a/?sig=hunter2-sig",
+        'annotate.engine.kind="openai"', 'annotate.engine.urls=["http://host:8000/v1"]',
+        "annotate.engine.served_model=http://a/?sig=hunter2-sig",
     )  # fmt: skip
 
     def refuse(*_: object, **__: object) -> None:
@@ -316,7 +316,7 @@ def test_secrets_are_in_no_file_and_in_no_log(
     assert "refused" in caplog.text
     assert "hunter2" not in caplog.text
     (run,) = runs_of(settings, "annotate")
-    assert run.data.params["engine.urls"] == '["http://***@host:8000/v1"]'
+    assert run.data.params["engine.served_model"] == "http://a/?sig=***"
     assert run.data.tags["api_key"] == "***"
     for file in (each for each in settings.runs.rglob("*") if each.is_file()):
         assert b"hunter2" not in file.read_bytes(), file
