@@ -44,6 +44,7 @@ _SHOWN: dict[str, tuple[str, ...]] = {
 _DRAWN = pa.schema(
     [("pair_id", pa.string()), ("stratum", pa.string()), ("probability", pa.float64()), ("teacher_grade", pa.int32())]
 )
+_DRAW = re.compile(r"draw-([0-9]+)")
 _SURE = 0.05  # error rate that a stratum whose samples all agree is taken to have, for the allocation
 
 
@@ -82,7 +83,7 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
         raise ContractError(f"{run} has no pair to draw ({what})")
     audit = run / FOLDER
     audit.mkdir(exist_ok=True)
-    numbers = [int(place.name.removeprefix("draw-")) for place in draws_of(audit)]
+    numbers = [int(found[1]) for place in audit.iterdir() if (found := _DRAW.fullmatch(place.name))]
     place = audit / f"draw-{max(numbers, default=0) + 1}"
     folder = audit / f".{place.name}.{os.getpid()}"  # one that is killed is no draw
     shutil.rmtree(folder, ignore_errors=True)
@@ -108,8 +109,8 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
 
 def draws_of(audit: Path) -> list[Path]:
     """The folders of a run's draws, oldest first."""
-    found = (folder for folder in audit.glob("draw-*") if re.fullmatch(r"draw-[0-9]+", folder.name))
-    whole = (folder for folder in found if (folder / "draw.json").exists())
+    found = [folder for folder in audit.glob("draw-*") if _DRAW.fullmatch(folder.name)]
+    whole = [folder for folder in found if (folder / "draw.json").exists()]
     return sorted(whole, key=lambda folder: int(folder.name.removeprefix("draw-")))
 
 

@@ -106,7 +106,7 @@ def test_an_export_that_was_killed_and_a_copy_are_no_draws(
         writer.writerows(row | {"grade": "2"} for row in rows)
     assert import_answers(settings.folder, [tmp_path / "back.csv"], settings, "ann").new == len(rows)
     assert [draw.name for draw in summarise(settings.folder)] == ["draw-1"]
-    assert export(settings.folder, size=5).name == "draw-2"
+    assert export(settings.folder, size=5).name == "draw-8"
 
 
 def test_a_grade_whose_name_is_another_ones_number_is_asked_for() -> None:
