@@ -134,7 +134,7 @@ class AGPOConfig(Config):
     generation_batches: int = Field(default=1, ge=1)
     """Optimiser steps fed by one round of generation; above 1 the later ones are slightly off-policy."""
     shared_prefix: bool = True
-    """Compute a prompt once for all its completions, and in the warm start what all prompts of a batch begin with once
+    """Compute a prompt once for all its completions, and what all prompts of a batch begin with once
     (Prefix Grouper, arXiv 2506.05433). Training checks first that the model allows it; off is for comparisons."""
     micro_batch_tokens: int = Field(default=16_384, ge=64)
     """Tokens in one forward and backward pass, which bounds the memory of activations. It does not change the result."""

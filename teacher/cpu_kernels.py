@@ -27,39 +27,56 @@ def install() -> None:
     chunked_logprob._forward_tile, chunked_logprob._backward_tile = _forward_tile, _backward_tile
 
 
-class Layout(NamedTuple):
-    """Where prefixes and branches are in the rows of a batch, of shape (rows, width)."""
+class Part(NamedTuple):
+    """Tokens of a row that follow one another: a prefix and what continues it, or the end of a sequence."""
 
-    prefix_mask: Tensor
-    """(rows, 1, width, longest prefix): what is added to a token's scores, −inf for tokens of the prefix that it does not
-    see."""
-    places: Tensor
-    """(branches, longest branch): the places of a branch's tokens in the batch, as row · width + column."""
+    depth: int
+    """How many parts it lies in."""
+    row: int
+    begin: int
+    own: int
+    """Its first tokens, which all tokens of the part attend to, those among them to no later one."""
+    tokens: int
+    """All its tokens, at least its own."""
+
+
+class Level(NamedTuple):
+    """The parts of one depth in a batch of shape (rows, width). All tokens of a part attend to its own ones."""
+
+    places: Tensor | None
+    """(parts, longest part): the places of a part's tokens in the batch, as row · width + column; None for whole rows."""
     valid: Tensor
-    """(branches, longest branch) bool: False where a branch is shorter."""
-    rows: Tensor
-    """The rows of all valid places."""
-    columns: Tensor
-    """The columns of all valid places."""
+    """(parts, longest part) bool: False where a part is shorter."""
+    keys: int
+    """The most tokens of its own that a part has."""
+    mask: Tensor | None
+    """(parts, 1, longest part, keys): what is added to a token's scores, −inf for what it does not see; None where each
+    token sees those before it."""
 
 
-def lay_out(rows: Sequence[tuple[int, Sequence[int]]], width: int) -> Layout:
-    """Of each row the length of its prefix (≥ 1) and of its branches, which follow it one after the other."""
-    prefixes = torch.tensor([prefix for prefix, _ in rows])
-    column, key = torch.arange(width)[:, None], torch.arange(int(prefixes.max()))
-    hidden = (key > column) | (key >= prefixes[:, None, None])
-    starts, counts = [], []
-    for row, (prefix, lengths) in enumerate(rows):
-        begin = row * width + prefix
-        for length in filter(None, lengths):
-            starts.append(begin)
-            counts.append(length)
-            begin += length
-    step = torch.arange(max(counts, default=0))
-    valid = step < torch.tensor(counts, dtype=torch.long)[:, None]
-    places = torch.where(valid, torch.tensor(starts, dtype=torch.long)[:, None] + step, 0)
-    prefix_mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
-    return Layout(prefix_mask, places, valid, places[valid] // width, places[valid] % width)
+Layout = list[Level]
+"""From the whole rows down; a token attends to what it sees on all levels."""
+
+
+def lay_out(parts: Sequence[Part], width: int) -> Layout:
+    """Of a batch (rows, width), in which each row has one part of depth 0, in the order of the rows."""
+    depths = sorted({part.depth for part in parts})
+    return [_level([part for part in parts if part.depth == depth], width) for depth in depths]
+
+
+def _level(parts: list[Part], width: int) -> Level:
+    own = torch.tensor([part.own for part in parts])
+    whole = parts[0].depth == 0
+    counts = torch.tensor([width if whole else part.tokens for part in parts])
+    step = torch.arange(int(counts.max()))
+    valid = step < counts[:, None]
+    places = torch.where(valid, torch.tensor([part.row * width + part.begin for part in parts])[:, None] + step, 0)
+    mask = None
+    if any(part.own < part.tokens for part in parts) or whole:
+        key = torch.arange(int(own.max()))
+        hidden = (key > step[:, None]) | (key >= own[:, None, None])
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
+    return Level(None if whole else places, valid, int(own.max()), mask)
 
 
 def attach(mask: Tensor, layout: Layout) -> None:
@@ -79,36 +96,39 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """As without this module, but for a mask with a layout."""
     layout = getattr(attention_mask, "shared_prefix", None)
-    if layout is None or not layout.places.numel() or dropout or more.get("position_bias") is not None:
+    size = value.size(-1)
+    if layout is None or dropout or more.get("position_bias") is not None or size > query.size(-1):
         return grouped_attention.attention(module, query, key, value, attention_mask, dropout, scaling, **more)
     # With autocast positions are put into query and key in float32, and values come as they were multiplied.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if size < query.size(-1):  # as in DeepSeek's latent attention; the kernel takes heads of one size
+        value = torch.nn.functional.pad(value, (0, query.size(-1) - size))
     groups = getattr(module, "num_key_value_groups", 1)
     output = _SharedAttention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), layout, scaling)
-    return output.transpose(1, 2).contiguous(), None
+    return output[..., :size].transpose(1, 2).contiguous(), None
 
 
 class _SharedAttention(torch.autograd.Function):
     """Query, key and value are (rows, heads, width, size).
 
     With a mask alone every pair of tokens of a row is computed, and most of them are of two branches. Here all tokens attend
-    to the prefix, and then each branch to itself; the two are joined by their log-sum-exp, as the blocks of Ring Attention
-    are (arXiv 2310.01889).
+    to the own tokens of the part they are in, level by level; the levels are joined by their log-sum-exp, as the blocks of
+    Ring Attention are (arXiv 2310.01889).
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
-        prefix = layout.prefix_mask.size(3)
-        mask = layout.prefix_mask.to(query.dtype)
-        output, logsumexp = _forward(query, key[:, :, :prefix], value[:, :, :prefix], attn_mask=mask, scale=scale)
-        branches = [_gather(states, layout) for states in (query, key, value)]
-        own_output, own_logsumexp = _forward(*branches, is_causal=True, scale=scale)
-        prefix_logsumexp = _gather(logsumexp[..., None], layout)
-        joined = torch.logaddexp(prefix_logsumexp, own_logsumexp[..., None])
-        branch_output = _gather(output, layout) * (prefix_logsumexp - joined).exp()
-        branch_output += own_output * (own_logsumexp[..., None] - joined).exp()
-        _scatter(output, branch_output.to(output.dtype), layout)
-        _scatter(logsumexp[..., None], joined, layout)
+        first, *others = layout
+        output, logsumexp = _attend(query, key, value, first, scale)
+        logsumexp = logsumexp[..., None]
+        for level in others:
+            own_output, own_logsumexp = _attend(query, key, value, level, scale)
+            before = _gather(logsumexp, level)
+            joined = torch.logaddexp(before, own_logsumexp[..., None])
+            part_output = _gather(output, level) * (before - joined).exp()
+            part_output += own_output * (own_logsumexp[..., None] - joined).exp()
+            _put(output, part_output.to(output.dtype), level)
+            _put(logsumexp, joined, level)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.layout, ctx.scale = layout, scale
         return output
@@ -119,33 +139,47 @@ class _SharedAttention(torch.autograd.Function):
         # In float32, as the kernel for bfloat16 takes several times as long.
         dtype = grad.dtype
         grad, query, key, value, output, logsumexp = (states.float() for states in (grad, *ctx.saved_tensors))
-        layout, scale = ctx.layout, ctx.scale
-        prefix = layout.prefix_mask.size(3)
-        grad_query, grad_prefix_key, grad_prefix_value = _backward(
-            *(grad, query, key[:, :, :prefix], value[:, :, :prefix], output, logsumexp, 0.0, False),
-            attn_mask=layout.prefix_mask,
-            scale=scale,
-        )
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        grad_key[:, :, :prefix], grad_value[:, :, :prefix] = grad_prefix_key, grad_prefix_value
-        own = [_gather(states, layout) for states in (grad, query, key, value, output)]
-        own[0] = own[0] * layout.valid[:, None, :, None]
-        branch_logsumexp = _gather(logsumexp[..., None], layout)[..., 0]
-        of_branches = _backward(*own, branch_logsumexp, 0.0, True, scale=scale)
-        for total, part in zip((grad_query, grad_key, grad_value), of_branches, strict=True):
-            _scatter(total, part, layout, add=True)
-        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
+        totals = [torch.zeros_like(states) for states in (query, key, value)]
+        for level in ctx.layout:
+            of_queries = [_gather(states, level) for states in (grad, query, output, logsumexp)]
+            own_keys = [_gather(states, level, level.keys) for states in (key, value)]
+            part_grad, part_query, part_output, part_logsumexp = of_queries
+            if level.places is not None:
+                part_grad = part_grad * level.valid[:, None, :, None]
+            parts = _backward(
+                *(part_grad, part_query, *own_keys, part_output, part_logsumexp[..., 0], 0.0, level.mask is None),
+                attn_mask=level.mask,
+                scale=ctx.scale,
+            )
+            for total, part in zip(totals, parts, strict=True):
+                _put(total, part, level, add=True)
+        return totals[0].to(dtype), totals[1].to(dtype), totals[2].to(dtype), None, None
 
 
-def _gather(states: Tensor, layout: Layout) -> Tensor:
-    """(branches, heads, longest branch, size) from (rows, heads, width, size)."""
-    return states.transpose(1, 2).flatten(0, 1)[layout.places].transpose(1, 2)
+def _attend(query: Tensor, key: Tensor, value: Tensor, level: Level, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Output (parts, heads, longest part, size) and log-sum-exp of attention to the parts' own tokens."""
+    mask = None if level.mask is None else level.mask.to(query.dtype)
+    own_keys = [_gather(states, level, level.keys) for states in (key, value)]
+    return _forward(_gather(query, level), *own_keys, is_causal=mask is None, attn_mask=mask, scale=scale)
 
 
-def _scatter(states: Tensor, branches: Tensor, layout: Layout, add: bool = False) -> None:
-    """Put the branches' values into `states`, in place, or add them; the reverse of `_gather`."""
-    values = branches.transpose(1, 2)[layout.valid]
-    states.transpose(1, 2).index_put_((layout.rows, layout.columns), values, accumulate=add)
+def _gather(states: Tensor, level: Level, first: int | None = None) -> Tensor:
+    """(parts, heads, longest part, size) from (rows, heads, width, size); only the `first` tokens of each part if given."""
+    if level.places is None:
+        return states[:, :, :first]
+    return states.transpose(1, 2).flatten(0, 1)[level.places[:, :first]].transpose(1, 2)
+
+
+def _put(states: Tensor, parts: Tensor, level: Level, add: bool = False) -> None:
+    """Put the parts' values, or those of their first tokens, into `states`, in place, or add them; reverses `_gather`."""
+    first = parts.size(2)
+    if level.places is None:  # whole rows are only added to
+        states[:, :, :first] += parts
+        return
+    valid = level.valid[:, :first]
+    places, width = level.places[:, :first][valid], states.size(2)
+    values = parts.transpose(1, 2)[valid]
+    states.transpose(1, 2).index_put_((places // width, places % width), values, accumulate=add)
 
 
 def _forward_tile(tile: Tensor, *arguments: Any, **more: Any) -> None:

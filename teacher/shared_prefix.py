@@ -1,10 +1,11 @@
 """Per-token log probabilities of sequences that begin alike, with each common beginning computed once.
 
-The completions of a group follow one prompt, and the examples of a batch one guideline. Such a group is one row: the common
-beginning (the prefix), then the rest of every sequence (its branch) one after the other. A token attends to the prefix and
-to its own branch, and a branch's positions continue from the prefix's end, so every sequence is computed as if it stood
-alone (Prefix Grouper, arXiv 2506.05433). It works with every causal transformers model that takes a four-dimensional
-attention mask and position ids; `can_share` says whether a model does.
+The completions of a group follow one prompt, and the prompts of a batch one guideline. Such a group is one row: the common
+beginning (the prefix), then the rest of every sequence (its branch) one after the other; a branch may be a group itself. A
+token attends to what comes before it on the way from the root to its own sequence's end, and a branch's positions continue
+from the prefix's end, so every sequence is computed as if it stood alone (Prefix Grouper, arXiv 2506.05433, of one level).
+It works with every causal transformers model that takes a four-dimensional attention mask and position ids; `can_share` says
+whether a model does.
 
 Only hidden states that predict a token of interest go through the head, and TRL's fused head never holds the logits of all
 of them: it works in tiles, and again in the backward pass. The model must have been given to `trl.trainer.utils.
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.contracts import first_line, out_of_memory
-from teacher.cpu_kernels import Layout, attach, install, lay_out
+from teacher.cpu_kernels import Layout, Part, attach, install, lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 # embeddings by their own rounding makes. In bfloat16, Qwen2.5-Coder-0.5B differed by 0.03 to 0.06, at most 1.0 times the
 # latter; with wrong positions by three to six times, with the mask left out by six to ten times.
 _ROUNDING, _TIMES = 1e-4, 2.0
+
+# A level more costs a small model 8 % of a step, as its attention gathers tokens once more: it should save at least so much.
+_LEVEL = 0.1
 
 # Added to the scores of what is hidden. Not −inf: a block of keys that is hidden wholly may then make gradients of NaN in
 # some of the GPU's kernels (pytorch issue 109517); the exponential of this is 0 too.
@@ -42,21 +46,38 @@ _HIDDEN = -30_000.0
 class Group(NamedTuple):
     """Sequences whose first `shared` tokens are the same and are computed once; 0 computes each sequence in full."""
 
-    rows: tuple[int, ...]
-    """Indices of the sequences."""
+    members: tuple[int | Group, ...]
+    """Indices of sequences, and groups that share more than this one."""
     shared: int
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The indices of all its sequences."""
+        return tuple(
+            row for member in self.members for row in (member.rows if isinstance(member, Group) else (member,))
+        )
 
     def tokens(self, lengths: Sequence[int]) -> int:
         """Tokens that are computed, given the length of every sequence."""
-        return self.shared + sum(lengths[row] - self.shared for row in self.rows)
+        return self.shared + sum(_tokens(member, lengths) - self.shared for member in self.members)
+
+
+def _tokens(member: int | Group, lengths: Sequence[int]) -> int:
+    return member.tokens(lengths) if isinstance(member, Group) else lengths[member]
 
 
 def group_by_prefix(prefixes: Sequence[Sequence[int]]) -> list[Group]:
-    """One group for every different prefix, from the prefix of every sequence (for a rollout: its prompt)."""
+    """One group for every different prefix, from the prefix of every sequence (for a rollout: its prompt).
+
+    They are members of one group if all prefixes begin alike, as prompts do with their guideline.
+    """
     rows: dict[tuple[int, ...], list[int]] = {}
     for row, prefix in enumerate(prefixes):
         rows.setdefault(tuple(prefix), []).append(row)
-    return [Group(tuple(members), len(prefix)) for prefix, members in rows.items()]
+    groups = [Group(tuple(members), len(prefix)) for prefix, members in rows.items()]
+    # A group must have a token of its own.
+    root = min(common_prefix([list(prefix) for prefix in rows]), min(map(len, rows)) - 1)
+    return [Group(tuple(groups), root)] if root > 0 and len(groups) > 1 else groups
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
@@ -89,15 +110,14 @@ def micro_batches(
             batches.append([group])
     while len(batches) < at_least:
         largest = max(batches, key=lambda batch: sum(len(group.rows) for group in batch))
+        batches.remove(largest)
+        parts: Sequence[Group] = largest
         if len(largest) == 1:
-            (group,) = largest
-            half = (len(group.rows) + 1) // 2
-            largest = [Group(group.rows[:half], group.shared), Group(group.rows[half:], group.shared)]
-            batches.remove([group])
-        else:
-            batches.remove(largest)
-        half = (len(largest) + 1) // 2
-        batches += [largest[:half], largest[half:]]
+            members, shared = largest[0]
+            half = (len(members) + 1) // 2
+            parts = [_group(members[:half], shared), _group(members[half:], shared)]
+        half = (len(parts) + 1) // 2
+        batches += [list(parts[:half]), list(parts[half:])]
     return batches
 
 
@@ -151,33 +171,45 @@ def causal_lm(model: Any) -> Any:
 
 
 def can_share(model: Any, prompts: Sequence[Sequence[int]], completion_length: int, pad: int) -> bool:
-    """Whether sharing is right for this model: computes one group both ways, and logs the reason if it is not.
+    """Whether sharing is right for this model: computes some sequences both ways, and logs the reason if it is not.
 
-    The group is the longest prompt, with completions of any tokens that are of full length, half of it and one, as many as
-    make a mean of 64 tokens.
+    They are the longest prompt and another one that begins like it, with completions of any tokens that are of full length,
+    half of it and one, as many as make a mean of 64 tokens, and three for each prompt.
     """
     prompt = max(prompts, key=len)
     vocabulary = causal_lm(model).get_input_embeddings().weight.size(0)
     generator = torch.Generator().manual_seed(0)
+
+    def any_tokens(count: int) -> list[int]:
+        return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+    half = len(prompt) // 2
+    other = [*prompt[:half], *any_tokens((len(prompt) - half + 1) // 2)]
     lengths = [completion_length, (completion_length + 1) // 2, 1]
-    lengths *= math.ceil(64 / sum(lengths))
-    sequences = [[*prompt, *torch.randint(vocabulary, (n,), generator=generator).tolist()] for n in lengths]
+    lengths *= max(1, math.ceil(32 / sum(lengths)))
+    prefixes = [list(prefix) for prefix in (prompt, other) for _ in lengths]
+    sequences = [[*prefix, *any_tokens(n)] for prefix, n in zip(prefixes, 2 * lengths, strict=True)]
     training = model.training
     model.eval()  # dropout would differ either way
-    error = _sharing_error(model, sequences, len(prompt), pad)
+    error = _sharing_error(model, sequences, prefixes, pad)
     model.train(training)
     if error:
-        logger.warning("every sequence is computed with its own prompt, as this model cannot share it: %s", error)
+        logger.warning(
+            "every sequence is computed with its own prompt, which only takes longer, as this model cannot share it: %s; "
+            "teacher.agpo.shared_prefix=false leaves out this trial",
+            error,
+        )
     return error is None
 
 
-def _sharing_error(model: Any, sequences: Sequence[Sequence[int]], shared: int, pad: int) -> str | None:
-    starts, rows = [shared] * len(sequences), range(len(sequences))
-    separate = [Group((row,), 0) for row in rows]
+def _sharing_error(model: Any, sequences: list[list[int]], prefixes: list[list[int]], pad: int) -> str | None:
+    starts = [len(prefix) for prefix in prefixes]
+    groups = group_by_prefix(prefixes)
+    separate = [Group((row,), 0) for group in groups for row in group.rows]
     with torch.no_grad():
         alone, _ = token_log_probs(model, sequences, starts, separate, pad)
         try:
-            together, _ = token_log_probs(model, sequences, starts, [Group(tuple(rows), shared)], pad)
+            together, _ = token_log_probs(model, sequences, starts, groups, pad)
         except (
             RuntimeError,
             ValueError,
@@ -186,7 +218,7 @@ def _sharing_error(model: Any, sequences: Sequence[Sequence[int]], shared: int, 
         ) as error:  # what models raise at a mask they do not know
             if out_of_memory(error):
                 raise
-            return f"it does not take a four-dimensional attention mask ({first_line(error)})"
+            return f"with a four-dimensional attention mask it fails ({first_line(error)})"
         with _rounded_embeddings(causal_lm(model)):
             rounded, _ = token_log_probs(model, sequences, starts, separate, pad)
     difference = (alone - together).abs().mean().item()
@@ -218,27 +250,43 @@ def _compute_dtype(base: Any) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
 
 
-def _cut(group: Group, lengths: Sequence[int], budget: int, hidden_size: int) -> Iterator[Group]:
-    """`group` in pieces of nearly equal numbers of sequences, or whole."""
-    rows = group.rows
-    branch = sum(lengths[row] - group.shared for row in rows) / len(rows)
+def _cut(group: Group, lengths: Sequence[int], budget: int, hidden_size: int) -> list[Group]:
+    """`group` in pieces of nearly equal numbers of members, or whole."""
+    members: list[int | Group] = []
+    for member in group.members:
+        members += _cut(member, lengths, budget, hidden_size) if isinstance(member, Group) else [member]
+    # With groups among them the longest come first, as rows of like width need least padding.
+    members.sort(key=lambda member: -_tokens(member, lengths) if isinstance(member, Group) else 0)
+    branch = sum(_tokens(member, lengths) - group.shared for member in members) / len(members)
 
     def cost(size: int) -> float:
         # Of a layer, in units of 4·hidden_size operations: 6·hidden_size a token for its weights, and one a pair of tokens.
         tokens = group.shared + size * branch
-        return math.ceil(len(rows) / size) * tokens * (6 * hidden_size + tokens)
+        return math.ceil(len(members) / size) * tokens * (6 * hidden_size + tokens)
 
-    size = len(rows) if group.shared else 1
-    if hidden_size and group.shared:
-        size = min(range(1, len(rows) + 1), key=lambda size: (cost(size), -size))
-    size = math.ceil(len(rows) / math.ceil(len(rows) / size))
-    piece: tuple[int, ...] = ()
-    for row in rows:
-        if piece and (len(piece) == size or Group((*piece, row), group.shared).tokens(lengths) > budget):
-            yield Group(piece, group.shared if len(piece) > 1 else 0)
+    shared = group.shared
+    if any(isinstance(member, Group) for member in members) and shared < _LEVEL * (shared + branch):
+        shared = 0
+    size = len(members) if shared else 1
+    if hidden_size and shared:
+        size = min(range(1, len(members) + 1), key=lambda size: (cost(size), -size))
+    size = math.ceil(len(members) / math.ceil(len(members) / size))
+    pieces: list[Group] = []
+    piece: tuple[int | Group, ...] = ()
+    for member in members:
+        if piece and (len(piece) == size or Group((*piece, member), group.shared).tokens(lengths) > budget):
+            pieces.append(_group(piece, group.shared))
             piece = ()
-        piece += (row,)
-    yield Group(piece, group.shared if len(piece) > 1 else 0)
+        piece += (member,)
+    return [*pieces, _group(piece, group.shared)]
+
+
+def _group(members: tuple[int | Group, ...], shared: int) -> Group:
+    """A group of them; of a single one, that one, which shares nothing if it is a sequence."""
+    if len(members) > 1:
+        return Group(members, shared)
+    (member,) = members
+    return member if isinstance(member, Group) else Group(members, 0)
 
 
 def _separate_rows(
@@ -256,35 +304,57 @@ def _shared_rows(
     sequences: Sequence[Sequence[int]], starts: Sequence[int], groups: Sequence[Group], pad: int
 ) -> tuple[dict[str, Tensor], Tensor, Layout]:
     """Input ids and positions (groups, width), attention mask (groups, 1, width, width), predictors (N, 2): row, column."""
-    ids, positions, branches, predictors, rows = [], [], [], [], []
-    for i, group in enumerate(groups):
+    rows = [_Row(sequences, starts, i) for i in range(len(groups))]
+    for row, group in zip(rows, groups, strict=True):
         shared = group.shared or starts[group.rows[0]]  # a single sequence may be cut anywhere
-        rows.append((shared, [len(sequences[row]) - shared for row in group.rows]))
-        line = list(sequences[group.rows[0]][:shared])
-        places, owners = list(range(shared)), [0] * shared
-        for branch, row in enumerate(group.rows, 1):
-            sequence = sequences[row]
-            offset = len(line) - shared
-            line += sequence[shared:]
-            places += range(shared, len(sequence))
-            owners += [branch] * (len(sequence) - shared)
-            before = range(starts[row] - 1, len(sequence) - 1)
-            predictors += [(i, t if t < shared else t + offset) for t in before]
-        ids.append(line)
-        positions.append(places)
-        branches.append(owners)
-    owner = _padded(branches, -1)
-    query, key = owner[:, :, None], owner[:, None, :]
-    causal = torch.ones(owner.size(1), owner.size(1), dtype=torch.bool).tril()
-    visible = causal & ((key == 0) | (key == query)) & (key >= 0)
+        row.add(Group(group.members, shared))
+    ends = _padded([row.ends for row in rows], 0)
+    width = ends.size(1)
+    column = torch.arange(width)
+    # A token is seen from behind it, until the branches end that continue it.
+    visible = (column <= column[:, None]) & (column[:, None] < ends[:, None, :])
     # Padding too must attend to something, and every row to something in the first block of keys that a GPU's kernel reads.
     visible[:, :, 0] = True
     inputs = {
-        "input_ids": _padded(ids, pad),
-        "position_ids": _padded(positions, 0),
+        "input_ids": _padded([row.ids for row in rows], pad),
+        "position_ids": _padded([row.positions for row in rows], 0),
         "attention_mask": visible[:, None],
     }
-    return inputs, torch.tensor(predictors, dtype=torch.long).view(-1, 2), lay_out(rows, owner.size(1))
+    predictors = torch.tensor([place for row in rows for place in row.predictors], dtype=torch.long).view(-1, 2)
+    return inputs, predictors, lay_out([part for row in rows for part in row.parts], width)
+
+
+class _Row:
+    """Row `number` of a batch while it is written: of every token its id, its position, and where the part of the row ends
+    that may see it."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], starts: Sequence[int], number: int) -> None:
+        self._sequences, self._starts, self._number = sequences, starts, number
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.ends: list[int] = []
+        self.predictors: list[tuple[int, int]] = []
+        self.parts: list[Part] = []
+
+    def add(self, member: int | Group, path: tuple[int, ...] = (), depth: int = 0) -> None:
+        """Write a group or a sequence, whose first tokens are in the columns `path`."""
+        begin, known = len(self.ids), len(path)
+        first = member.rows[0] if isinstance(member, Group) else member
+        until = member.shared if isinstance(member, Group) else len(self._sequences[first])
+        self.ids += self._sequences[first][known:until]
+        self.positions += range(known, until)
+        self.ends += [0] * (until - known)
+        here = len(self.parts)
+        path += tuple(range(begin, len(self.ids)))
+        if isinstance(member, Group):
+            for branch in member.members:
+                self.add(branch, path, depth + 1)
+        else:
+            self.predictors += [(self._number, path[t - 1]) for t in range(self._starts[member], len(path))]
+        end = len(self.ids)
+        self.ends[begin : begin + until - known] = [end] * (until - known)
+        if until > known:
+            self.parts.insert(here, Part(depth, self._number, begin, until - known, end - begin))
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

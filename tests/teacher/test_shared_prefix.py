@@ -7,6 +7,8 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -46,16 +48,21 @@ def model_of(family, **changed):
     return model.eval()
 
 
+GUIDELINE = 30
+
+
 def rollouts():
-    """Two groups, a prompt ten times as long as the other; completions of many lengths, one of them empty."""
+    """Three groups, a prompt ten times as long as the first; completions of many lengths, one of them empty. The last two
+    prompts begin alike."""
     generator = torch.Generator().manual_seed(0)
-    sequences, starts = [], []
-    for length in (10, 100):
-        prompt = torch.randint(2, 300, (length,), generator=generator).tolist()
-        for tokens in (40, 3, 0, 20):
-            sequences.append(prompt + torch.randint(2, 300, (tokens,), generator=generator).tolist())
-            starts.append(length)
-    return sequences, starts
+
+    def tokens(count):
+        return torch.randint(2, 300, (count,), generator=generator).tolist()
+
+    prompts = [tokens(10), tokens(100)]
+    prompts.append([*prompts[1][:GUIDELINE], *tokens(5)])
+    rows = [(prompt, [*prompt, *tokens(count)]) for prompt in prompts for count in (40, 3, 0, 20)]
+    return [sequence for _, sequence in rows], [len(prompt) for prompt, _ in rows]
 
 
 def outcome(model, compute):
@@ -67,14 +74,24 @@ def outcome(model, compute):
     return log_probs.detach(), entropies.detach(), gradient
 
 
-def plain(model):
+def plain(model, sequences, starts):
     """A forward pass of each sequence by itself, without anything of ours."""
     log_probs, entropies = [], []
-    for ids, start in zip(*rollouts(), strict=True):
+    for ids, start in zip(sequences, starts, strict=True):
         logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
         log_probs.append(logits.gather(1, torch.tensor(ids[start:], dtype=torch.long)[:, None])[:, 0])
         entropies.append(-(logits.exp() * logits).sum(dim=1))
     return torch.cat(log_probs), torch.cat(entropies)
+
+
+def in_order(values, groups, sequences, starts):
+    """What `token_log_probs` gives, in the order of the sequences."""
+    rows = [row for group in groups for row in group.rows]
+    counts = [len(sequences[row]) - starts[row] for row in rows]
+    return [
+        torch.cat([v for _, v in sorted(zip(rows, each.split(counts), strict=True), key=lambda pair: pair[0])])
+        for each in values
+    ]
 
 
 def lora(model):
@@ -106,12 +123,23 @@ def masked(model):
 def test_log_probabilities_entropies_and_gradients_are_those_of_plain_passes(family, change):
     model = change(model_of(family))
     sequences, starts = rollouts()
-    expected = outcome(model, lambda: plain(model))
+    # The last group's longest two begin alike in what was sampled too.
+    sequences[11][35:38] = sequences[8][35:38]
+    expected = outcome(model, lambda: plain(model, sequences, starts))
     alone = [Group((row,), 0) for row in range(len(sequences))]
     shared = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
-    assert [len(group.rows) for group in shared] == [4, 4]
-    for groups in (alone, shared):
-        found = outcome(model, lambda groups=groups: token_log_probs(model, sequences, starts, groups, 0))
+    assert [len(group.rows) for group in shared] == [4, 4, 4]
+    first, *last_two = shared
+    tree = [Group(tuple(last_two), GUIDELINE), first]
+    # Four levels, and sequences beside groups.
+    deep = [Group((Group((Group((8, 11), 38), 9, 10), 35), last_two[0]), GUIDELINE), Group((0, 3), 10), Group((1,), 0)]
+    for groups in (alone, shared, tree, deep):
+        found = outcome(
+            model,
+            lambda groups=groups: in_order(
+                token_log_probs(model, sequences, starts, groups, 0), groups, sequences, starts
+            ),
+        )
         assert (expected[0] - found[0]).abs().max() <= 1e-5
         assert (expected[1] - found[1]).abs().max() <= 1e-5
         assert (expected[2] - found[2]).norm() / expected[2].norm() <= 1e-5
@@ -149,6 +177,16 @@ def test_what_a_model_rounds_is_not_taken_for_a_fault_and_does_not_hide_one(dtyp
     assert not can_share(model, prompts, 8, 0)
 
 
+def test_prompts_that_begin_alike_are_members_of_one_group():
+    guideline = [5, 6, 7]
+    prompts = [[*guideline, 8], [*guideline, 9, 10], [*guideline, 8]]
+    assert group_by_prefix(prompts) == [Group((Group((0, 2), 4), Group((1,), 5)), 3)]
+    # A prompt that is the beginning of the other keeps a token of its own.
+    assert group_by_prefix([guideline, [*guideline, 8]]) == [Group((Group((0,), 3), Group((1,), 4)), 2)]
+    assert group_by_prefix([[5], [5, 6]]) == [Group((0,), 1), Group((1,), 2)]
+    assert group_by_prefix([guideline, guideline]) == [Group((0, 1), 3)]
+
+
 def test_micro_batches_keep_to_the_budget_and_hold_every_sequence_once():
     lengths = [100 + 10 * row for row in range(8)] + [60] * 8 + [900]
     groups = [Group(tuple(range(8)), 50), Group(tuple(range(8, 16)), 50), Group((16,), 50)]
@@ -158,9 +196,56 @@ def test_micro_batches_keep_to_the_budget_and_hold_every_sequence_once():
         for batch in batches:
             width = max(group.tokens(lengths) for group in batch)
             assert len(batch) * width <= budget or (len(batch) == 1 and len(batch[0].rows) == 1)
-    # nothing is gained by one long row where its own attention costs more than the prompt
+    # Nothing is gained by one long row where its own attention costs more than the prompt
     assert len(micro_batches([Group(tuple(range(16)), 50)], [2050] * 16, 10**9, hidden_size=64)[0]) > 1
     assert len(micro_batches(groups, lengths, 10_000, hidden_size=512, at_least=17)) == 17
+
+
+@given(data=st.data(), budget=st.integers(1, 400), hidden_size=st.sampled_from([0, 8, 512]))
+def test_micro_batches_of_any_prompts_share_what_is_the_same_and_no_more(data, budget, hidden_size):
+    tokens = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+    guideline = data.draw(st.lists(st.integers(0, 2), max_size=30))
+    prompts = [guideline + own for own in data.draw(st.lists(tokens, min_size=1, max_size=4))]
+    rows = [(prompt, own) for prompt in prompts for own in data.draw(st.lists(tokens, min_size=1, max_size=4))]
+    sequences = [prompt + own for prompt, own in rows]
+    groups = group_by_prefix([prompt for prompt, _ in rows])
+    at_least = data.draw(st.integers(1, len(rows)))
+    batches = micro_batches(groups, [len(ids) for ids in sequences], budget, hidden_size, at_least)
+    assert sorted(row for batch in batches for group in batch for row in group.rows) == list(range(len(rows)))
+    assert len(batches) >= at_least
+
+    def check(group, known):
+        assert len({tuple(sequences[row][: group.shared]) for row in group.rows}) == 1
+        assert group.shared > known or len(group.members) == 1
+        for member in group.members:
+            if isinstance(member, Group):
+                check(member, group.shared)
+
+    for batch in batches:
+        for group in batch:
+            check(group, 0)
+        widths = [group.tokens([len(ids) for ids in sequences]) for group in batch]
+        assert len(batch) * max(widths) <= budget or len(batch) == len(batch[0].rows) == 1
+
+
+def test_sixteen_prompts_with_their_completions_are_one_row():
+    guideline, prompts, group, tokens = 190, 16, 8, 29
+    lengths = [guideline + 37 + tokens] * (prompts * group)
+    groups = tuple(Group(tuple(range(begin, begin + group)), guideline + 37) for begin in range(0, len(lengths), group))
+    (batch,) = micro_batches([Group(groups, guideline)], lengths, 10_000, hidden_size=0)
+    assert batch[0].tokens(lengths) == guideline + prompts * (37 + group * tokens)
+    # On a GPU, where what a mask hides is computed, only as many as save more than that costs.
+    per_row = [
+        len(group.members)
+        for batch in micro_batches([Group(groups, guideline)], lengths, 10_000, 1536)
+        for group in batch
+    ]
+    assert set(per_row) == {4}
+    # What three words save is less than a level costs.
+    short = [length - guideline + 3 for length in lengths]
+    groups = tuple(Group(own.members, 3 + 37) for own in groups)
+    (batch,) = micro_batches([Group(groups, 3)], short, 10_000, hidden_size=0)
+    assert batch == list(groups)
 
 
 def test_common_prefix_of_a_batch():
