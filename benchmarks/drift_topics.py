@@ -46,7 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     import pyarrow.dataset as pads
 
-    from pipeline.drift import Check, DriftConfig, compare, profile, read_texts
+    from pipeline.drift import Check, DriftConfig, compare
+    from pipeline.drift_profile import profile, read_texts
 
     texts = read_texts(options.pairs, pads.scalar(True))
     ids, limits = sorted(texts), DriftConfig()
@@ -54,7 +55,7 @@ def main() -> None:
     worst: dict[str, list[Any]] = {"random": [], "topic": []}
     for draw in range(options.draws):
         rng = np.random.default_rng(draw)
-        cluster = topics([texts[each][0] for each in ids], draw)
+        cluster = topics([texts[each].query for each in ids], draw)
         rank = rng.permutation(CLUSTERS)[cluster]
         for kind, order in (("random", rng.permutation(len(ids))), ("topic", np.argsort(rank, kind="stable"))):
             halves = [{ids[i]: texts[ids[i]] for i in part} for part in np.array_split(order, 2)]

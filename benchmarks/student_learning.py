@@ -138,12 +138,13 @@ def run(
     from data.contracts import GradeScale, MetricsLog
     from student.config import StudentConfig
     from student.dataset import read_annotated, read_examples, read_training
-    from student.distill import Rows, calibrate, measured, with_ensemble
+    from student.distill import calibrate, measured, with_ensemble
     from student.evaluation import write_predictions
     from student.fit import fit
     from student.metrics import Labels, evaluate
     from student.model import save_tokenizer
     from student.peers import cosine, warmed_up, with_soft
+    from student.rows import Rows
     from student.setup import Setup
     from student.warm_up import warm_up
 

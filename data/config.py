@@ -159,7 +159,7 @@ class DataConfig(Config):
     """For `table` with labels as words: label → grade. Without it and without thresholds, labels are 0 … K−1."""
     missing_labels: tuple[str, ...] = MISSING_LABELS
     """For `table`: labels that mean that there is none, in upper or lower case; an empty cell always does. What
-    `grade_labels` names is a label nevertheless."""
+    `grade_labels` names is a label nevertheless, and what it names in another case is a fault, unless this is set."""
     relevant_from: int | None = Field(default=None, ge=1, le=9)
     """Lowest grade that counts as relevant; empty leaves it to the source (`table`: the highest grade)."""
     rows: int = Field(default=16_000, ge=1, le=2_000_000)

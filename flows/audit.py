@@ -59,7 +59,7 @@ def audit_import(
 
     Every row is accounted for. Rows that cannot be used are named, and the others count; correct the file and import it
     again. The accuracy and the raters' agreement go to FOLDER/RUN/audit/audit.json, to MLflow (experiment PREFIX/audit) and
-    into the report.
+    into the report. Answers on another scale than that of the pairs are refused.
 
     Exit codes: 0 all rows could be used, 1 some were refused, 2 a wrong command or file.
 
@@ -76,6 +76,7 @@ def audit_import(
     """
     with refusals():
         from pipeline.audit.answers import import_answers, summarise
+        from pipeline.locks import Busy, exclusive
         from pipeline.report.compare import find_run
         from pipeline.report.page import write_report
         from pipeline.resume import recorded_settings
@@ -90,7 +91,11 @@ def audit_import(
                 covered = "" if share.covered == 1 else f" (of {share.covered:.0%}: the other strata have no answer)"
                 print(f"  accuracy of the annotations {share.value:.3f} [{share.low:.3f}, {share.high:.3f}]{covered}")
         if (place / "summary.json").exists():
-            print(f"report: {write_report(place)}")
+            try:
+                with exclusive(place):  # the stages stay as they are while the page is written
+                    print(f"report: {write_report(place)}")
+            except Busy as error:
+                print(f"the report is not written, a flow does it at its end: {error}")
     if imported.refused:
         print("not used:", *imported.refused, sep="\n  ", file=sys.stderr)
         raise SystemExit(1)

@@ -20,7 +20,7 @@ from flows.audit import audit_export, audit_import
 from flows.catalog import FLOWS, Entry
 from flows.compare import compare
 from flows.environment import set_environment
-from flows.runtime import Terminated, fail, refusals, terminable
+from flows.runtime import Terminated, fail, printing, refusals, terminable
 
 if TYPE_CHECKING:
     from pipeline.settings import PipelineConfig
@@ -109,8 +109,9 @@ def run(flow: Annotated[str, Parameter(show=False)] = "", /, *, options: Options
         _start(flow, options)
     else:
         width = max(map(len, FLOWS))
-        for entry in FLOWS.values():
-            print(f"{entry.name:<{width}}  {entry.help}")
+        with printing():
+            for entry in FLOWS.values():
+                print(f"{entry.name:<{width}}  {entry.help}")
 
 
 Help = Annotated[bool, Parameter(name=("--help", "-h"), negative=(), show_default=False)]
@@ -144,7 +145,8 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
         from prefect.cli._app import _app as whole
     except ImportError:
         whole = run_app
-    print(whole.generate_completion(prog_name="prefect", shell=shell))
+    with printing():
+        print(whole.generate_completion(prog_name="prefect", shell=shell))
 
 
 def main() -> None:
@@ -191,11 +193,13 @@ def _show_plan(flow: str, settings: PipelineConfig) -> None:
     from pipeline.plan import plan
     from pipeline.stages import with_upstream
 
-    print(f"{flow}, run '{settings.run}' in {settings.folder}:")
     entry = FLOWS[flow]
-    settings = entry.own(settings)
-    for row in plan(settings, with_upstream(entry.stages, settings), student_first=entry.in_rounds):
-        print(f"  {row.action:<6} {row.stage:<9} {row.reason}")
+    own = entry.own(settings)
+    rows = plan(own, with_upstream(entry.stages, own), student_first=entry.in_rounds)
+    with printing():
+        print(f"{flow}, run '{settings.run}' in {settings.folder}:")
+        for row in rows:
+            print(f"  {row.action:<6} {row.stage:<9} {row.reason}")
 
 
 def run_here(flow: str, settings: PipelineConfig, config: Path | None = None) -> None:
@@ -252,13 +256,14 @@ def _go_on(settings: PipelineConfig, config: Path | None) -> str:
 def _show(summary: dict[str, Any]) -> None:
     from flows.terminal import stages_table
 
-    stages_table(summary)
-    for label in ("annotations", "report", "tracking"):
-        if summary.get(label):
-            print(f"{label}: {summary[label]}")
-    for stage, sentence in summary.get("untracked", {}).items():
-        print(f"{stage} is {sentence}")
-    print(f"again: {summary['command']}")
+    with printing():
+        stages_table(summary)
+        for label in ("annotations", "report", "tracking"):
+            if summary.get(label):
+                print(f"{label}: {summary[label]}")
+        for stage, sentence in summary.get("untracked", {}).items():
+            print(f"{stage} is {sentence}")
+        print(f"again: {summary['command']}")
 
 
 if __name__ == "__main__":

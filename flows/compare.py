@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from flows.runtime import refusals
+from flows.runtime import printing, refusals
 
 if TYPE_CHECKING:
     from pipeline.report.compare import RunComparison
@@ -58,8 +58,9 @@ def compare(
             raise ContractError(f"both are the same run, {first}; name two")
         comparison = compare_runs(first, second, n_boot=resamples, seed=seed)
     data, text = save_comparison(comparison, folder)
-    _print(comparison)
-    print(f"\n{comparison.result}\nwritten to {data} and {text.name}")
+    with printing():
+        _print(comparison)
+        print(f"\n{comparison.result}\nwritten to {data} and {text.name}")
 
 
 def _print(comparison: RunComparison) -> None:

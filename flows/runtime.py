@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,21 @@ def refusals() -> Iterator[None]:
         yield
     except ContractError as error:
         fail(str(error), 2)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """When nobody reads on what the body prints, as behind `head`, the process ends without a word, as other tools do.
+
+    For printing alone: a server's or the JVM's broken pipe in the body would be taken for it.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer is written when Python ends, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 class Terminated(BaseException):

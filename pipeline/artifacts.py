@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel, ValidationError
 
 from data.contracts import Config, ContractError, StageOutput, digest, write_json
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "_stage.json"
 STARTED = "_started.json"
 # Big files, which no stage changes once it has finished: two runs can share one by a link.
-LINKED = (".parquet", ".safetensors", ".onnx")
+LINKED = (".parquet", ".safetensors", ".onnx", ".onnx.data")
 
 
 class StartedStage(BaseModel):
@@ -145,6 +146,7 @@ def run_stage(
     changed, the old output is kept once, as `NAME.previous`, unless the stage is `incremental` (its output is keyed row by
     row, so it stays and grows).
     """
+    _remove_leftovers(folder)
     done = reusable(folder, recipe, incremental=incremental, share=share)
     if done is not None and (done.folder == folder or _take(done, folder)):
         return done.model_copy(update={"folder": folder})
@@ -177,7 +179,8 @@ def begin_with(source: Path, folder: Path) -> None:
     run; both can be deleted."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _copy(source, temporary := folder.with_name(f".{folder.name}.{os.getpid()}.tmp"))
+        _remove_leftovers(folder)
+        _copy(source, temporary := _temporary(folder))
         temporary.rename(folder)
 
 
@@ -212,7 +215,7 @@ def _put_aside(folder: Path) -> None:
 
 def _take(record: StageRecord, folder: Path) -> bool:
     """Bring another run's finished stage into `folder`; False when it could not be had whole."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = _temporary(folder)
     try:
         _copy(record.folder, temporary)
         now = read_record(record.folder)
@@ -228,6 +231,19 @@ def _take(record: StageRecord, folder: Path) -> bool:
         logger.warning("%s could not be taken from run '%s': %s", record.stage, record.made_by, error)
         return False
     return True
+
+
+def _temporary(folder: Path) -> Path:
+    """Where this process puts another run's output before it gets its name."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while they filled `_temporary(folder)` have left there."""
+    for temporary in folder.parent.glob(f".{folder.name}.*.tmp"):
+        pid = temporary.name.split(".")[-2]
+        if temporary.is_dir() and pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> None:

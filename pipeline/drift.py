@@ -4,17 +4,18 @@ Each measure is a population stability index, PSI = Σ (new − old) · ln(new /
 pair of limits serves all; 0.1 and 0.25 are the usual ones. By chance alone it is (1 / n_old + 1 / n_new) · χ² with one
 degree of freedom less than bins (Yurdakul 2018): that is taken off, so that small batches raise no alarm.
 
-What is compared: the common words of queries and of ads, words that were never seen (against how many to expect, by Good and
-Turing), query lengths, scripts of queries; and, once a batch was annotated before, the teacher's grades, the student's
-scores, and how often the two disagree on a shadow sample. What was left out: languages that share a script; their words
-give them away.
+What is compared, of each query with one of its ads (`pipeline.drift_profile`): the common words of queries and of ads, words
+that were never seen (against how many to expect, by Good and Turing), query lengths, scripts of queries; and, once a batch
+was annotated before, the teacher's grades, the student's scores, and how often the two disagree on a shadow sample. What was
+left out: languages that share a script; their words give them away.
+
+Measures are recorded, verdicts are not: `look` and `stop` are those of the settings with which a record is read.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,18 +27,32 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from pydantic import BaseModel, Field
 
-from data.contracts import ANNOTATIONS, PAIRS, Config, read_json, write_json
-from data.contracts import words as words_of
+from data.contracts import Config, read_json, write_json
+from pipeline import drift_profile
 from pipeline.annotated import of_the_split
+from pipeline.artifacts import read_record
+from pipeline.drift_profile import (
+    Profile,
+    Texts,
+    among,
+    annotated_grades,
+    in_split,
+    new_pairs,
+    profile,
+    read,
+    read_texts,
+    texts_among,
+    word_counts,
+)
 
 logger = logging.getLogger(__name__)
 Level = Literal["fine", "look", "stop"]
 FILE = "_drift.json"  # so that a folder of Parquet files is read without it
-PROFILE = "profile.json"  # in a teacher's folder
-SAMPLE = 100_000  # pairs that are read on each side
+STUDENT_FILE = "drift.json"  # in a student's folder: the checks of what it learned from
+FIGURES = ("drift", "drift_psi", "drift_not_judged")  # that a stage reports
+_VERSION = 2  # of a check; 1 counted the words of all ads of a query
 COMMON = 200  # words that are compared one by one
 EXPECTED = 2  # how often a word has to be expected on the smaller side
-_LONGEST = 8  # words of a query, and more
 
 
 class DriftConfig(Config):
@@ -54,7 +69,8 @@ class DriftConfig(Config):
     from fewer."""
 
     shadow: int = Field(default=500, ge=0)
-    """New pairs, and as many old ones, that the exported student scores to be compared with the teacher; 0 leaves it out."""
+    """New pairs, one of each query, and as many old ones, that the exported student scores to be compared with the teacher;
+    0 leaves it out."""
 
 
 class Measure(BaseModel):
@@ -69,6 +85,7 @@ class Measure(BaseModel):
 class Check(BaseModel):
     """What was found of one batch of new pairs, compared with what the `teacher` or the `student` learned from."""
 
+    version: int = _VERSION
     against: Literal["teacher", "student"]
     at: datetime
     annotation_key: str = ""
@@ -77,7 +94,9 @@ class Check(BaseModel):
     known: int = 0
     """Queries that it learned from (0: not recorded)."""
     measures: list[Measure]
-    """Empty where it learned from too few queries to judge by them."""
+    """Empty where nothing was judged."""
+    reason: str = ""
+    """Why nothing was judged, from version 2 on."""
 
     def level(self, limits: DriftConfig) -> Level:
         """The verdict of the worst measure."""
@@ -94,45 +113,18 @@ class Check(BaseModel):
         worst = self.worst
         return f"{worst.name} {worst.found}, by the {self.against}'s pairs {worst.expected} (PSI {worst.psi:.2f})"
 
-
-class Profile(BaseModel):
-    """What is remembered of the queries (and the ads of each) that a model learned from."""
-
-    queries: int
-    lengths: dict[str, int]
-    scripts: dict[str, int]
-    words: dict[str, dict[str, int]]
-    """For `query` and `ad`: in how many queries (in the ads of how many) each word is."""
-
-
-Texts = Mapping[str, tuple[str, list[str]]]
-"""By query_id: the query, and the titles of its ads."""
-
-
-def read_texts(pairs: Path, where: pads.Expression) -> Texts:
-    """The queries and ads of a sample of the pairs for which `where` holds."""
-    texts: dict[str, tuple[str, list[str]]] = {}
-    for row in _sample(pairs / "pairs", ["query_id", "query", "ad_title"], where).to_pylist():
-        texts.setdefault(row["query_id"], (row["query"], []))[1].append(row["ad_title"])
-    return texts
-
-
-def profile(texts: Texts) -> Profile:
-    """The profile of queries with their ads."""
-    words = {kind: _counts(texts, kind) for kind in ("query", "ad")}
-    return Profile(queries=len(texts), lengths=_lengths(texts), scripts=_scripts(texts), words=words)
-
-
-def remember(pairs: Path, teacher: Path) -> None:
-    """Write the profile of split train, which a teacher has learned from, into the teacher's folder."""
-    write_json(teacher / PROFILE, profile(read_texts(pairs, _in("train"))).model_dump(mode="json"))
+    def not_judged(self) -> str:
+        """Why it has no measures; empty where it has."""
+        if self.measures:
+            return ""
+        return self.reason or f"the {self.against} learned from {self.known:,} queries only"
 
 
 def compare(known: Profile, new: Texts) -> list[Measure]:
     """The measures of the texts of new pairs."""
     measures = []
     for kind, title in (("query", "in queries"), ("ad", "in ads")):
-        old, now = Counter(known.words[kind]), _counts(new, kind)
+        old, now = Counter(known.words[kind]), word_counts(new, kind)
         # What only one query has is the share of words to expect that no query has had (Good and Turing, Good 1953).
         alone, unseen = sum(n == 1 for n in old.values()), sum(n for word, n in now.items() if word not in old)
         measures.append(_shares(f"unseen words {title}", alone, old.total(), unseen, now.total()))
@@ -141,8 +133,9 @@ def compare(known: Profile, new: Texts) -> list[Measure]:
         share = min(old.total(), now.total()) / max(both.total(), 1)
         common = [word for word, count in both.most_common(COMMON) if count * share >= EXPECTED]
         measures.append(_bins(f"common words {title}", *(_with_others(counts, common) for counts in (old, now))))
-    measures.append(_bins("query lengths", known.lengths, _lengths(new)))
-    measures.append(_bins("scripts of queries", known.scripts, _scripts(new)))
+    of_new = profile(new)
+    measures.append(_bins("query lengths", known.lengths, of_new.lengths))
+    measures.append(_bins("scripts of queries", known.scripts, of_new.scripts))
     return measures
 
 
@@ -158,21 +151,20 @@ def psi(old: Sequence[float], new: Sequence[float]) -> float:
     return max(0.0, index - scale * (freedom + 3 * math.sqrt(2 * freedom)))
 
 
-def check_pairs(limits: DriftConfig, run: Path, pairs: Path) -> list[Check]:
+def check_pairs(limits: DriftConfig, run: Path, pairs: Path, labelled: str) -> list[Check]:
     """For data-prepare: the pool pairs without an annotation against what a teacher, if there is one, learned from.
 
-    Writes `_drift.json` into `pairs`. Empty where there is no teacher yet, or too few new queries; without measures where
-    the teacher learned from too few.
+    Writes `_drift.json` into `pairs`, whose labelled part has the fingerprint `labelled`. Empty where there is no teacher
+    yet, or too few new queries; without measures where the teacher learned from too few, or it is not known from what.
     """
-    pool = _sample(pairs / "pairs", ["pair_id"], _in("pool"))["pair_id"]
-    known = _sample(run / "annotations", ["pair_id"], _among(pool))["pair_id"]
-    new = read_texts(pairs, _among(pool) & ~_among(known))
+    ids = new_pairs(pairs, run / "annotations")
+    new, teacher = texts_among(pairs, ids), run / "teacher"
     checks = []
-    if (run / "teacher" / PROFILE).exists() and len(new) >= limits.min_queries:
-        known = Profile.model_validate(read_json(run / "teacher" / PROFILE))
-        count = sum(len(ads) for _, ads in new.values())
-        checks = [_judge(limits, "teacher", known, new, at=datetime.now(UTC), pairs=count)]
-    _save(pairs, checks)
+    if (teacher / drift_profile.FILE).exists() and len(new) >= limits.min_queries:
+        known = drift_profile.remembered(teacher, pairs, labelled)
+        about: dict[str, Any] = {"at": datetime.now(UTC), "pairs": len(ids)}
+        checks = [_judge(limits, "teacher", known or drift_profile.refused(teacher), new, **about)]
+    save(pairs, checks)
     return checks
 
 
@@ -188,30 +180,43 @@ def check_annotations(limits: DriftConfig, run: Path, annotations: Path, key: st
     created = pads.field("created_at")
     since = rows if until is None else rows & (created > pa.scalar(until, pa.timestamp("us", tz="UTC")))
     now = datetime.now(UTC)
-    columns = ["pair_id", "grade"]
-    new = _sample(annotations, columns, since)
-    texts = read_texts(pairs, _among(new["pair_id"]))
+    new = annotated_grades(annotations, pairs, since)
+    texts = texts_among(pairs, list(new))
     if len(texts) < limits.min_queries:
         return before
     about: dict[str, Any] = {"at": now, "annotation_key": key, "pairs": len(new)}
-    path, train = run / "teacher" / PROFILE, read_texts(pairs, _in("train"))
-    teacher = Profile.model_validate(read_json(path)) if path.exists() else profile(train)
-    checks = [_judge(limits, "teacher", teacher, texts, **about)]
+    record, train = read_record(pairs), read_texts(pairs, in_split("train"))
+    labelled = str(record.figures.get("fingerprint_labelled", "")) if record else ""
+    known = drift_profile.remembered(run / "teacher", pairs, labelled) or profile(train)
+    checks = [_judge(limits, "teacher", known, texts, **about)]
     if until is not None:
-        old = _sample(annotations, columns, rows & (created <= pa.scalar(until, pa.timestamp("us", tz="UTC"))))
-        learned = dict(train) | dict(read_texts(pairs, _among(old["pair_id"])))
-        check = _judge(limits, "student", profile(learned), texts, **about)
+        old = annotated_grades(annotations, pairs, rows & (created <= pa.scalar(until, pa.timestamp("us", tz="UTC"))))
+        before_texts = texts_among(pairs, list(old))
+        check = _judge(limits, "student", profile(dict(train) | dict(before_texts)), texts, **about)
         if check.measures:
-            check.measures += [_grades(old, new), *_shadow(limits.shadow, run, old, new)]
+            sides = [_one_of_each(before_texts, old), _one_of_each(texts, new)]
+            check.measures += [_grades(*sides), *_shadow(limits.shadow, run, *sides)]
         checks.append(check)
-    _save(annotations, load(annotations) + checks)
+    save(annotations, load(annotations) + checks)
     return before + checks
 
 
-def load(folder: Path) -> list[Check]:
-    """The checks that are recorded in a stage's folder, oldest first."""
-    path = folder / FILE
-    return [Check.model_validate(check) for check in read_json(path)["checks"]] if path.exists() else []
+def load(folder: Path, file: str = FILE) -> list[Check]:
+    """The checks that are recorded in a stage's folder, oldest first.
+
+    Measures of ads by an earlier release are left out: with fewer ads a query, ads of the same kind looked like others.
+    """
+    recorded = read_json(folder / file)["checks"] if (folder / file).exists() else []
+    checks = [Check.model_validate({"version": 1} | check) for check in recorded]
+    for check in checks:
+        if check.version == 1:
+            check.measures = [measure for measure in check.measures if not measure.name.endswith("in ads")]
+    return checks
+
+
+def save(folder: Path, checks: list[Check], file: str = FILE) -> None:
+    """Record checks in a stage's folder, in the place of those that are there."""
+    write_json(folder / file, {"checks": [check.model_dump(mode="json") for check in checks]})
 
 
 def verdict(checks: Iterable[Check], limits: DriftConfig) -> tuple[Level, str]:
@@ -221,43 +226,56 @@ def verdict(checks: Iterable[Check], limits: DriftConfig) -> tuple[Level, str]:
     return level, "" if worst is None or level == "fine" else worst.sentence()
 
 
+def verdict_of_student(student: Path, limits: DriftConfig) -> tuple[Level, str]:
+    """The verdict of what the student in this folder learned from."""
+    recorded = read_json(student / STUDENT_FILE) if (student / STUDENT_FILE).exists() else {}
+    if "level" in recorded:  # by an earlier release, which recorded the verdict by the limits of then, and no measures
+        return recorded["level"], recorded["sentence"]
+    return verdict(load(student, STUDENT_FILE), limits)
+
+
 def figures(checks: list[Check], limits: DriftConfig) -> dict[str, Any]:
     """What a stage reports of its checks: the level and the highest index, and why some were not judged."""
     found: dict[str, Any] = {}
     if judged := [check for check in checks if check.measures]:
         found |= {"drift": verdict(judged, limits)[0], "drift_psi": max(check.worst.psi for check in judged)}
     if unjudged := [check for check in checks if not check.measures]:
-        found["drift_not_judged"] = _too_few(unjudged[-1], limits)
+        found["drift_not_judged"] = unjudged[-1].not_judged()
     return found
 
 
+def with_limits(recorded: Mapping[str, Any], folder: Path, limits: DriftConfig) -> dict[str, Any]:
+    """A stage's recorded figures, with those of its checks by the limits of today."""
+    if not (folder / FILE).exists():
+        return dict(recorded)
+    others = {name: value for name, value in recorded.items() if name not in FIGURES}
+    key = recorded.get("annotation_key", "")
+    return others | figures([check for check in load(folder) if check.annotation_key == key], limits)
+
+
 def _judge(
-    limits: DriftConfig, against: Literal["teacher", "student"], known: Profile, new: Texts, **about: Any
+    limits: DriftConfig, against: Literal["teacher", "student"], known: Profile | str, new: Texts, **about: Any
 ) -> Check:
-    """The check of new texts; without measures where `known` has too few queries, which the log says."""
-    measures = compare(known, new) if known.queries >= limits.min_queries else []
-    check = Check(against=against, known=known.queries, queries=len(new), measures=measures, **about)
-    if not measures:
-        logger.info("drift is not judged: %s", _too_few(check, limits))
-    return check
+    """The check of new texts; without measures where `known` has too few queries, or is the reason why there is none."""
+    queries, reason = (known.queries, "") if isinstance(known, Profile) else (0, known)
+    if not reason and queries < limits.min_queries:
+        reason = f"the {against} learned from {queries:,} queries, fewer than drift.min_queries ({limits.min_queries})"
+        logger.info("drift is not judged: %s", reason)
+    measures = compare(known, new) if isinstance(known, Profile) and not reason else []
+    about |= {"known": queries, "queries": len(new), "reason": reason}
+    return Check(against=against, measures=measures, **about)
 
 
-def _too_few(check: Check, limits: DriftConfig) -> str:
-    return (
-        f"the {check.against} learned from {check.known:,} queries, fewer than drift.min_queries ({limits.min_queries})"
-    )
+def _one_of_each(texts: Texts, grades: Mapping[str, int]) -> dict[str, int]:
+    """The grade of the pair that stands for a query, by pair_id, in the order of the queries' ids, which are hashes."""
+    return {text.pair_id: grades[text.pair_id] for text in texts.values()}
 
 
-def _save(folder: Path, checks: list[Check]) -> None:
-    write_json(folder / FILE, {"checks": [check.model_dump(mode="json") for check in checks]})
+def _grades(old: Mapping[str, int], new: Mapping[str, int]) -> Measure:
+    return _bins("the teacher's grades", *(Counter(map(str, grades.values())) for grades in (old, new)))
 
 
-def _grades(old: pa.Table, new: pa.Table) -> Measure:
-    grades = (Counter(map(str, table["grade"].to_pylist())) for table in (old, new))
-    return _bins("the teacher's grades", *grades)
-
-
-def _shadow(count: int, run: Path, old: pa.Table, new: pa.Table) -> list[Measure]:
+def _shadow(count: int, run: Path, old: Mapping[str, int], new: Mapping[str, int]) -> list[Measure]:
     """The exported student's scores, and how often it gives another grade than the teacher, on a sample of both sides."""
     if not count or not (run / "export" / "student.json").exists():
         return []
@@ -265,11 +283,9 @@ def _shadow(count: int, run: Path, old: pa.Table, new: pa.Table) -> list[Measure
 
     scorer, scores, differing = Scorer(run / "export"), [], []
     names = ["pair_id", "query", "ad_title", "ad_text", "attributes"]
-    for table in (old, new):
-        sample = table.sort_by("pair_id").slice(0, count)  # ids are hashes
-        pairs = _sample(run / "pairs" / "pairs", names, _among(sample["pair_id"]))
+    for teacher in (old, new):
+        pairs = read(run / "pairs" / "pairs", names, among(list(teacher)[:count]))
         probs = scorer.grade_probs(pairs.to_pylist())
-        teacher = dict(zip(sample["pair_id"].to_pylist(), sample["grade"].to_pylist(), strict=True))
         scores.append(scorer.p_relevant(probs))
         grades = np.array([teacher[pair_id] for pair_id in pairs["pair_id"].to_pylist()])
         differing.append((int((probs.argmax(axis=1) != grades).sum()), len(grades)))
@@ -298,44 +314,3 @@ def _bins(name: str, old: Mapping[str, int], new: Mapping[str, int]) -> Measure:
 def _with_others(counts: Counter[str], common: list[str]) -> dict[str, int]:
     chosen = {word: counts[word] for word in common}
     return chosen | {"all others": counts.total() - sum(chosen.values())}
-
-
-def _counts(texts: Texts, kind: str) -> Counter[str]:
-    """In how many queries, or in the ads of how many, each word is."""
-    parts = ([query] if kind == "query" else ads for query, ads in texts.values())
-    return Counter(word for part in parts for word in {word for text in part for word in words_of(text)})
-
-
-def _lengths(texts: Texts) -> dict[str, int]:
-    lengths = (len(words_of(query)) for query, _ in texts.values())
-    return dict(Counter(f"{min(n, _LONGEST)}{' or more' if n >= _LONGEST else ''} words" for n in lengths))
-
-
-def _scripts(texts: Texts) -> dict[str, int]:
-    return dict(Counter(_script(query) for query, _ in texts.values()))
-
-
-def _script(text: str) -> str:
-    """The script of most of a text's letters, as Unicode names them; `none` without letters."""
-    letters = Counter(unicodedata.name(c, "OTHER").partition(" ")[0] for c in text if c.isalpha())
-    return max(letters, key=lambda name: (letters[name], name), default="none").lower()
-
-
-def _sample(folder: Path, columns: list[str], where: pads.Expression) -> pa.Table:
-    """About `SAMPLE` of the rows for which `where` holds, those whose pair_id, a hash, is low; all where there are fewer."""
-    dataset = pads.dataset(folder, format="parquet") if folder.exists() else None
-    if dataset is None or not dataset.files:
-        fields = {field.name: field for schema in (PAIRS, ANNOTATIONS) for field in schema}
-        return pa.schema([fields[name] for name in columns]).empty_table()
-    if (rows := dataset.count_rows(filter=where)) > SAMPLE:
-        where &= pads.field("pair_id") < f"{SAMPLE * 16**8 // rows:08x}"
-    return dataset.to_table(columns, filter=where)
-
-
-def _in(split: str) -> pads.Expression:
-    return pads.field("split") == split
-
-
-def _among(ids: Any) -> pads.Expression:
-    values = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.string())
-    return pads.field("pair_id").isin(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -43,6 +44,12 @@ _WORDS = {
     "union_tag_invalid": "must have a {discriminator} of {expected_tags}",
     "union_tag_not_found": "must have a {discriminator}",
 }
+_NO_TOML = (
+    "; what stands in { } or [ ] is read as TOML or JSON, where texts are in quotes, and so are names that have other "
+    "characters than letters, digits, - and _"
+)
+# A key whose last name is in quotes, as in TOML.
+_QUOTED = re.compile(r'\s*(?P<table>[\w.-]+)\.(?P<name>"(?:[^"\\]|\\.)*")\s*=(?P<text>.*)', re.DOTALL)
 
 
 def fields(model: type[BaseModel], prefix: str = "", of: type = object) -> dict[str, FieldInfo]:
@@ -61,18 +68,14 @@ def fields(model: type[BaseModel], prefix: str = "", of: type = object) -> dict[
 def parse_overrides(model: type[BaseModel], overrides: Iterable[str]) -> dict[str, Any]:
     """A tree of values from `a.b=value`, later ones over earlier ones. Keys are not checked: the values' validation does.
 
-    Raises `ContractError` for what is not of that form.
+    The last name of a key may be in quotes, as in `data.grade_labels."a=b"=1`. Raises `ContractError` for what is not of
+    that form.
     """
     known, tree = fields(model), dict[str, Any]()
-    free = [key for key, field in known.items() if _free_values(field)]
     for override in overrides:
-        key, separator, text = (part.strip() for part in override.partition("="))
-        if not separator or not key:
-            raise ContractError(f"'{override}' is not of the form key=value, for example teacher.seed=3")
-        parts, kinds = key.split("."), _kinds(known.get(key))
-        for table in free:
-            if key.startswith(f"{table}."):  # the keys of a free table hold dots themselves, as Spark's do
-                parts, kinds = [*table.split("."), key.removeprefix(f"{table}.")], _free_values(known[table])
+        parts, text = _split(override, known)
+        table, key = ".".join(parts[:-1]), ".".join(parts)
+        kinds = _free_values(known[table]) if table in known else _kinds(known.get(key))
         value = parse_value(text)
         if (
             not isinstance(value, str | list | dict | None)
@@ -84,6 +87,42 @@ def parse_overrides(model: type[BaseModel], overrides: Iterable[str]) -> dict[st
             value = {part: value}
         tree = _joined(tree, value)
     return tree
+
+
+def _split(override: str, known: dict[str, FieldInfo]) -> tuple[list[str], str]:
+    """The names that a key consists of, and the text of its value."""
+    tables = _free_tables(known)
+    quoted = _QUOTED.fullmatch(override)
+    if quoted and not quoted["table"].startswith(tuple(f"{table}." for table in tables)):
+        try:
+            return [*quoted["table"].split("."), json.loads(quoted["name"])], quoted["text"].strip()
+        except ValueError:  # no text in quotes after all
+            pass
+    key, separator, text = (part.strip() for part in override.partition("="))
+    if not separator or not key:
+        raise ContractError(f"'{override}' is not of the form key=value, for example teacher.seed=3")
+    for table in tables:
+        if key.startswith(f"{table}."):  # the keys of a free table hold dots themselves, as Spark's do
+            return [*table.split("."), key.removeprefix(f"{table}.")], text
+    return key.split("."), text
+
+
+def written_keys(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """The values of a tree by keys that `parse_overrides` reads; what stands in a table with free keys stays whole."""
+    tables, flat = _free_tables(fields(model)), dict[str, Any]()
+
+    def add(table: str, inner: dict[str, Any]) -> None:
+        for name, value in inner.items():
+            if table in tables:
+                plain = name and name == name.strip() and "=" not in name and not name.startswith('"')
+                flat[f"{table}.{name if plain else json.dumps(name, ensure_ascii=False)}"] = value
+            elif isinstance(value, dict) and value:
+                add(f"{table}.{name}" if table else name, value)
+            else:
+                flat[f"{table}.{name}" if table else name] = value
+
+    add("", values)
+    return flat
 
 
 def parse_value(text: str) -> Any:
@@ -148,6 +187,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     else:
         text = f"{key or 'settings'}: {words.format(**faults[0].get('ctx', {}))}"
         text += "" if isinstance(given, dict) or is_secret(key) else f" (given: {redact(given)!r:.100})"
+        if isinstance(given, str) and given[:1] in ("{", "[") and words in (_WORDS["dict"], _WORDS["list"]):
+            text += _NO_TOML
         if kind.startswith("string_") and key in known and known[key].description:
             text += f". Help: {' '.join(str(known[key].description).split())}"
     return text if len(faults) == 1 else f"{text}; and {len(faults) - 1} more like it"
@@ -174,6 +215,10 @@ def _kinds(field: FieldInfo | None) -> list[Any]:
         return [annotation]
 
     return plain(field.annotation) if field is not None else []
+
+
+def _free_tables(known: dict[str, FieldInfo]) -> list[str]:
+    return [key for key, field in known.items() if _free_values(field)]
 
 
 def _free_values(field: FieldInfo) -> list[Any]:

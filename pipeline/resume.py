@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.contracts import ContractError, read_json, write_json
+from pipeline.drift import DriftConfig
 from pipeline.keys import nearest
 from pipeline.redact import flatten, hidden_keys, redact
 from pipeline.settings import PipelineConfig, build_settings, choose
@@ -46,6 +47,12 @@ def recorded_settings(folder: Path) -> PipelineConfig:
         raise ContractError(f"{folder} has no {FILE}; run a flow there first")
     values = _of_one_kind(read_json(folder / FILE)["settings"])
     return build_settings(values | {"run": folder.name, "runs": str(folder.parent)})
+
+
+def recorded_limits(folder: Path) -> DriftConfig:
+    """The limits of drift that a run was last started with; the usual ones where that is not recorded."""
+    recorded = read_json(folder / FILE)["settings"].get("drift", {}) if (folder / FILE).exists() else {}
+    return DriftConfig.model_validate(recorded, context="recorded")
 
 
 def resume(

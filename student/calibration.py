@@ -76,14 +76,27 @@ def isotonic_losses(logits: Array, grade: Array, query_id: Array, *, offsets: bo
     return float(log_loss(grade, before, labels=labels)), float(log_loss(grade, after, labels=labels))
 
 
+def one_class(relevant: Array, split: str) -> str:
+    """What labels (N,) of one class in `split` leave open; empty when they are of both."""
+    if 0 < relevant.sum() < len(relevant):
+        return ""
+    kind, other = ("relevant", "irrelevant") if relevant.all() else ("irrelevant", "relevant")
+    open_ = "the decision threshold is 0.5, chosen by no label" if split == "valid" else "there is no ROC-AUC"
+    return f"all {len(relevant)} human grades of split '{split}' are {kind}, so {open_}; label some {other} pairs too"
+
+
 def best_f1_threshold(relevant: Array, score: Array) -> float:
     """The threshold t for which `score >= t` has the best F1 against 0/1 outcomes; scores and outcomes (N,).
 
-    It lies half-way between two neighbouring scores, so that rounding does not flip a row. With one class only, the
-    choice is free and the threshold is 0.5 for probabilities (the middle of the scores in general).
+    It lies half-way between two neighbouring scores, so that rounding does not flip a row.
+
+    Outcomes of one class, or none at all, say nothing of where to cut: with all relevant the best F1 is that of a threshold
+    which lets everything pass, and with none F1 is 0 whatever it is. The threshold is then 0.5, which is right for
+    calibrated probabilities, or the middle of the scores where these are none.
     """
     if not 0 < relevant.sum() < len(relevant):
-        return 0.5 if score.min() >= 0 and score.max() <= 1 else float((score.min() + score.max()) / 2)
+        within = not len(score) or (score.min() >= 0 and score.max() <= 1)
+        return 0.5 if within else float((score.min() + score.max()) / 2)
     precision, recall, thresholds = precision_recall_curve(relevant, score)
     total = precision[:-1] + recall[:-1]
     f1 = np.where(total > 0, 2 * precision[:-1] * recall[:-1] / np.maximum(total, 1e-12), 0.0)

@@ -71,8 +71,9 @@ class StudentConfig(Config):
     """Whether the encoder's own dropout is at work in training. Few epochs over a few thousand rows learn faster without."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    distill_temperature: float = Field(default=1.0, gt=0, le=20)
-    """Softens teacher and student distributions in the soft cross-entropy (arXiv 1503.02531); 1 leaves them alone."""
+    distill_temperature: float = Field(default=1.0, ge=0.05, le=20)
+    """Softens teacher and student distributions in the soft cross-entropy (arXiv 1503.02531); 1 leaves them alone. Well
+    below 1 the likeliest grade alone is taught, and weighs less beside human grades: the gradient shrinks with it."""
     soft_labels: Literal["teacher", "ensemble"] = "teacher"
     """What an annotated pair without a human grade teaches: the teacher's probabilities, or the geometric mean of these and
     those of the same student taught by human labels alone, weighted by their log loss on the annotated pairs of valid."""

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 
 from data.contracts import (
-    ContractError,
     GradeScale,
     MetricsLog,
     StageOutput,
     digest,
     digest_files,
-    read_human_labels,
     read_json,
     write_json,
     write_text,
@@ -26,7 +24,7 @@ from data.contracts import (
 from student.calibration import Curves, best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
 from student.card import student_card
 from student.config import StudentConfig
-from student.dataset import Annotated, Examples, read_annotated, read_examples, read_training, sample_texts
+from student.dataset import Examples, sample_texts
 from student.decisions import bad_ad_rates, check_decisions, measure_decisions, operating_curves
 from student.ensemble import choose_weight, pooled
 from student.evaluation import System, curves, evaluate_systems, floor, floor_fault, write_predictions
@@ -36,7 +34,8 @@ from student.ladder import FOLDER, check_layers, cut, layers_of, taught_by
 from student.metrics import Labels, expected_calibration_error, roc_auc
 from student.model import head_bias, input_names, pad_token_id, pick_device, quiet_transformers, save_tokenizer
 from student.objective import objective_name
-from student.peers import peers, with_soft, without_labels
+from student.peers import peers, without_labels
+from student.rows import Rows, read_rows
 from student.scorer import probabilities, softmax
 from student.setup import Setup
 from student.warm_up import warm_up
@@ -60,19 +59,6 @@ class Calibrated:
     threshold: float
     decisions: list[dict[str, list[float]]]
     valid_roc_auc: float
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the student learns from, is chosen by and is measured on; `annotations` by pair_id and their key; `judged` is
-    valid with the soft labels that annotated pairs teach."""
-
-    training: Examples
-    valid: Examples
-    test: Examples
-    annotation_key: str
-    annotations: dict[str, Annotated]
-    judged: Examples
 
 
 def distill(
@@ -131,7 +117,7 @@ def distill(
     systems += smaller_students(setup, base, student, rows, pairs, out, metrics, free)
     systems += [*peers(setup, pairs, rows.annotations, rows.valid, rows.test), *free]
     evaluation = evaluate(setup, systems, student, rows.test) | bound | ({"ensemble": pool} if pool else {})
-    key = key_metrics(evaluation, card, student.valid_roc_auc)
+    key = key_metrics(evaluation, card, student.valid_roc_auc) | rows.skipped
     write_evaluation(out, systems, evaluation, rows.test, scale)
     finish(out, building, key, metrics, student.fitted.steps)
     return StageOutput(fingerprint=card["fingerprint"], figures=key | ({"below_floor": fault} if fault else {}))
@@ -221,22 +207,6 @@ def write_evaluation(
         write_text(folder / "model_card.md", student_card(read_json(folder / "student.json"), scale, evaluation | own))
     write_json(out / "curves.json", curves(drawn, test, scale.relevant_from))
     write_json(out / "evaluation.json", evaluation)
-
-
-def read_rows(
-    config: StudentConfig, pairs: Path, annotations: Path | None, scale: GradeScale, human_labels: Path | None = None
-) -> Rows:
-    """All rows of the stage; raises `ContractError` as `distill` does."""
-    reasons = config.contrastive_weight > 0 or config.suspects != "off"
-    key, annotated = read_annotated(annotations, config.annotation_key, reasons=reasons)
-    training = read_training(pairs, annotated, scale, config, read_human_labels(human_labels))
-    valid, test = read_examples(pairs, scale, "valid"), read_examples(pairs, scale, "test")
-    for split, examples in (("valid", valid), ("test", test)):
-        if not len(examples):
-            raise ContractError(f"split '{split}' has no human grades; the student needs some to be measured against")
-    counts = training.n_gold, training.n_annotated
-    logger.info("student: %d rows to learn from (%d human grades, %d annotations)", len(training), *counts)
-    return Rows(training, valid, test, key, annotated, with_soft(valid, annotated))
 
 
 def calibrate(setup: Setup, fitted: Fitted, valid: Examples) -> Calibrated:

@@ -26,6 +26,7 @@ from student.dataset import Examples, read_examples, tokenize
 from student.first_token import first_token_only
 from student.metrics import Labels, compare, roc_auc
 from student.model import load_classifier, model_folder
+from student.onnx_files import INLINE_BYTES, files_of, remove
 from student.reader import Reader, predict_logits
 from student.scorer import MODEL_FILES, Scorer, load_tokenizer, probabilities
 
@@ -33,8 +34,12 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray
 
 
-def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) -> StageOutput:
+def export_student(
+    config: ExportConfig, student: Path, pairs: Path, out: Path, inline_bytes: int = INLINE_BYTES
+) -> StageOutput:
     """Write `model.onnx`, `model.int8.onnx`, tokenizer, scale, `student.json`, `score.py` and cards into `out`.
+
+    A model of more than `inline_bytes` of weights has them in a second file, `model.onnx.data`, see `student.onnx_files`.
 
     `student` is the trained model's folder; `pairs` what data-prepare wrote, of which graded rows of test and valid are
     scored by the trained and all exported models. Raises `ContractError`, and leaves no ONNX file behind, when a
@@ -42,8 +47,6 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     than `max_int8_auc_loss` of ROC-AUC against fp32 or decides otherwise on more than `max_decisions_changed` of a grade's
     pairs; and more than chance, since a few dozen pairs cannot say.
     """
-    from student.quantise import write_int8  # onnx is needed by nobody who only trains
-
     source = model_folder(student)
     out.mkdir(parents=True, exist_ok=True)
     card = read_json(source / "student.json")
@@ -57,10 +60,7 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
     asked = {"fp16": config.fp16, "bf16": config.bf16}
     precisions = [name for name in MODEL_FILES if asked.get(name, True)]
     files = {out / MODEL_FILES[name] for name in precisions}
-    write_onnx(model, card["inputs"], card["max_length"], out / MODEL_FILES["fp32"])
-    write_int8(out / MODEL_FILES["fp32"], out / MODEL_FILES["int8"])
-    if config.fp16:
-        write_onnx(copy.deepcopy(model).half(), card["inputs"], card["max_length"], out / MODEL_FILES["fp16"])
+    _write_models(model, card, out, precisions, inline_bytes)
 
     logger.info("export: comparing on %d pairs", len(rows))
     tokenizer = load_tokenizer(out / "tokenizer.json", card["max_length"])
@@ -89,8 +89,22 @@ def export_student(config: ExportConfig, student: Path, pairs: Path, out: Path) 
             raise ContractError(fault)
     trained_card = (source / "model_card.md").read_text(encoding="utf-8")
     write_text(out / "model_card.md", export_card(trained_card, parity))
-    served = (*sorted(files), *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
+    weights = [file for model_file in sorted(files) for file in files_of(model_file)]
+    served = (*weights, *(out / name for name in ("tokenizer.json", "student.json", "scale.json")))
     return StageOutput(fingerprint=digest_files(served), figures=_key_metrics(parity))
+
+
+def _write_models(
+    model: PreTrainedModel, card: dict[str, Any], out: Path, precisions: list[str], inline_bytes: int
+) -> None:
+    """Write the ONNX model of each precision into `out`."""
+    from student.quantise import write_int8  # onnx is needed by nobody who only trains
+
+    of_card = card["inputs"], card["max_length"]
+    write_onnx(model, *of_card, out / MODEL_FILES["fp32"], inline_bytes)
+    write_int8(out / MODEL_FILES["fp32"], out / MODEL_FILES["int8"], inline_bytes)
+    if "fp16" in precisions:
+        write_onnx(copy.deepcopy(model).half(), *of_card, out / MODEL_FILES["fp16"], inline_bytes)
 
 
 @contextmanager
@@ -99,13 +113,17 @@ def _removed_at_a_fault(files: Iterable[Path]) -> Iterator[None]:
     try:
         yield
     except ContractError:
-        for path in files:
-            path.unlink(missing_ok=True)
+        remove(files)
         raise
 
 
-def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path: Path) -> None:
-    """Write the model as ONNX with any batch size and any length up to `max_length`; one file, weights inside."""
+def write_onnx(
+    model: PreTrainedModel, inputs: list[str], max_length: int, path: Path, inline_bytes: int = INLINE_BYTES
+) -> None:
+    """Write the model as ONNX with any batch size and any length up to `max_length`.
+
+    It is one file with the weights inside, or two where these are more than `inline_bytes`, see `student.onnx_files`.
+    """
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max_length)
     # Sizes that differ from each other and from 1, so that the tracer takes none of them for a constant.
     example = {
@@ -124,7 +142,9 @@ def write_onnx(model: PreTrainedModel, inputs: list[str], max_length: int, path:
             dynamic_shapes=(tuple({0: batch, 1: sequence} for _ in inputs),),
             verbose=False,
         )
-        program.save(str(path), external_data=False)
+        remove([path])  # an older, larger model had a second file
+        size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        program.save(str(path), external_data=size > inline_bytes)
 
 
 @contextmanager
@@ -183,10 +203,10 @@ def _measure(
         )
     probs = probabilities(logits, scorer.card["temperature"], scorer.card.get("isotonic"))
     seconds = time.monotonic() - begin
-    file = out / MODEL_FILES[precision]
+    files = files_of(out / MODEL_FILES[precision])
     measured = {
-        "file": file.name,
-        "megabytes": file.stat().st_size / 1e6,
+        "file": ", ".join(file.name for file in files),
+        "megabytes": sum(file.stat().st_size for file in files) / 1e6,
         "pairs_per_second": len(rows) / seconds,
         "max_abs_dp": float(np.abs(probs - trained).max()),
         "roc_auc": _auc(rows.grade >= scale.relevant_from, probs, scale),

@@ -27,7 +27,9 @@ def mixed_cross_entropy(
     Parameters: logits (B, K); gold (B, K), the human grade as a distribution, and soft (B, K), the teacher's: rows sum to
     1, or to 0 where unknown (there mix must be 0 or 1); mix and weight (B,); class_weight (K,) or None.
     """
-    sharpened = soft.clamp(min=0) ** (1.0 / temperature)
+    # Relative to the likeliest grade, whose power is 1 at any temperature: at a low one all of them would become 0.
+    likeliest = soft.max(dim=1, keepdim=True).values.clamp(min=1e-12)
+    sharpened = (soft.clamp(min=0) / likeliest) ** (1.0 / temperature)
     sharpened = sharpened / sharpened.sum(dim=1, keepdim=True).clamp(min=1e-12)
     scale = torch.ones_like(logits[0]) if class_weight is None else class_weight
     from_gold = -(scale * gold * log_softmax(logits, dim=1)).sum(dim=1)

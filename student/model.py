@@ -12,8 +12,14 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from data.contracts import ContractError, GradeScale, first_line
+from data.contracts import ContractError, GradeScale, first_line, out_of_memory
 from student.scorer import load_tokenizer
+from student.separator import separate
+
+_REMEDY = "choose one like BERT, RoBERTa, MPNet, DeBERTa or ModernBERT"
+# Of vectors and logits, relative to their size. Rounding moves those of a MiniLM by 4e-6 and of a Qwen2 with 0.5 billion
+# weights by 7e-5; padding moves those of tiny encoders with new weights by 5e-3 at least where it moves them at all.
+_MOVED = 2e-3
 
 
 def pick_device(name: str) -> str:
@@ -27,7 +33,8 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
     """The encoder in `base` with a head of K grades, in float32 on the CPU, ready to be evaluated.
 
     A head of another size is replaced by a new one, whose weights come from `seed`. Raises `ContractError` when the
-    folder holds no encoder in safetensors, or one with too few positions for `max_length`.
+    folder holds no encoder in safetensors, one with too few positions for `max_length`, or one whose vectors of a text
+    depend on what shares its batch.
     """
     names = {i: grade.name for i, grade in enumerate(scale.grades)}
     with torch.random.fork_rng(), quiet_transformers():
@@ -55,13 +62,14 @@ def load_classifier(base: Path, scale: GradeScale, *, max_length: int, seed: int
     if positions is not None and positions < 1:
         raise ContractError(
             f"the encoder in {base} is a {model.config.model_type}, which has no numbered positions and is not supported; "
-            "choose one like BERT, RoBERTa, MPNet, DeBERTa or ModernBERT"
+            f"{_REMEDY}"
         )
     if positions is not None and max_length > positions:
         raise ContractError(
             f"student.max_length is {max_length}, but the encoder in {base} has {positions} positions; lower it to that"
         )
     _check_classifies(model.eval(), base)
+    check_batches(model, base, max_length)
     return model
 
 
@@ -94,9 +102,47 @@ def _check_classifies(model: PreTrainedModel, base: Path) -> None:
         reason = first_line(error)
     if reason:
         raise ContractError(
-            f"the encoder in {base} is a {model.config.model_type}, which cannot grade pairs ({reason}); choose one like "
-            "BERT, RoBERTa, MPNet, DeBERTa or ModernBERT"
+            f"the encoder in {base} is a {model.config.model_type}, which cannot grade pairs ({reason}); {_REMEDY}"
         )
+
+
+def check_batches(model: PreTrainedModel, base: Path, max_length: int) -> None:
+    """Raise `ContractError` when what `model`, on the CPU, makes of a text depends on its padding or on the texts beside it.
+
+    A pair's score would then be another one in each batch. So it is where tokens are mixed without a mask: FNet, or the
+    convolutions of ConvBERT and Nystromformer.
+    """
+    generator, pad_id = torch.Generator().manual_seed(0), pad_token_id(model.config)
+    lengths = torch.tensor([min(5, max_length), max_length // 2, max_length])
+    ids = torch.randint(getattr(model.config, "vocab_size", 1000) - 1, (3, max_length), generator=generator)
+    ids += ids >= pad_id  # any token but the padding
+    mask = (torch.arange(max_length) < lengths.unsqueeze(1)).long()
+    ids[mask == 0] = pad_id
+    moved, reason = 0.0, ""
+    try:
+        together = _outputs(model, ids, mask)
+        for row, length in enumerate(lengths.tolist()):
+            alone = _outputs(model, ids[row, None, :length], mask[row, None, :length])
+            for one, in_batch in zip(alone, together, strict=True):
+                size = one.square().mean().sqrt().clamp(min=1e-12)
+                moved = max(moved, float((one[0] - in_batch[row, : len(one[0])]).abs().max() / size))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        reason = f"which cannot read texts of {max_length} tokens in a batch ({first_line(error)})"
+    if not moved <= _MOVED:
+        reason = f"whose vectors of a text depend on the others of a batch and on padding (they moved by {moved:.1%})"
+    if reason:
+        raise ContractError(f"the encoder in {base} is a {model.config.model_type}, {reason}; {_REMEDY}")
+
+
+def _outputs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Vectors (B, W, D) of token ids (B, W) and, of a model with a head, logits (B, K)."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    given = {name: inputs[name] for name in input_names(model)}
+    with torch.inference_mode():
+        vectors = model.base_model(**given).last_hidden_state
+        return [vectors] if model.base_model is model else [vectors, model(**given).logits]
 
 
 @contextmanager
@@ -116,7 +162,8 @@ def quiet_transformers() -> Iterator[None]:
 def save_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
     """Write the tokenizer of `base` into `out` and return the one that `out/tokenizer.json` gives.
 
-    Raises `ContractError` when there is none that the tokenizers library can run.
+    One that puts nothing between the texts of a pair gets a separator, see `student.separator`. Raises `ContractError`
+    when there is no tokenizer that the tokenizers library can run, or none that has a token to separate by.
     """
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -128,6 +175,14 @@ def save_tokenizer(base: Path, out: Path, max_length: int) -> Tokenizer:
     tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").exists():
         raise ContractError(f"the tokenizer in {base} cannot be saved as tokenizer.json; choose an encoder with one")
+    special = (tokenizer.sep_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.cls_token)
+    # Rather not the padding token, whose vector is not trained; Qwen2's base models have the same one for both.
+    tokens = sorted((token for token in special if token), key=lambda token: token == tokenizer.pad_token)
+    if not separate(out / "tokenizer.json", tokens):
+        raise ContractError(
+            f"the tokenizer in {base} puts no token between query and ad, and has no special token that could stand there; "
+            'name one of its vocabulary as "eos_token" in its tokenizer_config.json'
+        )
     return load_tokenizer(out / "tokenizer.json", max_length)
 
 

@@ -89,5 +89,4 @@ def teacher_on_test(setup: Setup, annotations: dict[str, Annotated], valid: Exam
         return []
     on_valid, valid_probs = annotated(annotations, valid, setup.scale.size)
     relevant, score = setup.relevant(valid)[on_valid], setup.p_relevant(valid_probs)
-    threshold = best_f1_threshold(relevant, score) if len(score) else 0.5
-    return [System("teacher", setup.p_relevant(probs), threshold, probs, at)]
+    return [System("teacher", setup.p_relevant(probs), best_f1_threshold(relevant, score), probs, at)]

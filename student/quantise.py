@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from student.onnx_files import INLINE_BYTES, data_file, files_of, remove
+
 Array = np.ndarray
 # 7-bit weights: with 8 bits the sums of two products overflow 16 bits on CPUs without VNNI, and the machine that serves is
 # not known.
@@ -24,8 +26,11 @@ _ZERO = 128  # what 0 is as uint8: onnxruntime multiplies uint8 activations by i
 _MIN_ROWS = 64  # embeddings of fewer rows stay as they are
 
 
-def write_int8(fp32: Path, int8: Path) -> None:
-    """Write a copy of the ONNX model `fp32` whose linear layers compute in int8 and whose embeddings are int8."""
+def write_int8(fp32: Path, int8: Path, inline_bytes: int = INLINE_BYTES) -> None:
+    """Write a copy of the ONNX model `fp32` whose linear layers compute in int8 and whose embeddings are int8.
+
+    Weights of more than `inline_bytes` go into a file of their own, see `student.onnx_files`.
+    """
     model = onnx.load(str(fp32))
     graph = model.graph
     weights = {each.name: each for each in graph.initializer}
@@ -50,7 +55,11 @@ def write_int8(fp32: Path, int8: Path) -> None:
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new.items() if name in used)
     if not any(each.domain == "com.microsoft" for each in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, str(int8))
+    beside = sum(len(each.raw_data) for each in graph.initializer) > inline_bytes
+    remove([int8])  # an older file of weights would be added to
+    onnx.save(model, str(int8), save_as_external_data=beside, location=data_file(int8).name)
+    for file in files_of(int8):
+        file.chmod(fp32.stat().st_mode)  # onnx makes the second file readable to its owner alone
 
 
 def by_channel(weight: Array, limit: int, axis: int) -> tuple[Array, Array]:

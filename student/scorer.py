@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -300,10 +301,6 @@ def main() -> None:
     there = [precision for precision, file in MODEL_FILES.items() if (folder / file).exists()]
     if options.precision not in there:
         sys.exit(f"score.py: there is no precision '{options.precision}'; give {' or '.join(there)}")
-    try:
-        scorer = Scorer(folder, options.precision)
-    except ValueError as error:
-        sys.exit(f"score.py: {error}")
     window: list[dict[str, Any]] = []
 
     def flush() -> None:
@@ -315,6 +312,7 @@ def main() -> None:
         window.clear()
 
     try:
+        scorer = Scorer(folder, options.precision)
         flush()  # nothing yet, but a decision that cannot be taken
     except ValueError as error:
         sys.exit(f"score.py: {error}")
@@ -346,4 +344,6 @@ def parse_pair(line: bytes) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # when nobody reads on, as behind `head`, end without a word, as other tools do
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

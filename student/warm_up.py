@@ -52,9 +52,12 @@ def warm_up(setup: Setup, pairs: Path, valid: Examples, cache: Path, metrics: Me
     setup = replace(setup, config=_training_config(setup.config))
     start = [folder for folder in (setup.base, setup.scored_by) if folder]
     weights = digest_files(file for folder in start for file in sorted(folder.glob("*.safetensors")))
+    tokenizers = [setup.tokenizer.to_str()]
+    if setup.scored_by:
+        tokenizers.append(digest_files(sorted(setup.scored_by.glob("tokenizer*"))))
     texts = [[*row] for row in zip(rows.pair_ids, rows.queries, rows.ads, strict=True)]
     settings = setup.config.model_dump(exclude={"device"}, exclude_defaults=True)
-    folder = cache / digest([settings, setup.scale.size, weights, texts, valid.digest()])
+    folder = cache / digest([settings, setup.scale.size, weights, tokenizers, texts, valid.digest()])
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{folder.name}.lock"):  # of trials that run at once the first one trains
         if folder.exists():

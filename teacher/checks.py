@@ -39,6 +39,11 @@ def check_decoder(model: Any, tokenizer: Any, longest: int) -> None:
 
     `longest` is the number of tokens of the longest prompt together with its longest completion.
     """
+    if model.base_model is model:  # the loss takes a model without its head
+        raise ContractError(
+            f"models of type {model.config.model_type} cannot be trained: transformers does not say which part of one comes "
+            "before its head; choose another model"
+        )
     limit = position_limit(model.config)
     if longest > limit:
         raise ContractError(

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from data.contracts import ContractError
 from teacher import grouped_attention
-from teacher.shared_prefix import causal_lm, common_prefix
+from teacher.prefix_groups import common_prefix
+from teacher.shared_prefix import causal_lm
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """From logits (rows, vocabulary), and which completion each row is, to the next tokens (rows,)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data.contracts import ContractError, digest_files, write_json
@@ -21,6 +22,8 @@ from teacher.config import TeacherConfig
 from teacher.distributed import is_main, local_rank
 from teacher.reading import end_tokens
 
+# What transformers raises for a folder that it cannot read, a config with wrong values, a package that is not installed.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -48,8 +51,9 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
         )
         if torch.cuda.is_available():
             model = model.to(f"cuda:{local_rank()}")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _LOADING_ERRORS as error:
         raise _unloadable(folder, error) from error
+    name_the_body(model)
     # The model's own sampling settings are not ours, and some of them cannot even be saved again.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_tokens(folder, tokenizer)),
@@ -57,6 +61,15 @@ def load_causal_lm(folder: Path, dtype: str) -> tuple[Any, Any]:
         bos_token_id=tokenizer.bos_token_id,
     )
     return model, tokenizer
+
+
+def name_the_body(model: Any) -> None:
+    """Make `model.base_model` the model without its head, in place, where the class gives that another name than it has.
+
+    Llama 4 does, and TRL's fused head and ours look for it there.
+    """
+    if model.base_model is model and isinstance(getattr(model, "model", None), torch.nn.Module):
+        model.base_model_prefix = "model"
 
 
 def without_dropout(model: Any) -> None:
@@ -70,14 +83,26 @@ def without_dropout(model: Any) -> None:
 
 
 def _unloadable(folder: Path, error: Exception) -> ContractError:
-    return ContractError(f"{folder} cannot be loaded as a causal language model: {error}")
+    """With a remedy that is ours where transformers proposes another, or lists all that it knows."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        reason = (
+            "it needs code out of its own folder (`auto_map` in its config), and such code is never run; choose a model of "
+            "a type that transformers itself has"
+        )
+    elif "Unrecognized configuration class" in reason:
+        reason = (
+            "transformers cannot load a model of its type as a decoder of text; choose another model, or save its language "
+            "model by itself"
+        )
+    return ContractError(f"{folder} cannot be loaded as a causal language model: {reason:.500}")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`, with padding and a chat template; raises `ContractError` when there is none that can do."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except _LOADING_ERRORS as error:
         raise _unloadable(folder, error) from None
     tokenizer.padding_side = "left"
     if tokenizer.eos_token_id is None:
@@ -96,7 +121,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise _unloadable(folder, error) from error
 
 
@@ -155,8 +180,9 @@ def save_model(
         return
     if dtype is not None:
         model.to(dtype)
+    for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):  # of processes that were killed here
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)

@@ -14,16 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from teacher.advantages import group_statistics, mixed
 from teacher.decoding import sample_completions
-from teacher.shared_prefix import (
-    Group,
-    can_share,
-    common_prefix,
-    group_by_prefix,
-    masked_hidden_size,
-    micro_batches,
-    token_log_probs,
-    unpadded,
-)
+from teacher.prefix_groups import Group, common_prefix, group_by_prefix, micro_batches, unpadded
+from teacher.shared_prefix import can_share, masked_hidden_size, token_log_probs
 from teacher.trl_parts import GRPOTrainer, untempered_head, unwrap_model_for_generation, with_forward
 
 Advantages = Callable[[Tensor], Tensor]

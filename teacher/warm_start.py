@@ -19,16 +19,8 @@ from teacher.config import TeacherConfig
 from teacher.distributed import world_size
 from teacher.examples import Example
 from teacher.loop import StepLog, shared_arguments, train
-from teacher.shared_prefix import (
-    Group,
-    can_share,
-    causal_lm,
-    common_prefix,
-    masked_hidden_size,
-    micro_batches,
-    token_log_probs,
-    unpadded,
-)
+from teacher.prefix_groups import Group, common_prefix, micro_batches, unpadded
+from teacher.shared_prefix import can_share, causal_lm, masked_hidden_size, token_log_probs
 
 
 def warm_start(

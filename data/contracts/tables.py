@@ -117,7 +117,7 @@ SELECTION = pa.schema(
 )
 
 # Columns that tables of earlier versions lack; they are then null.
-_OPTIONAL = frozenset({"grade_probs_raw", "annotator"})
+_OPTIONAL = frozenset({"grade_probs_raw", "annotator", "scale"})
 
 
 def check_schema(actual: pa.Schema, expected: pa.Schema, where: str) -> None:

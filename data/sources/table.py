@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.config import DataConfig, LogConfig
+from data.config import MISSING_LABELS, DataConfig, LogConfig
 from data.contracts import GradeScale
 from data.sources.delimited import Dialect
 from data.sources.files import open_parts, read_columns
@@ -47,6 +47,9 @@ def table_source(config: DataConfig) -> Source:
 def _labels(config: DataConfig) -> Labels:
     """How the settings make grades of labels. An empty label or one of `missing_labels` is none."""
     missing = tuple(label.upper() for label in config.missing_labels)
+    if config.missing_labels == MISSING_LABELS:
+        # "None" beside a grade that is written "none" is a slip, and nothing that may go without a word.
+        missing = tuple(label for label in missing if label not in {word.upper() for word in config.grade_labels})
     if config.grade_labels:
         return Labels(
             words=config.grade_labels,

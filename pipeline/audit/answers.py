@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,8 @@ from data.contracts import (
     HUMAN_LABELS_FILE,
     ContractError,
     GradeScale,
+    grade_names,
+    numbered,
     read_table,
     whole_file,
     write_json,
@@ -28,6 +31,8 @@ from pipeline.locks import exclusive
 from pipeline.settings import PipelineConfig
 from pipeline.stages import DATA
 from pipeline.tracking.tracker import tracking
+
+logger = logging.getLogger(__name__)
 
 SUMMARY = "audit.json"
 Row = dict[str, Any]
@@ -67,7 +72,8 @@ def import_answers(run: Path, files: Iterable[Path], settings: PipelineConfig, r
     and MLflow.
 
     A row that cannot be used is refused and named, the others count. `settings` say where MLflow's store is. `rater` is the
-    name for rows without one. Raises `ContractError` for a file that cannot be read, and where nothing was ever drawn.
+    name for rows without one. Raises `ContractError` for a file that cannot be read, for answers to a draw of another scale
+    than that of the pairs, and where nothing was ever drawn.
     """
     audit, now = run / FOLDER, datetime.now(UTC)
     with exclusive(run):
@@ -76,7 +82,10 @@ def import_answers(run: Path, files: Iterable[Path], settings: PipelineConfig, r
             raise ContractError(f"{audit} has no draw; run audit-export first")
         answers = [answer for file in files for answer in read_answers(file, rater)]
         imported = Imported(rows=len(answers))
-        given = _sound(answers, draws, GradeScale.load(run / DATA.folder), imported)
+        scale = GradeScale.load(run / DATA.folder)
+        scales = {name: Draw.load(audit / name).scale for name in draws}
+        _refuse_another_scale(answers, draws, scales, scale)
+        given = _sound(answers, draws, scale, imported)
         table = read_labels(audit)
         known = {(row["pair_id"], row["rater"]): row for row in table.sort_by("imported_at").to_pylist()}
         rows = []
@@ -88,13 +97,13 @@ def import_answers(run: Path, files: Iterable[Path], settings: PipelineConfig, r
             imported.changed += before is not None
             imported.new += before is None
             label = {"pair_id": pair_id, "grade": grade, "rater": answer.rater, "draw": draw, "note": answer.note}
-            rows.append(label | {"labelled_at": answer.labelled_at or now, "imported_at": now})
+            label |= {"labelled_at": answer.labelled_at or now, "imported_at": now}
+            rows.append(label | {"scale": scales[draw]})
         concerned = {draw for _, _, draw, _ in given}
         seen = {answer.id for answer in answers}
         imported.missing = sum(f"{draw}/{pair_id}" not in seen for draw in concerned for pair_id in draws[draw])
-        with whole_file(audit / HUMAN_LABELS_FILE) as temporary:
-            pq.write_table(pa.concat_tables([table, pa.Table.from_pylist(rows, schema=HUMAN_LABELS)]), temporary)
-        _record(run, settings, imported)
+        labels = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=HUMAN_LABELS)])
+        _write(run, settings, labels, imported)
     return imported
 
 
@@ -109,14 +118,20 @@ def summarise(run: Path) -> list[DrawSummary]:
 
     A pair that raters disagree on counts by the share of them that gave the teacher's grade.
     """
-    audit, size = run / FOLDER, GradeScale.load(run / DATA.folder).size
-    labels = read_labels(audit).sort_by("imported_at").to_pylist()
-    return [_summary(folder, [row for row in labels if row["draw"] == folder.name], size) for folder in draws_of(audit)]
+    return _summaries(run, read_labels(run / FOLDER))
+
+
+def _summaries(run: Path, labels: pa.Table) -> list[DrawSummary]:
+    size, rows = GradeScale.load(run / DATA.folder).size, labels.sort_by("imported_at").to_pylist()
+    draws = draws_of(run / FOLDER)
+    return [_summary(folder, [row for row in rows if row["draw"] == folder.name], size) for folder in draws]
 
 
 def _summary(folder: Path, labels: list[Row], size: int) -> DrawSummary:
+    """Of one draw, on its own scale; of a draw that does not say its scale, of `size` grades or as many as were given."""
     draw, drawn = Draw.load(folder), _drawn(folder)
     teacher = {pair_id: row["teacher_grade"] for pair_id, row in drawn.items() if row["teacher_grade"] is not None}
+    size = len(draw.scale) if draw.scale else max([size, *(1 + grade for grade in teacher.values())])
     by_rater: dict[str, dict[str, int]] = {}
     for row in labels:
         by_rater.setdefault(row["rater"], {})[row["pair_id"]] = row["grade"]
@@ -137,6 +152,40 @@ def _summary(folder: Path, labels: list[Row], size: int) -> DrawSummary:
         summary.accuracy = accuracy(draw.populations, values)
     summary.agreements = agreements({"teacher": teacher} | by_rater, weights, size)
     return summary
+
+
+def _refuse_another_scale(
+    answers: list[Answer], draws: dict[str, dict[str, Row]], scales: dict[str, list[str] | None], scale: GradeScale
+) -> None:
+    """Raise `ContractError` for answers to a draw that was made on another scale than `scale`, which the pairs have now.
+
+    A draw of an earlier release does not say its scale: all its grades must be on this one, and a warning says so.
+    """
+    remedy = "draw pairs anew (audit-export), or prepare the data with that scale again; nothing was imported"
+    for name, own in scales.items():
+        of_draw = [answer for answer in answers if answer.grade and answer.id.partition("/")[0] == name]
+        if not of_draw or own == grade_names(scale):
+            continue
+        here = f"the pairs are now on the scale {numbered(grade_names(scale))}"
+        if own is not None:
+            raise ContractError(f"{name} was graded on the scale {numbered(own)}, and {here}; {remedy}")
+        if fault := _off_scale(of_draw, draws[name], scale):
+            raise ContractError(
+                f"{name} does not say its scale, and {fault}; {here}; correct a mistyped grade, or {remedy}"
+            )
+        logger.warning("%s does not say its scale; its grades are read on %s", name, numbered(grade_names(scale)))
+
+
+def _off_scale(answers: list[Answer], drawn: dict[str, Row], scale: GradeScale) -> str:
+    """The first of the grades, the teacher's and the raters', that is not on the scale; empty where all are."""
+    if (highest := max((row["teacher_grade"] or 0 for row in drawn.values()), default=0)) >= scale.size:
+        return f"the teacher gave grade {highest} there"
+    for answer in answers:
+        try:
+            grade_of(answer.grade, scale)
+        except ValueError as error:
+            return f"in {answer.file}, line {answer.line}, {error}"
+    return ""
 
 
 def _sound(
@@ -178,16 +227,28 @@ def _drawn(folder: Path) -> dict[str, Row]:
     return {row["pair_id"]: row for row in pq.read_table(folder / DRAWN).to_pylist()}
 
 
-def _record(run: Path, settings: PipelineConfig, imported: Imported) -> None:
-    """Write `audit.json`, and an execution with the same metrics for MLflow."""
-    audit, draws = run / FOLDER, summarise(run)
-    labels = read_labels(audit)
+def _write(run: Path, settings: PipelineConfig, labels: pa.Table, imported: Imported) -> None:
+    """Write the labels and what they say, and record an execution with the same metrics for MLflow.
+
+    `audit.json` is there only beside the labels that it sums up: it is made before them, and written after them.
+    """
+    audit, draws = run / FOLDER, _summaries(run, labels)
     counts = {
         "labels": labels.num_rows,
         "raters": len(labels["rater"].unique()),
         "pairs": len(labels["pair_id"].unique()),
     }
+    (audit / SUMMARY).unlink(missing_ok=True)
+    with whole_file(audit / HUMAN_LABELS_FILE) as temporary:
+        pq.write_table(labels, temporary)
     write_json(audit / SUMMARY, counts | {"draws": [draw.model_dump(mode="json") for draw in draws]})
+    config = imported.model_dump(exclude={"refused"}) | {"refused": len(imported.refused)}
+    with tracking(settings), executing(settings, FOLDER, audit, config=config, inputs={}) as execution:
+        execution.finish(_metrics(counts, draws), artifacts=[audit / SUMMARY])
+
+
+def _metrics(counts: dict[str, int], draws: list[DrawSummary]) -> dict[str, float]:
+    """What `audit.json` says, as metrics by DRAW/METRIC."""
     metrics: dict[str, float] = {name: float(count) for name, count in counts.items()}
     for draw in draws:
         values: dict[str, float | None] = {"answered": draw.answered}
@@ -197,6 +258,4 @@ def _record(run: Path, settings: PipelineConfig, imported: Imported) -> None:
             pair = f"{each.a} {each.b}"
             values |= {f"{pair}/kappa": each.kappa, f"{pair}/quadratic_kappa": each.quadratic_kappa}
         metrics |= {f"{draw.name}/{name}": value for name, value in values.items() if value is not None}
-    config = imported.model_dump(exclude={"refused"}) | {"refused": len(imported.refused)}
-    with tracking(settings), executing(settings, FOLDER, audit, config=config, inputs={}) as execution:
-        execution.finish(metrics, artifacts=[audit / SUMMARY])
+    return metrics

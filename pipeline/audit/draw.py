@@ -24,12 +24,21 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from data.contracts import ContractError, GradeScale, read_annotations, read_json, write_json, write_text
+from data.contracts import (
+    ContractError,
+    GradeScale,
+    grade_names,
+    numbered,
+    read_annotations,
+    read_json,
+    write_json,
+    write_text,
+)
 from pipeline.annotated import of_the_split, usable_annotations, with_texts, worst
 from pipeline.artifacts import read_record
 from pipeline.audit.estimate import allocation
 from pipeline.audit.sheet import write_label_studio, write_sheet
-from pipeline.stages import ANNOTATE, DATA, STUDENT
+from pipeline.stages import ANNOTATE, DATA, STUDENT, TEACHER
 
 What = Literal["sample", "doubtful", "disagreements", "low-agreement", "suspects"]
 Row = dict[str, Any]
@@ -58,6 +67,8 @@ class Draw(BaseModel):
     size: int
     created_at: datetime
     populations: dict[str, int] = {}
+    scale: list[str] | None = None
+    """The names of the grades that raters were given, in their order; not in draws of earlier releases."""
 
     @classmethod
     def load(cls, folder: Path) -> Draw:
@@ -71,12 +82,15 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
     It holds `sheet.csv`, Label Studio's `tasks.json` and `view.xml`, `guide.txt` with the grades, and, not for raters,
     `draw.parquet` (pair_id, stratum, probability of being drawn, teacher_grade) and `draw.json`.
 
-    Raises `ContractError` when the stage whose output is audited has not completed, or there is nothing to draw.
+    Raises `ContractError` when the stage whose output is audited has not completed or is of another scale than the pairs,
+    and when there is nothing to draw.
     """
     pairs, stage = run / DATA.folder, STUDENT if what == "suspects" else ANNOTATE
     record = read_record(run / stage.folder)
     if record is None:
         raise ContractError(f"{run / stage.folder} is not finished; run {stage.name} first")
+    scale = GradeScale.load(pairs)
+    _refuse_another_scale(run / (STUDENT if what == "suspects" else TEACHER).folder / "model", scale)
     key = str(record.figures.get("annotation_key", ""))
     rows, populations = _rows(run, what, size, seed, key)
     if not (rows := with_texts(rows, pairs)):
@@ -94,13 +108,12 @@ def export(run: Path, what: What = "sample", size: int = 300, seed: int = 0) -> 
     shown = _SHOWN.get(what, _DOUBTFUL)
     pq.write_table(pa.Table.from_pylist(rows, _DRAWN), folder / DRAWN)
     rows = [dict.fromkeys(shown) | row for row in rows]
-    scale = GradeScale.load(pairs)
     write_sheet(folder / "sheet.csv", rows, shown)
     write_label_studio(folder, rows, scale, shown)
     write_text(folder / "guide.txt", _guide(scale))
     draw = Draw(
         name=place.name, what=what, annotation_key=key, seed=seed, size=len(rows), created_at=datetime.now(UTC),
-        populations=populations,
+        populations=populations, scale=grade_names(scale),
     )  # fmt: skip
     write_json(folder / "draw.json", draw.model_dump(mode="json"))
     folder.rename(place)
@@ -112,6 +125,15 @@ def draws_of(audit: Path) -> list[Path]:
     found = [folder for folder in audit.glob("draw-*") if _DRAW.fullmatch(folder.name)]
     whole = [folder for folder in found if (folder / "draw.json").exists()]
     return sorted(whole, key=lambda folder: int(folder.name.removeprefix("draw-")))
+
+
+def _refuse_another_scale(model: Path, scale: GradeScale) -> None:
+    """The pairs may have been prepared with other grades since `model` gave its own."""
+    if (model / "scale.json").exists() and (names := grade_names(GradeScale.load(model))) != grade_names(scale):
+        raise ContractError(
+            f"{model} is of another scale {numbered(names)} than the pairs {numbered(grade_names(scale))}, so raters' "
+            "grades would not compare; run relevance-pipeline first"
+        )
 
 
 def _rows(run: Path, what: What, size: int, seed: int, key: str) -> tuple[list[Row], dict[str, int]]:

@@ -21,7 +21,7 @@ from pipeline.report.sections.annotation import annotation_section
 from pipeline.report.sections.data import pairs_section
 from pipeline.report.sections.student import export_section, student_section
 from pipeline.report.sections.teacher import teacher_section
-from pipeline.report.summary import headline, summarise
+from pipeline.report.summary import as_it_is_now, headline, summarise
 from pipeline.report.text import interval, number, verdict
 from pipeline.settings import PipelineConfig
 from pipeline.stages import STAGES, finished_stages
@@ -63,11 +63,14 @@ def finish_run(settings: PipelineConfig, flow: str, records: list[StageRecord], 
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a run's folder and return its path.
 
+    Where a later flow has not finished, `summary.json` first gets the stages as they are now: the page shows these alone.
     Raises `ContractError` when no flow has finished there, and when the files of a finished stage are missing or damaged.
     """
     if not (folder / "summary.json").exists():
         raise ContractError(f"{folder} has no summary.json; run a flow there first")
-    summary = read_json(folder / "summary.json")
+    recorded = read_json(folder / "summary.json")
+    if (summary := as_it_is_now(recorded, folder)) != recorded:
+        write_json(folder / "summary.json", summary)
     environment = page_environment()
     sections = _sections(folder, environment)
     page = environment.get_template("report.html").render(
@@ -82,6 +85,7 @@ def write_report(folder: Path) -> Path:
             for name, stage in summary["stages"].items()
             if stage["figures"].get("drift", "fine") != "fine"
         ],
+        since=[(STAGES[name].title, how) for name, how in summary.get("since", {}).items()],
         settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
     )
     write_text(folder / "report.html", page)

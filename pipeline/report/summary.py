@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from data.contracts import read_json
+from pipeline import drift
 from pipeline.artifacts import StageRecord
-from pipeline.keys import parse_value
+from pipeline.keys import parse_value, written_keys
 from pipeline.redact import HIDDEN, flatten, is_secret, redact, redact_text
 from pipeline.report.text import number, verdict
+from pipeline.resume import recorded_settings
 from pipeline.settings import PipelineConfig, build_settings
 from pipeline.stages import STAGES, finished_stages
 from pipeline.tracking.tracker import untracked
@@ -35,14 +37,7 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
     stages = {}
     for name, finished in finished_stages(settings.folder).items():
         record, seconds = in_flow.get(name, (finished, 0.0))
-        recorded = {"reused", "finished_at", "key", "inputs", "fingerprint", "figures"}
-        stages[name] = {
-            "in_flow": name in in_flow,
-            "seconds": seconds,
-            "made_in_seconds": record.seconds,
-            "folder": STAGES[name].folder,
-            **record.model_dump(mode="json", include=recorded),
-        }
+        stages[name] = _stage(record, seconds, name in in_flow, settings.folder, settings.drift)
     return {
         "flow": flow,
         "run": settings.run,
@@ -57,6 +52,44 @@ def summarise(settings: PipelineConfig, flow: str, records: list[StageRecord], s
         "settings": redact(settings.model_dump(mode="json")),
         "stages": stages,
         "annotations": annotations_worth(settings.folder) if "student" in in_flow else "",
+    }
+
+
+def as_it_is_now(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The summary of the flow that finished last, with the stages as the run's folder has them now.
+
+    A later flow that was killed or has failed may have made some stages anew and left one unfinished. `since` names them,
+    with what became of each. What is said of the flow itself stays; where nothing has changed, so does the summary.
+    """
+    before, since_before = summary["stages"], summary.get("since", {})
+    stages, since = {}, {}
+    for name, record in finished_stages(folder).items():
+        identity = record.model_dump(mode="json", include={"key", "finished_at"})
+        if is_known := identity.items() <= before.get(name, {}).items():
+            stages[name] = before[name]
+        else:
+            stages[name] = _stage(record, 0.0, False, folder, recorded_settings(folder).drift)
+        if name in since_before or not is_known:
+            since[name] = "made since"
+    since |= {name: "not finished" for name in STAGES if name in {**before, **since_before} and name not in stages}
+    if (stages, since) == (before, since_before):
+        return summary
+    worth = annotations_worth(folder) if "student" in stages else ""
+    return summary | {"stages": stages, "since": since, "annotations": worth}
+
+
+def _stage(
+    record: StageRecord, seconds: float, in_flow: bool, folder: Path, limits: drift.DriftConfig
+) -> dict[str, Any]:
+    """What a summary says of a stage of the run in `folder`."""
+    place = STAGES[record.stage].folder
+    return {
+        "in_flow": in_flow,
+        "seconds": seconds,
+        "made_in_seconds": record.seconds,
+        "folder": place,
+        **record.model_dump(mode="json", include={"reused", "finished_at", "key", "inputs", "fingerprint"}),
+        "figures": drift.with_limits(record.figures, folder / place, limits),
     }
 
 
@@ -79,7 +112,7 @@ def reproduce_command(settings: PipelineConfig, flow: str) -> str:
     for option, name in (("--preset", "preset"), ("--name", "run"), ("--runs", "runs")):
         if (value := getattr(settings, name)) != ("" if name == "preset" else getattr(base, name)):
             words += [option, str(value)]
-    before, now = flatten(base.model_dump(mode="json")), flatten(settings.model_dump(mode="json"))
+    before, now = (written_keys(each.model_dump(mode="json"), PipelineConfig) for each in (base, settings))
     for key, value in now.items():
         if key in ("preset", "run", "runs") or before.get(key) == value:
             continue

@@ -4,7 +4,7 @@ A new version gets the alias `candidate`. A teacher is `champion` while there is
 paired bootstrap on human labels finds it no worse than the champion before it, unless it learned from pairs that have
 drifted (`pipeline.drift`); the reason is a tag of the version
 (`promotion`), whatever was decided. Rolling back is moving the alias, see docs/operations.md. A registration may come long
-after the stage, and twice.
+after the stage, and twice; a version that only drift has held back is judged again when its run goes on with other limits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mlflow.types.schema import Array, Map
 
 from data.contracts import ContractError, GradeScale, read_json
 from pipeline.artifacts import read_record
+from pipeline.drift import DriftConfig, verdict_of_student
 from pipeline.executions import Execution
 
 if TYPE_CHECKING:
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRIC = "roc_auc"
+DRIFTED = "new pairs are unlike those before"
 DESCRIPTIONS = {
     "teacher": "Reasoning relevance model; labels the pool.",
     "student": "Relevance cross-encoder; scores query-ad pairs.",
 }
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.onnx")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.onnx", "*.onnx.data")
 SERVED_BY = ("mlflow", "numpy", "onnxruntime", "pandas", "tokenizers")
 _INPUTS = [ColSpec("string", "query"), ColSpec("string", "ad_title"), ColSpec("string", "ad_text", required=False)]
 _OUTPUTS = [ColSpec("double", "p_relevant"), ColSpec("boolean", "relevant")]
@@ -51,25 +53,34 @@ SIGNATURE = ModelSignature(
 EXAMPLE = {"query": ["red running shoes"], "ad_title": ["Velora red running shoes"], "ad_text": ["Free delivery."]}
 
 
-def register(client: Any, run_id: str, place: Path | None, execution: Execution) -> None:
+def register(client: Any, run_id: str, place: Path | None, execution: Execution, limits: DriftConfig) -> None:
     """Make a version of PREFIX-`role` from an execution whose files lie in `place`, and set its aliases.
 
     Raises `ContractError` when what it is made from is no longer there.
     """
-    model = execution.model
-    if model is None or place is None or not (folder := place / model.folder).is_dir():
-        raise ContractError("the folder of the model is gone; run its stage again to register it")
-    student = place / model.student if model.student else None
-    record = read_record(student) if student else None
-    if (record.fingerprint if record else "") != model.student_fingerprint:
-        raise ContractError(f"{student} holds another student by now, so this one cannot be compared with the champion")
-    name = f"{execution.tracking['experiment_prefix']}-{model.role}"
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    version = next((each for each in found if each.tags.get("fingerprint") == execution.fingerprint), None)
+    folder, student = _folders(place, execution)
+    version = _find_version(client, run_id, execution)
     if version is None:
-        version = _create_version(client, name, run_id, folder, execution)
+        version = _create_version(client, _name(execution), run_id, folder, execution)
     if "promotion" not in version.tags:  # what was decided stays: the aliases may have been moved by hand since
-        _promote(client, version, student, folder, execution.tracking["promotion_margin"])
+        _promote(client, version, student, folder, execution.tracking["promotion_margin"], limits)
+
+
+def reconsider(client: Any, run_id: str, place: Path | None, execution: Execution, limits: DriftConfig) -> None:
+    """Judge a version again that was not promoted because of drift alone, where `limits` let it pass by now.
+
+    Not once there is a newer candidate, nor after it was made champion by hand.
+    """
+    version = _find_version(client, run_id, execution)
+    if version is None or not version.tags.get("promotion", "").startswith(f"not champion: {DRIFTED}"):
+        return
+    aliases = client.get_registered_model(version.name).aliases
+    number, champion = (str(each) for each in (version.version, aliases.get("champion")))
+    if str(aliases.get("candidate")) != number or champion == number:
+        return
+    folder, student = _folders(place, execution)
+    if student is not None and _drift_fault(student, limits) is None:
+        _promote(client, version, student, folder, execution.tracking["promotion_margin"], limits)
 
 
 def verdict(found: Comparison, margin: float) -> tuple[bool, str]:
@@ -84,6 +95,29 @@ def verdict(found: Comparison, margin: float) -> tuple[bool, str]:
         f"allowed {-margin:+.4f}"
     )
     return (True, f"champion: {measured}") if found.low >= -margin else (False, f"not champion: {measured}")
+
+
+def _folders(place: Path | None, execution: Execution) -> tuple[Path, Path | None]:
+    """The folders of an execution's model and, for a student, of its distillation; `ContractError` when they are gone."""
+    model = execution.model
+    if model is None or place is None or not (folder := place / model.folder).is_dir():
+        raise ContractError("the folder of the model is gone; run its stage again to register it")
+    student = place / model.student if model.student else None
+    record = read_record(student) if student else None
+    if (record.fingerprint if record else "") != model.student_fingerprint:
+        raise ContractError(f"{student} holds another student by now, so this one cannot be compared with the champion")
+    return folder, student
+
+
+def _name(execution: Execution) -> str:
+    """The registered name of an execution's model."""
+    return f"{execution.tracking['experiment_prefix']}-{execution.model.role if execution.model else ''}"
+
+
+def _find_version(client: Any, run_id: str, execution: Execution) -> Any:
+    """The version that an execution has made; None where it has made none."""
+    found = client.search_model_versions(f"name = '{_name(execution)}' and run_id = '{run_id}'")
+    return next((each for each in found if each.tags.get("fingerprint") == execution.fingerprint), None)
 
 
 def _create_version(client: Any, name: str, run_id: str, folder: Path, execution: Execution) -> Any:
@@ -120,7 +154,7 @@ def _log_student(run_id: str, export: Path) -> tuple[str, str]:
     return info.model_uri, info.model_id
 
 
-def _promote(client: Any, version: Any, student: Path | None, export: Path, margin: float) -> None:
+def _promote(client: Any, version: Any, student: Path | None, export: Path, margin: float, limits: DriftConfig) -> None:
     """Give a version its aliases, and note why. A student's run keeps its test predictions, for later comparisons."""
     name, number = version.name, str(version.version)
     client.set_registered_model_alias(name, "candidate", number)
@@ -135,7 +169,7 @@ def _promote(client: Any, version: Any, student: Path | None, export: Path, marg
     if champion is not None and student is None:
         reason = f"not champion: version {champion} is, until the alias is moved by hand"
     elif (student is not None and (fault := _floor_fault(student))) or (
-        student is not None and (fault := _drift_fault(student))
+        student is not None and (fault := _drift_fault(student, limits))
     ):
         promoted, reason = False, f"not champion: {fault}"
     elif champion is not None and student is not None:
@@ -159,15 +193,12 @@ def _floor_fault(student: Path) -> str | None:
     return floor_fault(read_json(path)) if path.exists() else None
 
 
-def _drift_fault(student: Path) -> str | None:
+def _drift_fault(student: Path, limits: DriftConfig) -> str | None:
     """Why what a student learned from must be looked at first: pairs too unlike those before, see `pipeline.drift`."""
-    path = student / "drift.json"
-    drift = read_json(path) if path.exists() else {"level": "fine"}
-    if drift["level"] != "stop":
+    level, sentence = verdict_of_student(student, limits)
+    if level != "stop":
         return None
-    return (
-        f"new pairs are unlike those before: {drift['sentence']}; if that is meant, move the alias, or raise drift.stop"
-    )
+    return f"{DRIFTED}: {sentence}; if that is meant, move the alias, or raise drift.stop and resume the run"
 
 
 def _against(client: Any, name: str, champion: str, student: Path, export: Path, margin: float) -> tuple[bool, str]:

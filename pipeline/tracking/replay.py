@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from data.contracts import ANNOTATIONS, PAIRS, ContractError, metric_lines, read_json, write_json
 from pipeline.executions import COMPARE, FLOW, Execution, read_executions, read_writers
 from pipeline.redact import flatten, redact_text
+from pipeline.resume import recorded_limits
 from pipeline.tracking.store import error_code, explain, open_client
 
 logger = logging.getLogger(__name__)
@@ -154,11 +155,20 @@ class Replay:
         self._log_tags(execution, tags)
         for path in execution.artifacts:
             self._upload(execution, path)
+        made = {each.execution: each for each in self._executions}
         if execution.model is not None:
-            from pipeline.tracking.registry import register  # here, since it loads the student's evaluation
+            self._register(execution, again=False)
+        for maker in execution.reused.values():  # of stages that a flow has reused: its limits may be others
+            if maker in self._notes and maker in made and made[maker].model is not None:
+                self._register(made[maker], again=True)
 
-            run_id = self._notes[execution.execution]["run_id"]
-            self._request(execution, "model", register, self._client, run_id, self._place(execution), execution)
+    def _register(self, execution: Execution, *, again: bool) -> None:
+        """Register the model of an execution, or judge it `again`, by the run's limits of drift."""
+        from pipeline.tracking.registry import reconsider, register  # here, since it loads the student's evaluation
+
+        run_id, limits = self._notes[execution.execution]["run_id"], recorded_limits(self.folder)
+        given = (self._client, run_id, self._place(execution), execution, limits)
+        self._request(execution, "model", reconsider if again else register, *given)
 
     def _link(self, flow: Execution) -> None:
         """Make the stages of a flow children of its run, and note on it which run made each stage's output.

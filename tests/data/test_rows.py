@@ -99,8 +99,11 @@ MISSING = ["", " ", None, "NA", "n/a", "#N/A", "<NA>", "NaN", "None", "null", "\
          | dict.fromkeys(MISSING, (None, None))),
         ({"grade_thresholds": (1.67, 2.33)}, {"1": (1.0, 0), "1.67": (1.67, 1), "2.33": (2.33, 2), "99": (99.0, 2),
                                                "x": None}),
-        ({"grade_labels": {"bad": 0, "None": 1, "good": 2}}, {"bad": (None, 0), " None ": (None, 1), "NONE": (None, None),
-                                                            "Good": None, "": (None, None)}),
+        ({"grade_labels": {"bad": 0, "None": 1, "good": 2}}, {"bad": (None, 0), " None ": (None, 1), "NONE": None,
+                                                            "Good": None, "": (None, None), "null": (None, None)}),
+        ({"grade_labels": {"none": 0, "low": 1}}, {"none": (None, 0), "None": None, "NULL": (None, None)}),
+        ({"grade_labels": {"null": 0, "n/a": 1}}, {"null": (None, 0), "Null": None, "N/A": None, "-": (None, None)}),
+        ({"grade_labels": {"none": 0, "low": 1}, "missing_labels": ["None"]}, {"none": (None, 0), "NONE": (None, None)}),
         ({"missing_labels": ["Unsure"]}, {"unsure": (None, None), "": (None, None), "NA": None, "-": None}),
     ],
 )  # fmt: skip

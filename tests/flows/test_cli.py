@@ -68,6 +68,21 @@ def test_the_same_through_prefect_itself() -> None:
     assert done.stderr == "error: no flow 'teacher-trian': did you mean teacher-train?\n"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("completion", "bash"), ("data-prepare", "--dry-run", "--runs", "nowhere"), ("teacher-train", "-h")],
+)
+def test_it_ends_without_a_word_when_nobody_reads_what_it_prints(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert said == ""
+    assert process.returncode in (1, 141)  # rich's own, and that of a process which SIGPIPE ends
+
+
 def test_help_names_every_option_and_the_flows_settings(run: Run) -> None:
     code, out, _ = run("teacher-train", "--help")
     assert code == 0

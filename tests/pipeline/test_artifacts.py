@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from pipeline.artifacts import (
     Recipe,
     StageOutput,
     StageRecord,
+    begin_with,
     read_record,
     reason_to_run,
     reusable,
@@ -180,3 +183,21 @@ def test_a_record_without_a_version_counts_as_version_1_and_new_settings_as_thei
     (folder / MANIFEST).write_text(json.dumps(record | {"config": {"value": 1, "gone": 2}}))
     assert reusable(folder, recipe(1)) is None
     assert reason_to_run(folder, recipe(1)) == "changed settings: s.gone"
+
+
+def test_what_a_process_left_that_was_killed_while_it_took_an_output_goes(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    first, second = tmp_path / "a", tmp_path / "b"
+    run(first / "s", 1)
+    for place in (first, second):
+        for name in (f".s.{gone.pid}.tmp", f".s.{os.getppid()}.tmp", f".other.{gone.pid}.tmp", ".s.mine.tmp"):
+            (place / name).mkdir(parents=True)
+    assert run(second / "s", 1).made_by == "a"
+    assert run(first / "s", 1).reused
+    for place in (first, second):
+        left = {path.name for path in place.iterdir()}
+        assert left == {"s", f".s.{os.getppid()}.tmp", f".other.{gone.pid}.tmp", ".s.mine.tmp"}
+    begin_with(first / "s", second / "other")
+    assert not (second / f".other.{gone.pid}.tmp").exists()
+    assert value_in(second / "other") == 1

@@ -17,11 +17,10 @@ from pipeline.drift import (
     compare,
     figures,
     load,
-    profile,
     psi,
-    remember,
     verdict,
 )
+from pipeline.drift_profile import Text, profile, remember
 
 KEY = "0123456789abcdef"
 LIMITS = DriftConfig(min_queries=50)
@@ -63,13 +62,13 @@ def test_psi_by_hand_and_by_chance() -> None:
 @pytest.mark.parametrize(("topic", "level"), [("tools", "fine"), ("garden", "stop")])
 def test_another_topic_is_seen_by_data_prepare(tmp_path: Path, topic: str, level: str) -> None:
     write(tmp_path, (600, "tools", "train"), (400, topic, "pool"))
-    assert check_pairs(LIMITS, tmp_path, tmp_path / "pairs") == []  # there is no teacher yet
+    assert check_pairs(LIMITS, tmp_path, tmp_path / "pairs", "") == []  # there is no teacher yet
     (tmp_path / "teacher").mkdir()
     remember(tmp_path / "pairs", tmp_path / "teacher")
-    (check,) = check_pairs(LIMITS, tmp_path, tmp_path / "pairs")
+    (check,) = check_pairs(LIMITS, tmp_path, tmp_path / "pairs", "")
     assert (check.pairs, check.queries, figures([check], LIMITS)["drift"]) == (400, 200, level)
     annotate(tmp_path, "a", 600, 400)
-    assert check_pairs(LIMITS, tmp_path, tmp_path / "pairs") == []  # nothing is new
+    assert check_pairs(LIMITS, tmp_path, tmp_path / "pairs", "") == []  # nothing is new
 
 
 def test_what_learned_from_few_queries_judges_nothing_and_it_is_said(tmp_path: Path, caplog: Any) -> None:
@@ -78,7 +77,7 @@ def test_what_learned_from_few_queries_judges_nothing_and_it_is_said(tmp_path: P
     remember(tmp_path / "pairs", tmp_path / "teacher")
     reason = "the teacher learned from 40 queries, fewer than drift.min_queries (50)"
     with caplog.at_level("INFO"):
-        checks = check_pairs(LIMITS, tmp_path, tmp_path / "pairs")
+        checks = check_pairs(LIMITS, tmp_path, tmp_path / "pairs", "")
     assert figures(checks, LIMITS) == {"drift_not_judged": reason}
     assert reason in caplog.text
     annotate(tmp_path, "a", 80, 200)
@@ -132,9 +131,12 @@ def test_chance_is_no_drift_whatever_the_sizes(known: int, new: int) -> None:
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, 5001)
 
-    def texts(count: int, first: int) -> dict[str, tuple[str, list[str]]]:
+    def texts(count: int, first: int) -> dict[str, Text]:
         words = [first + rng.choice(5000, 3, p=share / share.sum()) for _ in range(count)]
-        return {str(i): (" ".join(f"w{word}" for word in row), [f"w{row[0]} for home"]) for i, row in enumerate(words)}
+        return {
+            str(i): Text(str(i), " ".join(f"w{word}" for word in row), f"w{row[0]} for home")
+            for i, row in enumerate(words)
+        }
 
     old = profile(texts(known, 0))
     assert max(measure.psi for measure in compare(old, texts(new, 0))) < 0.02
@@ -142,8 +144,8 @@ def test_chance_is_no_drift_whatever_the_sizes(known: int, new: int) -> None:
 
 
 def test_scripts_and_lengths() -> None:
-    latin = {str(i): ("red shoes", ["a"]) for i in range(300)}
-    han = {str(i): ("红色跑鞋", ["a"]) for i in range(300)}
+    latin = {str(i): Text(str(i), "red shoes", "a") for i in range(300)}
+    han = {str(i): Text(str(i), "红色跑鞋", "a") for i in range(300)}
     by_name = {measure.name: measure for measure in compare(profile(latin), han)}
     assert by_name["scripts of queries"].found == "cjk: 100.0%"
     assert by_name["scripts of queries"].psi > 1

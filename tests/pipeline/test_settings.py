@@ -68,6 +68,7 @@ def test_overrides_reach_nested_fields_with_the_right_types() -> None:
             "data.max_pool=none",
             "spark.extra.spark.executor.memory=4g",
             "spark.extra.spark.executor.cores=2",
+            'spark.extra."spark.a=b" = 3',
             'score.splits=["test"]',
             "teacher.model=path:models/a=b",
             "runs=/tmp/x y",
@@ -79,7 +80,7 @@ def test_overrides_reach_nested_fields_with_the_right_types() -> None:
     assert config.run == "2026"
     assert config.data.shares.pool == 0.55
     assert config.data.max_pool is None
-    assert config.spark.extra == {"spark.executor.memory": "4g", "spark.executor.cores": "2"}
+    assert config.spark.extra == {"spark.executor.memory": "4g", "spark.executor.cores": "2", "spark.a=b": "3"}
     assert config.score.splits == ("test",)
     assert config.teacher.model == "path:models/a=b"
     assert config.runs == Path("/tmp/x y")
@@ -108,6 +109,10 @@ def test_overrides_reach_nested_fields_with_the_right_types() -> None:
         ("data.split_by=word", "must be one of 'near_query' or 'query'"),
         ("wait_minutes=-1", "wait_minutes: must be at least 0"),
         ("spark.extra=3", "spark.extra: must be a table of settings"),
+        ("data.grade_labels={none=none, low=1}", "is read as TOML or JSON, where texts are in quotes"),
+        ("data.grade_labels={n/a=0, low=1}", "so are names that have other characters than letters, digits, - and _"),
+        ("score.splits=[test]", 'must be a list, such as ["a", "b"] (given: \'[test]\'); what stands in { } or [ ] is'),
+        ('data.grade_labels={"none": null, "low": 1}', "data.grade_labels.none: must be a whole number (given: None)"),
         ("data.columns.colour=c", "must be one of 'query', 'ad_title'"),
         ("annotate.engine.urlz=x", "annotate.engine.urls"),
         ("seed", "key=value"),

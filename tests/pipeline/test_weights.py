@@ -2,6 +2,10 @@
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.contracts import PAIRS, ContractError
 from pipeline import wheels
 from pipeline.dequantise import dequantise
+from pipeline.staging import remove_leftovers, staging
 from pipeline.weights import check_model_folder, resolve_model
 from pipeline.wheels import unpack_model
 
@@ -176,6 +181,61 @@ def test_weights_from_scratch_follow_size_seed_and_pairs(tmp_path):
     )
     with pytest.raises(ContractError, match="huge"):
         resolve("scratch:huge", tmp_path, pairs=one)
+
+
+MAKING = """
+import sys, time
+from pathlib import Path
+from pipeline.staging import staging
+with staging(Path(sys.argv[1])) as folder:
+    (folder / "model").mkdir()
+    (folder / "model" / "model.safetensors").write_bytes(b"half")
+    print(folder, flush=True)
+    time.sleep(120)
+"""
+
+
+def test_what_a_killed_process_left_in_the_cache_goes_and_what_a_living_one_makes_stays(tmp_path):
+    cache = tmp_path / "cache"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", MAKING, str(cache)], stdout=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    try:
+        killed, living = [Path(process.stdout.readline().strip()) for process in processes]
+        processes[0].send_signal(signal.SIGKILL)
+        processes[0].wait()
+        assert killed.is_dir()
+        with staging(cache) as own:
+            folder = resolve("scratch:tiny", tmp_path, pairs=write_pairs(tmp_path / "one", "red shoes"))
+            assert set(cache.iterdir()) == {living, own, folder}
+            assert (living / "model" / "model.safetensors").read_bytes() == b"half"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert resolve("scratch:tiny", tmp_path, pairs=tmp_path / "one") == folder  # it is there, and yet the rest goes
+    assert set(cache.iterdir()) == {folder}
+
+
+@pytest.mark.parametrize("name", [".hf-ab12_cd3", ".weights-ab12_cd3", ".new-ab12_cd3"])
+def test_folders_that_no_lock_holds_go_after_a_day(name, tmp_path):
+    """Those of earlier releases, and of a process that was killed before it could lock its own."""
+    (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / name / "model" / "joined.gguf").write_bytes(b"half")
+    others = [tmp_path / other for other in (".hf-cache", ".git", "hf-ab12_cd3", ".making-ab12_cd34")]
+    for other in others:
+        other.mkdir()
+
+    def age(hours: float, *paths: Path) -> None:
+        for path in paths:
+            os.utime(path, (time.time() - hours * 3600,) * 2)
+
+    age(30, tmp_path / name, tmp_path / name / "model", *others)
+    remove_leftovers(tmp_path)
+    assert (tmp_path / name).exists()  # a file in it was written just now
+    age(30, tmp_path / name / "model" / "joined.gguf")
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == set(others)
 
 
 def write_gguf(path: Path) -> dict[str, torch.Tensor]:

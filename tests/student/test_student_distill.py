@@ -213,7 +213,7 @@ def test_reasons_longer_than_the_encoder_reads_are_refused(tiny, quick, tmp_path
         distill(quick(contrastive_weight=1.0, reason_length=512), tiny["base"], tiny["pairs"], annotations, tmp_path)
 
 
-def test_gold_only_and_annotations_only(tiny, quick, tmp_path):
+def test_gold_only_and_annotations_only(tiny, quick, tmp_path, caplog):
     rows = make_rows()
     gold = distill(quick(epochs=2), tiny["base"], tiny["pairs"], None, tmp_path / "gold").figures
     assert (gold["n_gold"], gold["n_annotated"]) == (48, 0)
@@ -228,6 +228,8 @@ def test_gold_only_and_annotations_only(tiny, quick, tmp_path):
     assert (soft["n_gold"], soft["n_annotated"]) == (0, 48)
     assert {"gold_only_roc_auc", "valid_roc_auc"}.isdisjoint(soft)
     assert "test_roc_auc" in soft
+    assert "all 48 human grades of split 'valid' are relevant, so the decision threshold is 0.5" in caplog.text
+    assert json.loads((tmp_path / "soft" / "model" / "student.json").read_text())["threshold"] == 0.5
 
 
 def test_a_student_below_what_costs_no_label_is_said_as_soon_as_it_is_trained(

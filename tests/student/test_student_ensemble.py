@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from data.contracts import GradeScale, MetricsLog, read_json
 from student.dataset import read_examples
-from student.distill import distill, read_rows
+from student.distill import distill
 from student.ensemble import MIN_ROWS, choose_weight, pooled
 from student.fit import _validate
+from student.rows import read_rows
 from student.scorer import load_tokenizer, softmax
 from student.setup import Setup
 

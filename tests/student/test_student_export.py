@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -77,6 +78,23 @@ def test_the_folder_scores_without_the_product(exported, tmp_path):
     curve = json.loads((out / "student.json").read_text())["decisions"][0]
     threshold = next(t for t, recall in zip(curve["threshold"], curve["recall"], strict=True) if recall >= 0.9)
     assert [row["decision"] for row in scored] == [row["grades"][0] >= threshold for row in scored]
+
+
+@pytest.mark.parametrize("read", [0, 1])
+def test_the_command_ends_without_a_word_when_nobody_reads_on(exported, tmp_path, read):
+    """As in `score.py < pairs.jsonl | head -1`."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"query": "red kettle", "ad_title": "red kettle"}\n' * 3000)
+    command = [sys.executable, str(exported[0] / "score.py"), "int8"]
+    with (
+        pairs.open() as stdin,
+        subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        lines = [process.stdout.readline() for _ in range(read)]
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert all("p_relevant" in json.loads(line) for line in lines)
+    assert process.returncode == -signal.SIGPIPE
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
+from student.config import StudentConfig
 from student.losses import (
     blended_target,
     class_weights,
@@ -148,3 +149,21 @@ def test_reasoning_contrast_by_hand():
     assert plain.grad.abs().sum() > 0
     one = torch.ones(1, 4, requires_grad=True)
     assert reasoning_contrast(one, torch.ones(1, 4), torch.ones(1), 0.1) == 0  # it needs two rows
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2, 0.05, 0.02, 0.005])
+def test_a_low_temperature_teaches_the_likeliest_grade_and_not_nothing(temperature):
+    """Powers of probabilities that are all small used to vanish against the sum that they were divided by."""
+    soft = torch.tensor([[0.4, 0.35, 0.25], [0.2, 0.2, 0.6], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    logits = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    mix, weight = torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.ones(4)
+    mixed_cross_entropy(logits, torch.zeros(4, 3), soft, mix, weight, temperature=temperature).backward()
+    expected = torch.softmax(soft[:3].double().log() / temperature, dim=1)
+    torch.testing.assert_close(logits.grad[:3], temperature * (1 / 3 - expected) / 4, atol=1e-6, rtol=1e-4)
+    assert (logits.grad[3] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.02, 21.0, float("nan")])
+def test_a_temperature_that_teaches_nothing_is_refused(temperature):
+    with pytest.raises(ValueError, match=r"distill_temperature"):
+        StudentConfig(distill_temperature=temperature)

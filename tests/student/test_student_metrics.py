@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score
 
 from data.contracts import ContractError
 from student import metrics
-from student.calibration import best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses
+from student.calibration import best_f1_threshold, fit_calibration, fit_isotonic, isotonic_losses, one_class
 from student.metrics import Labels
 from student.resampling import ranked
 from student.scorer import probabilities, softmax
@@ -255,3 +255,26 @@ def test_threshold_has_the_best_f1():
     assert f1_score(relevant, score >= found) == pytest.approx(best)
     assert found not in score
     assert best_f1_threshold(np.ones(3, bool), np.array([0.1, 0.2, 0.3])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("relevant", "score", "threshold"),
+    [
+        ([1, 1, 1], [0.1, 0.2, 0.3], 0.5),
+        ([0, 0], [0.0, 1.0], 0.5),
+        ([0], [0.9], 0.5),
+        ([], [], 0.5),
+        ([1, 1], [-0.4, 0.2], -0.1),  # cosines
+        ([0, 0, 0], [2.0, 12.0, 4.0], 7.0),  # BM25
+    ],
+)
+def test_labels_of_one_class_choose_no_threshold(relevant, score, threshold):
+    assert best_f1_threshold(np.array(relevant, bool), np.array(score, float)) == pytest.approx(threshold)
+
+
+def test_labels_of_one_class_are_remarked_on():
+    assert one_class(np.array([True, False]), "valid") == ""
+    said = one_class(np.ones(3, bool), "valid")
+    assert said.startswith("all 3 human grades of split 'valid' are relevant, so the decision threshold is 0.5")
+    assert said.endswith("label some irrelevant pairs too")
+    assert "are irrelevant, so there is no ROC-AUC; label some relevant" in one_class(np.zeros(2, bool), "test")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from data.contracts import ContractError, GradeScale, MetricsLog
 from student.config import StudentConfig
-from student.dataset import read_texts, sample_texts
+from student.dataset import read_examples, read_texts, sample_texts
 from student.distill import distill
 from student.evaluation import System, floor, floor_fault
 from student.model import save_tokenizer
@@ -52,6 +52,16 @@ def test_trials_share_a_warm_up_and_it_is_in_the_table(tiny, quick, tmp_path, ca
     assert f"reused from {folder}" in caplog.text
     train("fourth", write_pairs(tmp_path / "other", [row | {"ad_text": "new"} for row in make_rows()]))
     assert "reused" not in caplog.text
+
+
+def test_a_warm_up_of_other_tokens_is_another(tiny, tmp_path):
+    setup, log = make_setup(tiny, tmp_path), MetricsLog(tmp_path / "metrics.jsonl")
+    valid = read_examples(tiny["pairs"], setup.scale, "valid")
+    first = warm_up(setup, tiny["pairs"], valid, tmp_path / "cache", log)
+    assert warm_up(make_setup(tiny, tmp_path), tiny["pairs"], valid, tmp_path / "cache", log) == first
+    tokenizer = save_tokenizer(tiny["base"], tmp_path / "other", 32)
+    tokenizer.normalizer = None
+    assert warm_up(replace(setup, tokenizer=tokenizer), tiny["pairs"], valid, tmp_path / "cache", log) != first
 
 
 def test_texts_of_valid_and_test_are_not_read(tiny, quick, tmp_path):

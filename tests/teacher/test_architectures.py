@@ -5,25 +5,44 @@ import logging
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import ContractError, MetricsLog
+from teacher.checks import check_decoder
 from teacher.decoding import cache_limit, decode
 from teacher.engines.base import Sampling
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.examples import Problem
-from teacher.model import load_causal_lm, load_model, without_dropout
+from teacher.model import load_causal_lm, load_model, save_model, without_dropout
 from teacher.policy import train_policy
-from tests.teacher.test_shared_prefix import MORE, SIZES, model_of
+from teacher.shared_prefix import Group, can_share, group_by_prefix, token_log_probs
+from tests.teacher.test_shared_prefix import MORE, SIZES, model_of, outcome, rollouts
 from tests.teacher.test_trainer import TINY
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9]]
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+EXPERTS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LLAMA4 = {"intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 32}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
 
 
 def saved(decoder, out, family, **changed):
     """A random model of a family, with the tokenizer of `decoder`, as a folder."""
     _, tokenizer = load_model(decoder, TINY)
-    sizes = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, **sizes | SIZES | MORE | changed)
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0} | SIZES | MORE
+    if "text_config" in changed:
+        config = AutoConfig.for_model(family, **changed | {"text_config": sizes | changed["text_config"]})
+    else:
+        config = AutoConfig.for_model(family, **sizes | changed)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
@@ -136,3 +155,62 @@ def test_an_engine_that_cannot_go_on_at_all_says_so_once(decoder, monkeypatch):
         engine.submit(tag, [5, 6, tag + 7], Sampling(max_tokens=3))
     with pytest.raises(ContractError, match="keeps no cache"):
         engine.finished()
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("deepseek_v2", LATENT | EXPERTS), ("deepseek_v3", LATENT | EXPERTS), ("minicpm3", LATENT)]
+)
+def test_latent_attention_whose_values_are_smaller_than_its_keys_shares_prompts(family, sizes, caplog):
+    model = model_of(family, **sizes)
+    with caplog.at_level(logging.WARNING):
+        assert can_share(model, [list(range(2, 60))], 20, 0), caplog.text
+    sequences, starts = rollouts()
+    alone = [Group((row,), 0) for row in range(len(sequences))]
+    shared = group_by_prefix([ids[:start] for ids, start in zip(sequences, starts, strict=True)])
+    one, other = (
+        outcome(model, lambda groups=groups: token_log_probs(model, sequences, starts, groups, 0))
+        for groups in (alone, shared)
+    )
+    assert (one[0] - other[0]).abs().max() <= 1e-4
+    assert (one[2] - other[2]).norm() / one[2].norm() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "word"),
+    [
+        ("llama4_text", LLAMA4, "log probabilities differ"),
+        ("llama4", {"text_config": LLAMA4, "vision_config": VISION}, "log probabilities differ"),
+        ("gemma3", {"text_config": {"sliding_window": 32}, "vision_config": VISION}, "log probabilities differ"),
+        ("gemma3", {"text_config": {}, "vision_config": VISION}, None),
+    ],
+)
+def test_models_that_nest_or_name_their_language_model_otherwise_train(decoder, tmp_path, family, sizes, word, caplog):
+    model, tokenizer = load_causal_lm(saved(decoder, tmp_path / "base", family, **sizes), "float32")
+    check_decoder(model, tokenizer, longest=100)
+    tokens = torch.arange(5, 60)[None]
+    expected = model.eval()(tokens).logits
+    save_model(model, tokenizer, tmp_path / "again")
+    again, _ = load_causal_lm(tmp_path / "again", "float32")
+    torch.testing.assert_close(again.eval()(tokens).logits, expected)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    with caplog.at_level(logging.WARNING):
+        assert can_share(model, [list(range(2, 60))], 20, 0) == (word is None)
+    assert word is None or f"its own prompt, as this model cannot share it: {word}" in caplog.text
+    found, _ = token_log_probs(model, tokens.tolist(), [1], [Group((0,), 0)], 0)
+    torch.testing.assert_close(found, expected[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0])
+
+
+def test_a_model_whose_head_cannot_be_told_from_the_rest_is_refused(decoder):
+    model, tokenizer = load_model(decoder, TINY)
+    model.base_model_prefix = "body"
+    with pytest.raises(ContractError, match=rf"models of type {model.config.model_type} cannot be trained"):
+        check_decoder(model, tokenizer, longest=100)
+
+
+@pytest.mark.parametrize("family", ["mamba", "openai-gpt"])
+def test_why_a_model_cannot_share_is_what_it_said_itself(family, caplog):
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4} if family == "openai-gpt" else {}
+    with caplog.at_level(logging.WARNING):
+        assert not can_share(model_of(family, **sizes), [list(range(2, 60))], 20, 0)
+    assert "with a four-dimensional attention mask it fails (" in caplog.text
+    assert "that only takes longer, and teacher.agpo.shared_prefix=false leaves out this trial" in caplog.text

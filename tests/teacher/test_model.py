@@ -16,7 +16,7 @@ from teacher.engines.base import Sampling
 from teacher.engines.config import TransformersConfig
 from teacher.engines.transformers_engine import TransformersEngine
 from teacher.examples import Example, Problem, drop_too_long
-from teacher.model import add_adapters, load_model, number_format
+from teacher.model import add_adapters, load_model, number_format, save_model
 from teacher.policy import train_policy
 from teacher.train import train_teacher
 from teacher.warm_start import warm_start
@@ -82,6 +82,37 @@ def test_a_folder_without_a_model_is_one_sentence_in_every_number_format(text, p
             open_engine(TransformersConfig(dtype=dtype), tmp_path)
         with pytest.raises(ContractError, match="cannot be loaded as a causal language model"):
             train_teacher(TINY.model_copy(update={"dtype": dtype}), tmp_path, pairs, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"model_type": "deepseek", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
+            r"code out of its own folder \(`auto_map`.*never run; choose a model of a type that transformers itself has",
+        ),
+        ({"model_type": "mistral3"}, "as a decoder of text; choose another model"),
+        ({"model_type": "llava"}, "as a decoder of text; choose another model"),
+        ({"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["full_attention"] * 2}, "num_hidden_layers"),
+        ({"model_type": "qwen3", "quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+    ],
+)
+def test_why_a_model_cannot_be_loaded_is_one_sentence_with_a_remedy(decoder, tmp_path, values, told):
+    base = changed(decoder, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ContractError, match=told) as caught:
+        load_model(base, TINY)
+    assert "trust_remote_code" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_what_a_process_left_that_was_killed_while_it_saved_goes(decoder, tmp_path):
+    model, tokenizer = load_model(decoder, TINY)
+    for name in ("agpo_done.123.tmp", "agpo_done.456.tmp", "warm_start_done.123.tmp"):
+        (tmp_path / name).mkdir()
+    save_model(model, tokenizer, tmp_path / "agpo_done")
+    assert {path.name for path in tmp_path.iterdir()} == {"agpo_done", "warm_start_done.123.tmp"}
 
 
 def test_lora_trains_in_float32_over_a_bfloat16_base_and_saves_as_the_base_was(decoder, pairs, tmp_path):

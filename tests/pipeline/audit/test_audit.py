@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.contracts import (
-    ANNOTATIONS,
     HUMAN_LABELS_FILE,
     PAIRS,
     ContractError,
@@ -22,67 +21,18 @@ from data.contracts import (
     GradeScale,
     read_human_labels,
     read_json,
+    write_json,
 )
 from pipeline.annotated import worst
-from pipeline.annotation.config import AnnotateConfig
-from pipeline.artifacts import Recipe, StageOutput, run_stage
 from pipeline.audit.answers import import_answers, summarise
 from pipeline.audit.draw import DRAWN, export, stratified
 from pipeline.audit.estimate import accuracy, agreements, allocation
 from pipeline.audit.sheet import cell, grade_of, read_answers
 from pipeline.report.page import write_report
-from pipeline.settings import PipelineConfig, load_preset
+from pipeline.resume import remember
+from pipeline.settings import PipelineConfig
 from pipeline.stages import STUDENT
-
-KEY = "0123456789abcdef"
-SCALE = GradeScale(grades=[Grade(name=n, definition=f"{n} <&>") for n in ("no", "half", "full")], relevant_from=2)
-
-
-def annotations(folder: Path, count: int, seed: int = 0) -> dict[str, bool]:
-    """A table of `count` usable annotations; whether each is right, mostly where the votes agree."""
-    rng, rows, right = np.random.default_rng(seed), [], {}
-    for i in range(count):
-        agreement = float(rng.choice([1.0, 0.75, 0.5], p=[0.7, 0.2, 0.1]))
-        row = {"pair_id": f"p{i:05}", "annotation_key": KEY, "grade": int(rng.choice(3, p=[0.6, 0.3, 0.1]))}
-        row |= {"agreement": agreement, "votes": [0], "n_samples": 4, "n_unparsed": 0, "status": "ok", "error": ""}
-        row |= {"prompt_tokens": 1, "completion_tokens": 1, "created_at": datetime(2026, 1, 1, tzinfo=UTC)}
-        rows.append(row | {"grade_probs": None, "reasoning": "because"})
-        right[row["pair_id"]] = bool(rng.random() < agreement - 0.1)
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=ANNOTATIONS), folder / f"{KEY}-0.parquet")
-    return right
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> PipelineConfig:
-    """Of a run with pairs of hostile texts and annotations."""
-    settings = load_preset("sample", ["run=tiny", f"runs={tmp_path}", "tracking.enabled=false"])
-    annotations(settings.folder / "made", 300)
-    recipe = Recipe("annotate", AnnotateConfig(), {})
-
-    def work(out: Path) -> StageOutput:
-        (settings.folder / "made" / f"{KEY}-0.parquet").rename(out / f"{KEY}-0.parquet")
-        return StageOutput(fingerprint="f", figures={"annotation_key": KEY})
-
-    run_stage(settings.folder / "annotations", recipe, work)
-    pairs = settings.folder / "pairs"
-    (pairs / "pairs").mkdir(parents=True)
-    SCALE.save(pairs)
-    row = {
-        "query_id": "q",
-        "query": "=1+1; \u2028 \x1b x",
-        "ad_title": '@SUM(1) "a";b\r\n',
-        "split": "pool",
-        "source": "s",
-    }
-    rows = [row | {"pair_id": f"p{i:05}", "grade": i % 3, "attributes": [("size", "-1")]} for i in range(300)]
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), pairs / "pairs" / "part.parquet")
-    return settings
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+from tests.pipeline.audit.conftest import KEY, SCALE, annotations, read
 
 
 def test_an_export_that_was_killed_and_a_copy_are_no_draws(
@@ -183,7 +133,7 @@ def test_a_spreadsheet_comes_back_and_nothing_is_lost(settings: PipelineConfig, 
     for reason in ("nowhere", "no id", "'maybe' is none of 0", "different grades"):
         assert any(reason in sentence for sentence in found.refused)
     assert found.rows == found.new + found.changed + found.unchanged + found.unanswered + len(found.refused)
-    labels = read_human_labels(settings.folder / "audit" / HUMAN_LABELS_FILE)
+    labels = read_human_labels(settings.folder / "audit" / HUMAN_LABELS_FILE, SCALE).grades
     assert len(labels) == 56
     assert labels[names[1].partition("/")[2]] == [1]
     again = import_answers(settings.folder, [back], settings, "anna")
@@ -315,3 +265,19 @@ def test_answers_reach_the_student_and_the_report(run: PipelineConfig, finished_
     page = write_report(run.folder).read_text(encoding="utf-8")
     assert "Audit by people" in page
     assert "teacher and &lt;i&gt;eve&lt;/i&gt;" in page
+    assert "of earlier annotations" not in page
+    assert "has not finished" not in page
+    # Another flow annotates anew, and fails before the student.
+    manifest = run.folder / "annotations" / "_stage.json"
+    record = read_json(manifest)
+    figures = record["figures"] | {"annotation_key": "another"}
+    write_json(manifest, record | {"key": "anew", "figures": figures})
+    remember(run, "relevance-pipeline")
+    for file in (run.folder / "annotations").glob("*.parquet"):
+        table = pq.read_table(file)
+        names = pa.array(["another"] * len(table), pa.string())
+        pq.write_table(table.set_column(table.schema.get_field_index("annotation_key"), "annotation_key", names), file)
+    page = write_report(run.folder).read_text(encoding="utf-8")
+    assert "of earlier annotations" in page
+    assert "Annotations (made since)" in page
+    assert read_json(run.folder / "summary.json")["stages"]["annotate"]["figures"]["annotation_key"] == "another"

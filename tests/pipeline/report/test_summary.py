@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from data.contracts import ContractError
 from pipeline.report.page import TEMPLATES, shell_lines, write_report
 from pipeline.report.summary import reproduce_command
-from pipeline.settings import load_preset
+from pipeline.settings import PipelineConfig, build_settings, load_preset
 
 
 def test_text_stands_out_in_both_themes() -> None:
@@ -50,9 +50,18 @@ def test_a_command_on_several_lines_is_the_same_words() -> None:
     assert shell_lines(command).count(" \\\n  --set") == 2
 
 
-def test_the_command_makes_the_same_settings() -> None:
+def again(settings: PipelineConfig) -> tuple[str, PipelineConfig]:
+    """The flow and the settings of the command that makes a run of `student-export` again."""
     from flows.cli import Options, chosen
 
+    prefect, verb, flow, *words = shlex.split(reproduce_command(settings, "student-export"))
+    assert (prefect, verb) == ("prefect", "run")
+    given = dict(zip(words[0::2], words[1::2], strict=True))
+    overrides = tuple(value for option, value in zip(words[0::2], words[1::2], strict=True) if option == "--set")
+    return chosen(flow, Options(preset=given.get("--preset", ""), name=given.get("--name", ""), set_=overrides))
+
+
+def test_the_command_makes_the_same_settings() -> None:
     settings = load_preset(
         "cpu-real",
         ["run=mine", "data.max_pool=none", "annotate.engine.kind=openai", 'annotate.engine.urls=["http://a:1/v1"]',
@@ -60,9 +69,24 @@ def test_the_command_makes_the_same_settings() -> None:
          'annotate.engine.served_model=" none "', 'spark.extra.spark.c=["a"]x', 'spark.extra.spark.d="\\t"',
          'spark.extra.spark.e="none"', 'spark.extra.spark.f="3"'],
     )  # fmt: skip
-    prefect, verb, flow, *words = shlex.split(reproduce_command(settings, "student-export"))
-    assert (prefect, verb, flow) == ("prefect", "run", "student-export")
-    given = dict(zip(words[0::2], words[1::2], strict=True))
-    overrides = tuple(value for option, value in zip(words[0::2], words[1::2], strict=True) if option == "--set")
-    options = Options(preset=given["--preset"], name=given["--name"], set_=overrides)
-    assert chosen(flow, options) == ("student-export", settings)
+    assert again(settings) == ("student-export", settings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a=b", "=", 'say "a=b"', '"a" = 1', 'x."a"', '"', "it's", "a.b", "a b", " a", "a ", "", "None", "a\nb", "\\", '\\"=',
+        "grün", "日本=語", "$HOME", "{a}", "[1]", "#", "--set",
+    ],
+)  # fmt: skip
+def test_the_command_keeps_the_names_in_tables_whose_names_are_free(name: str) -> None:
+    grades = [{"name": "a", "definition": "d"}, {"name": "b", "definition": "d"}]
+    table = {"path": "x.csv", "columns": {"query": "q", "ad_title": "a=b", "grade": "g"}, "grades": grades}
+    settings = build_settings(
+        {
+            "data": table | {"grade_labels": {name: 1, "other": 0}},
+            "spark": {"extra": {name: "x=y", f"spark.{name}": "2"}},
+            "teacher": {"prompt": {"chat_template_kwargs": {"enable_thinking": True, name: {"b.c": {"d": None}}}}},
+        }
+    )
+    assert again(settings) == ("student-export", settings)

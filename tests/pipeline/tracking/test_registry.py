@@ -1,21 +1,24 @@
 """Versions of the models: aliases, the choice of the champion, and a student that can be loaded."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from data.contracts import write_json
+from pipeline import drift
 from pipeline.artifacts import Recipe, StageOutput, run_stage
-from pipeline.executions import Registration
-from pipeline.settings import PipelineConfig
+from pipeline.executions import Registration, reused
+from pipeline.resume import remember
+from pipeline.settings import PipelineConfig, apply_overrides
 from pipeline.tracking.registry import verdict
 from pipeline.tracking.replay import replay
 from student.evaluation import write_predictions
 from student.metrics import Comparison
-from tests.pipeline.tracking.helpers import artifacts, client, runs_of, stage, write_export
+from tests.pipeline.tracking.helpers import artifacts, client, flow, runs_of, stage, write_export
 
 
 def train_student(settings: PipelineConfig, fingerprint: str, noise: float) -> Path:
@@ -50,10 +53,9 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
     assert artifacts(settings, runs_of(settings, "teacher")[0], "teacher") == {"teacher/model_card.md"}  # no weights
 
     export = settings.folder / "export"
-    drift = {"level": "stop", "sentence": "common words in queries (PSI 0.60)"}
     for number, noise in ((1, 0.5), (2, 2.0), (3, 0.2), (4, 0.1)):
         student = train_student(settings, f"s{number}", noise)
-        write_json(student / "drift.json", drift if number == 4 else {"level": "look", "sentence": "x"})
+        drift.save(student, [drifted(0.6 if number == 4 else 0.2)], drift.STUDENT_FILE)
         with stage(settings, "export", {"student": f"s{number}"}) as execution:
             write_export(export)
             execution.finish({}, f"e{number}", (), Registration(role="student", folder=export, student=student))
@@ -62,7 +64,7 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
     assert reasons[1].startswith("not champion: roc_auc -0.")
     assert reasons[2].startswith("champion: roc_auc +0.")
     assert reasons[2].endswith("against version 1")
-    assert reasons[3].startswith("not champion: new pairs are unlike those before: common words in queries (PSI 0.60)")
+    assert reasons[3].startswith("not champion: new pairs are unlike those before: common words in queries 20.0%")
     # Sent once more, a registration changes nothing, though the alias was moved by hand since.
     versions.set_registered_model_alias("ads-relevance-student", "champion", "2")
     (settings.folder / "_mlflow.json").unlink()
@@ -84,6 +86,68 @@ def test_models_are_registered_with_aliases_and_the_student_can_be_loaded(
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "loaded")))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
     assert "onnxruntime==" in (folder / "requirements.txt").read_text()
+
+
+def drifted(psi: float) -> drift.Check:
+    """A check that found this index."""
+    measure = drift.Measure(name="common words in queries", expected="5.0%", found="20.0%", psi=psi)
+    about: dict[str, Any] = {"against": "teacher", "at": datetime.now(UTC), "pairs": 400, "queries": 300}
+    return drift.Check(**about, measures=[measure])
+
+
+def test_what_drift_alone_has_held_back_is_judged_again_by_the_limits_of_a_resumed_run(
+    configure: Callable[..., PipelineConfig],
+) -> None:
+    settings = configure()
+    versions, name, export = client(settings), "ads-relevance-student", settings.folder / "export"
+
+    def distil(number: int, noise: float) -> None:
+        student = train_student(settings, f"s{number}", noise)
+        drift.save(student, [drifted(0.6 if number > 1 else 0.01)], drift.STUDENT_FILE)
+        with flow(settings, "student", "export"), stage(settings, "export", {"student": f"s{number}"}) as execution:
+            write_export(export)
+            execution.finish({}, f"e{number}", (), Registration(role="student", folder=export, student=student))
+
+    def resume(*limits: str) -> str:
+        """The same run with other limits, which reuses everything; returns what was decided of the newest version."""
+        remember(apply_overrides(settings, limits), "relevance-pipeline")
+        with flow(settings, "student", "export"):
+            reused("export", export)
+        number = versions.get_registered_model(name).aliases["candidate"]
+        return str(versions.get_model_version(name, number).tags["promotion"])
+
+    distil(1, 0.5)
+    distil(2, 0.1)
+    assert resume().startswith("not champion: new pairs are unlike those before")
+    assert resume("drift.stop=0.5").startswith("not champion: new pairs are unlike those before")
+    assert resume("drift.stop=0.9").startswith("champion: roc_auc +0.")
+    assert versions.get_registered_model(name).aliases == {"candidate": 2, "champion": 2}
+    # Lower limits take nothing back, and a student that is worse stays what it was.
+    assert resume("drift.stop=0.5").startswith("champion: roc_auc +0.")
+    distil(3, 2.0)
+    assert resume("drift.stop=0.5").startswith("not champion: new pairs are unlike those before")
+    assert resume("drift.stop=0.9").startswith("not champion: roc_auc -0.")
+    assert versions.get_registered_model(name).aliases == {"candidate": 3, "champion": 2}
+
+
+def test_a_student_that_is_registered_late_is_judged_by_the_limits_of_then(
+    configure: Callable[..., PipelineConfig],
+) -> None:
+    """The run was resumed with other limits before its export."""
+    settings, levels = configure(), []
+    for stop in (0.5, 0.9):
+        student = train_student(settings, f"s{stop}", 0.5)
+        drift.save(student, [drifted(0.6)], drift.STUDENT_FILE)
+        remember(apply_overrides(settings, [f"drift.stop={stop}"]), "relevance-pipeline")
+        with stage(settings, "export", {"student": f"s{stop}"}) as execution:
+            write_export(settings.folder / "export")
+            model = Registration(role="student", folder=settings.folder / "export", student=student)
+            execution.finish({}, f"e{stop}", (), model)
+        versions = client(settings)
+        number = versions.get_registered_model("ads-relevance-student").aliases["candidate"]
+        levels.append(versions.get_model_version("ads-relevance-student", number).tags["promotion"])
+    assert levels[0].startswith("not champion: new pairs are unlike")
+    assert levels[1] == "champion: the first version"
 
 
 def test_a_student_that_cannot_be_compared_is_no_champion() -> None:
