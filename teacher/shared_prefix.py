@@ -25,7 +25,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.contracts import first_line, out_of_memory
+from data.contracts import ContractError, first_line, out_of_memory
 from teacher.cpu_kernels import Layout, Part, attach, install, lay_out
 from teacher.prefix_groups import Group, group_by_prefix
 
@@ -122,6 +122,37 @@ def can_share(model: Any, prompts: Sequence[Sequence[int]], completion_length: i
     return error is None
 
 
+def check_head(model: Any, pad: int, temperature: float = 1.0) -> None:
+    """Raise `ContractError` when the fused head gives other log probabilities than the model, which would learn from those.
+
+    It multiplies the last hidden states with the weights of the head. BERT's family has a layer of its own before them.
+    """
+    base, generator = causal_lm(model), torch.Generator().manual_seed(0)
+    ids = torch.randint(base.get_input_embeddings().weight.size(0), (32,), generator=generator).tolist()
+    sequence: tuple[Any, ...] = ([ids], [1], [Group((0,), 0)], pad)
+    training = model.training
+    model.eval()  # dropout would differ either way
+    with torch.no_grad():
+        logits = base(torch.tensor([ids], device=base.device)).logits[0, :-1].float() / temperature
+    own = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:], device=base.device)[:, None])[:, 0]
+    try:
+        with torch.no_grad():
+            found, _ = token_log_probs(model, *sequence)
+            with _rounded_embeddings(base):
+                rounded, _ = token_log_probs(model, *sequence)
+        reason = _difference(own, found, (found - rounded).abs())
+    except (RuntimeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        reason = first_line(error)
+    model.train(training)
+    if reason:
+        raise ContractError(
+            f"models of type {base.config.model_type} cannot be trained: the loss reads their logits from the last hidden "
+            f"states, and finds others than the model's own ({reason}); choose another model"
+        )
+
+
 def _sharing_error(model: Any, sequences: list[list[int]], prefixes: list[list[int]], pad: int) -> str | None:
     starts = [len(prefix) for prefix in prefixes]
     groups = group_by_prefix(prefixes)
@@ -141,8 +172,13 @@ def _sharing_error(model: Any, sequences: list[list[int]], prefixes: list[list[i
             return f"with a four-dimensional attention mask it fails ({first_line(error)})"
         with _rounded_embeddings(causal_lm(model)):
             rounded, _ = token_log_probs(model, sequences, starts, separate, pad)
-    difference = (alone - together).abs().mean().item()
-    limit = max(_ROUNDING, _TIMES * (alone - rounded).abs().mean().item())
+    return _difference(alone, together, (alone - rounded).abs())
+
+
+def _difference(expected: Tensor, found: Tensor, rounding: Tensor) -> str | None:
+    """In words, that log probabilities differ by more than rounding can explain; None if they do not."""
+    difference = (expected - found).abs().mean().item()
+    limit = max(_ROUNDING, _TIMES * rounding.mean().item())
     if math.isnan(difference) or difference > limit:
         return f"log probabilities differ by {difference:.2g} on average, and rounding explains {limit:.2g}"
     return None

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from teacher.advantages import group_statistics, mixed
 from teacher.decoding import sample_completions
 from teacher.prefix_groups import Group, common_prefix, group_by_prefix, micro_batches, unpadded
-from teacher.shared_prefix import can_share, masked_hidden_size, token_log_probs
+from teacher.shared_prefix import can_share, check_head, masked_hidden_size, token_log_probs
 from teacher.trl_parts import GRPOTrainer, untempered_head, unwrap_model_for_generation, with_forward
 
 Advantages = Callable[[Tensor], Tensor]
@@ -65,11 +65,12 @@ class AGPOTrainer(GRPOTrainer):
             self.vllm_generation.llm.generate = self._with_hit_rate(self.vllm_generation.llm.generate)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """See `Trainer.train`. First sees whether this model's prompts can be shared."""
-        if self.shared_prefix:
-            prompts = self._tokenize_prompts(sorted(self.train_dataset["prompt"], key=len)[-16:])[0]
-            with self.accelerator.autocast():
-                pad = self._tokenizer.pad_token_id
+        """See `Trainer.train`. First sees whether the loss is this model's, and whether its prompts can be shared."""
+        pad = self._tokenizer.pad_token_id
+        with self.accelerator.autocast():
+            check_head(self.model, pad, self.temperature)
+            if self.shared_prefix:
+                prompts = self._tokenize_prompts(sorted(self.train_dataset["prompt"], key=len)[-16:])[0]
                 self.shared_prefix = can_share(self.model, prompts, self.max_completion_length, pad)
         return super().train(*arguments, **options)
 

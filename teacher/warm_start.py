@@ -20,7 +20,7 @@ from teacher.distributed import world_size
 from teacher.examples import Example
 from teacher.loop import StepLog, shared_arguments, train
 from teacher.prefix_groups import Group, common_prefix, micro_batches, unpadded
-from teacher.shared_prefix import can_share, causal_lm, masked_hidden_size, token_log_probs
+from teacher.shared_prefix import can_share, causal_lm, check_head, masked_hidden_size, token_log_probs
 
 
 def warm_start(
@@ -58,9 +58,10 @@ def warm_start(
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         callbacks=[StepLog(log, "warm_start")],
     )
-    if config.agpo.shared_prefix and len(examples) > 1:
-        longest = sorted(dataset["input_ids"], key=len)[-1:]
-        with trainer.accelerator.autocast():
+    with trainer.accelerator.autocast():
+        check_head(model, tokenizer.pad_token_id)
+        if config.agpo.shared_prefix and len(examples) > 1:
+            longest = sorted(dataset["input_ids"], key=len)[-1:]
             trainer.shared_prefix = can_share(model, longest, config.max_completion_tokens, tokenizer.pad_token_id)
     train(trainer, log, "warm_start", memory="teacher.warm_start.batch_size")
 

@@ -12,10 +12,12 @@ from teacher.checks import check_decoder
 from teacher.decoding import cache_limit, decode
 from teacher.engines.base import Sampling
 from teacher.engines.transformers_engine import TransformersEngine
-from teacher.examples import Problem
+from teacher.examples import Example, Problem
 from teacher.model import load_causal_lm, load_model, save_model, without_dropout
 from teacher.policy import train_policy
-from teacher.shared_prefix import Group, can_share, group_by_prefix, token_log_probs
+from teacher.prefix_groups import Group, group_by_prefix
+from teacher.shared_prefix import can_share, check_head, token_log_probs
+from teacher.warm_start import warm_start
 from tests.teacher.test_shared_prefix import MORE, SIZES, model_of, outcome, rollouts
 from tests.teacher.test_trainer import TINY
 
@@ -214,3 +216,32 @@ def test_why_a_model_cannot_share_is_what_it_said_itself(family, caplog):
         assert not can_share(model_of(family, **sizes), [list(range(2, 60))], 20, 0)
     assert "with a four-dimensional attention mask it fails (" in caplog.text
     assert "that only takes longer, and teacher.agpo.shared_prefix=false leaves out this trial" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "modernbert-decoder"])
+def test_a_layer_between_the_last_hidden_states_and_the_head_is_refused(family):
+    model = model_of(family, **({} if family == "modernbert-decoder" else {"is_decoder": True}))
+    with pytest.raises(ContractError, match=f"models of type {family} cannot be trained: the loss reads"):
+        check_head(model, 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("qwen2", {}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("cohere", {"logit_scale": 0.06}),
+        ("granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_caps_and_scales_of_logits_are_in_the_loss(family, changed):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_head(model_of(family, **changed).to(dtype), 0)
+
+
+def test_a_warm_start_does_not_begin_on_a_model_whose_loss_is_another(decoder, tmp_path):
+    _, tokenizer = load_model(decoder, TINY)
+    model = model_of("bert", is_decoder=True, vocab_size=len(tokenizer))
+    examples = [Example("a", 0, "b"), Example("c", 0, "d")]
+    with pytest.raises(ContractError, match="models of type bert cannot be trained"):
+        warm_start(TINY, model, tokenizer, examples, tmp_path, MetricsLog(tmp_path / "metrics.jsonl"))
