@@ -145,7 +145,8 @@ class _SharedAttention(torch.autograd.Function):
             own_keys = [_gather(states, level, level.keys) for states in (key, value)]
             part_grad, part_query, part_output, part_logsumexp = of_queries
             if level.places is not None:
-                part_grad = part_grad * level.valid[:, None, :, None]
+                # What fills up a shorter part attends to nothing: the exponential of a score less this is 0.
+                part_logsumexp = part_logsumexp.masked_fill(~level.valid[:, None, :, None], torch.inf)
             parts = _backward(
                 *(part_grad, part_query, *own_keys, part_output, part_logsumexp[..., 0], 0.0, level.mask is None),
                 attn_mask=level.mask,

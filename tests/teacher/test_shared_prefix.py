@@ -13,6 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from data.contracts import ContractError, MetricsLog
 from teacher.config import WarmStartConfig
+from teacher.cpu_kernels import Part, _SharedAttention, lay_out
 from teacher.decoding import decode, sample_completions
 from teacher.examples import Example
 from teacher.model import load_model
@@ -325,6 +326,29 @@ def test_gradients_in_bfloat16_are_those_of_float32_as_far_as_it_can_tell(decode
             log_probs.sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("spread", [1, 30])
+def test_attention_of_unequal_branches_has_gradients_at_any_spread_of_scores(spread):
+    """Where scores are hundreds apart, the exponential of what only fills up a shorter branch would be infinite."""
+    torch.manual_seed(0)
+    ends = torch.tensor([12, 12, 12, 8, 8, 8, 8, 8, 10, 10, 12, 12])  # three tokens, then branches of 5, 2 and 1 + 1
+    column = torch.arange(12)
+    seen = (column <= column[:, None]) & (column[:, None] < ends)
+    parts = [Part(0, 0, 0, 3, 12), Part(1, 0, 3, 5, 5), Part(1, 0, 8, 2, 2), Part(1, 0, 10, 1, 2), Part(2, 0, 11, 1, 1)]
+    states = [spread * torch.randn(1, 2, 12, 16) for _ in range(3)]
+    found, expected = (
+        [each.clone().requires_grad_() for each in states],
+        [each.clone().requires_grad_() for each in states],
+    )
+    ours = _SharedAttention.apply(*found, lay_out(parts, 12), None)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*expected, attn_mask=seen)
+    weights = torch.randn_like(ours)
+    for output in (ours, theirs):
+        (output * weights).sum().backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.grad, right.grad, rtol=1e-4, atol=1e-3 * spread)
 
 
 def test_a_warm_start_is_the_same_with_a_shared_guideline(decoder, tmp_path):
