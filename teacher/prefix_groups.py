@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# A level more costs a small model a tenth of the training part, as its attention gathers tokens once more (the demo's decoder,
-# trainer_overhead): it should save at least as many tokens.
+# A level more costs a small model a tenth of the training part, as its attention gathers tokens once more (trainer_overhead,
+# the demo's decoder): it should save at least as many tokens.
 _LEVEL = 0.1
 
 
