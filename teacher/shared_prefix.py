@@ -109,10 +109,8 @@ def can_share(model: Any, prompts: Sequence[Sequence[int]], completion_length: i
     lengths *= max(1, math.ceil(32 / sum(lengths)))
     prefixes = [list(prefix) for prefix in (prompt, other) for _ in lengths]
     sequences = [[*prefix, *any_tokens(n)] for prefix, n in zip(prefixes, 2 * lengths, strict=True)]
-    training = model.training
-    model.eval()  # dropout would differ either way
-    error = _sharing_error(model, sequences, prefixes, pad)
-    model.train(training)
+    with _measuring(model):
+        error = _sharing_error(model, sequences, prefixes, pad)
     if error:
         logger.warning(
             "every sequence is computed with its own prompt, as this model cannot share it: %s; that only takes longer, and "
@@ -130,22 +128,18 @@ def check_head(model: Any, pad: int, temperature: float = 1.0) -> None:
     base, generator = causal_lm(model), torch.Generator().manual_seed(0)
     ids = torch.randint(base.get_input_embeddings().weight.size(0), (32,), generator=generator).tolist()
     sequence: tuple[Any, ...] = ([ids], [1], [Group((0,), 0)], pad)
-    training = model.training
-    model.eval()  # dropout would differ either way
-    with torch.no_grad():
+    with _measuring(model):
         logits = base(torch.tensor([ids], device=base.device)).logits[0, :-1].float() / temperature
-    own = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:], device=base.device)[:, None])[:, 0]
-    try:
-        with torch.no_grad():
+        own = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:], device=base.device)[:, None])[:, 0]
+        try:
             found, _ = token_log_probs(model, *sequence)
             with _rounded_embeddings(base):
                 rounded, _ = token_log_probs(model, *sequence)
-        reason = _difference(own, found, (found - rounded).abs())
-    except (RuntimeError, AttributeError) as error:
-        if out_of_memory(error):
-            raise
-        reason = first_line(error)
-    model.train(training)
+            reason = _difference(own, found, (found - rounded).abs())
+        except (RuntimeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
+            reason = first_line(error)
     if reason:
         raise ContractError(
             f"models of type {base.config.model_type} cannot be trained: the loss reads their logits from the last hidden "
@@ -157,21 +151,20 @@ def _sharing_error(model: Any, sequences: list[list[int]], prefixes: list[list[i
     starts = [len(prefix) for prefix in prefixes]
     groups = group_by_prefix(prefixes)
     separate = [Group((row,), 0) for group in groups for row in group.rows]
-    with torch.no_grad():
-        alone, _ = token_log_probs(model, sequences, starts, separate, pad)
-        try:
-            together, _ = token_log_probs(model, sequences, starts, groups, pad)
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-        ) as error:  # what models raise at a mask they do not know
-            if out_of_memory(error):
-                raise
-            return f"with a four-dimensional attention mask it fails ({first_line(error)})"
-        with _rounded_embeddings(causal_lm(model)):
-            rounded, _ = token_log_probs(model, sequences, starts, separate, pad)
+    alone, _ = token_log_probs(model, sequences, starts, separate, pad)
+    try:
+        together, _ = token_log_probs(model, sequences, starts, groups, pad)
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+    ) as error:  # what models raise at a mask they do not know
+        if out_of_memory(error):
+            raise
+        return f"with a four-dimensional attention mask it fails ({first_line(error)})"
+    with _rounded_embeddings(causal_lm(model)):
+        rounded, _ = token_log_probs(model, sequences, starts, separate, pad)
     return _difference(alone, together, (alone - rounded).abs())
 
 
@@ -182,6 +175,18 @@ def _difference(expected: Tensor, found: Tensor, rounding: Tensor) -> str | None
     if math.isnan(difference) or difference > limit:
         return f"log probabilities differ by {difference:.2g} on average, and rounding explains {limit:.2g}"
     return None
+
+
+@contextmanager
+def _measuring(model: Any) -> Iterator[None]:
+    """Inside there are no gradients, and no dropout, with which two passes would differ anyway."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 @contextmanager
